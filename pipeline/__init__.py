@@ -1,0 +1,1 @@
+"""The model and how it is run: flow matching, DiT, VAE, text, sampling, video in and out."""
