@@ -1,0 +1,79 @@
+"""What a stage of training is to the loop: its networks, one step, and what it exports.
+
+The loop (trainer/loop.py) knows no method; a stage (trainer/stages/*.py) knows no files. Every random draw of a
+stage is a function of (run seed, stage, step, update, sample key), so there is no random state to save, and a
+sample meets the same noise on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.flow_matching import shift_time
+from pipeline.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from datagen.reader import Batch
+    from trainer.networks import Network
+
+
+class Stage(Protocol):
+    """One stage of the method. `train_step` is called by every rank with its own share of the global batches."""
+
+    #: base, progressive, dual_stream or preference
+    name: str
+    #: every network of the stage, frozen ones too; the loop saves those that have an optimizer
+    networks: dict[str, Network]
+    #: its EMA (its weights where it has none) becomes the model folder
+    exported: Network
+    #: local batches that one `train_step` consumes (updates × gradient accumulation)
+    batches_per_step: int
+
+    def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """Do all updates of step `step`; returns numbers to log, already averaged over the ranks."""
+        ...
+
+    def previews(self, batch: Batch) -> dict[str, Tensor]:
+        """Clean latents (B, C, T, H, W), float32, to look at: one entry per network worth seeing.
+
+        Every rank must call it (the weights may be sharded) with a batch of the same size.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the stage must remember beside its networks; JSON types only."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Draws:
+    """The random draws of one update of one batch, sample by sample."""
+
+    def __init__(self, keys: Sequence[str], *identity: object, device: torch.device | str = "cpu") -> None:
+        """`identity` is (run seed, stage, step, update); `keys` name the samples of the batch."""
+        self._keys = list(keys)
+        self._identity = identity
+        self._device = device
+
+    def noise(self, purpose: str, like: Tensor) -> Tensor:
+        """Standard normal noise of the shape of `like`, (B, ...), float32."""
+        shape = like.shape[1:]
+        rows = [torch.randn(shape, generator=self._generator(purpose, key)) for key in self._keys]
+        return torch.stack(rows).to(self._device)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """U(0, 1), shape (B,), float32."""
+        rows = [torch.rand((), generator=self._generator(purpose, key)) for key in self._keys]
+        return torch.stack(rows).to(self._device)
+
+    def times(self, purpose: str, *, shift: float, low: float, high: float) -> Tensor:
+        """t ~ U(0, 1), shifted, clamped to [low, high]; shape (B,), float32."""
+        return shift_time(self.uniform(purpose), shift).clamp(low, high)
+
+    def _generator(self, purpose: str, key: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(*self._identity, purpose, key))
