@@ -1,0 +1,185 @@
+"""Score videos and write a table.
+
+    python -m metrics.evaluate --video OUT --reference HR --output metrics.json
+    python -m metrics.evaluate --video OUT --reference HR --output metrics.json \
+        --set weight-free --niqe-model niqe.safetensors
+
+OUT and HR are clips (metrics/frames.py) or folders of clips paired by name. metrics.json holds every clip's
+scores, their means, and what produced them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from metrics.base import METRICS, SETS, Metric, MetricSettings, create, resolve_names
+from metrics.frames import VIDEO_SUFFIXES, find_clips, load_clip
+from metrics.published import load_published
+from pipeline.errors import UserError, run_command
+from pipeline.progress import progress
+
+DEFAULT_METRICS = "psnr,ssim"
+
+#: columns of published tables that are no metric of ours
+_OTHER_LABELS = {"seconds": "s (21 f, 1080p)", "parameters_b": "params (B)"}
+
+
+def score(video: Tensor, reference: Tensor | None, metrics: list[Metric]) -> dict[str, float]:
+    """Every metric of one clip; see `Metric` for the tensors."""
+    return {metric.name: metric(video, reference) for metric in metrics}
+
+
+def evaluate(
+    videos: dict[str, Path],
+    references: dict[str, Path] | None,
+    metrics: list[Metric],
+    max_frames: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Scores by clip name.
+
+    Raises:
+        UserError: a clip without its reference, or of another size than its reference.
+    """
+    scores = {}
+    with progress(len(videos), "scoring", "clips") as bar:
+        for name, path in videos.items():
+            video = load_clip(path, max_frames)
+            reference = load_clip(references[name], max_frames) if references else None
+            if reference is not None and reference.shape != video.shape:
+                raise UserError(f"{path} is {_size(video)}, but its reference is {_size(reference)}")
+            scores[name] = score(video, reference, metrics)
+            bar.advance(1)
+    return scores
+
+
+def mean_scores(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean over clips of every metric."""
+    names = next(iter(scores.values()))
+    return {name: math.fsum(clip[name] for clip in scores.values()) / len(scores) for name in names}
+
+
+def pair_clips(videos: Path, references: Path | None) -> tuple[dict[str, Path], dict[str, Path] | None]:
+    """Clips to score and, by the same names, their references; a single clip pairs with a single reference.
+
+    Raises:
+        UserError: naming the clips without a reference.
+    """
+    found = find_clips(videos)
+    if references is None:
+        return found, None
+    targets = find_clips(references)
+    if len(found) == len(targets) == 1:
+        targets = {next(iter(found)): next(iter(targets.values()))}
+    missing = sorted(set(found) - set(targets))
+    if missing:
+        raise UserError(f"{references} has no clip named {', '.join(missing[:3])}: pairs have the same name")
+    return found, targets
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write `document` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(document, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _size(video: Tensor) -> str:
+    return f"{video.shape[0]} frames of {video.shape[3]}×{video.shape[2]}"
+
+
+def _column(name: str) -> str:
+    entry = METRICS.get(name)
+    if entry is None:
+        return _OTHER_LABELS.get(name, name)
+    return f"{entry.label} {'↓' if entry.lower_is_better else '↑'}"
+
+
+def _print_scores(console: Console, scores: dict[str, dict[str, float]], means: dict[str, float]) -> None:
+    table = Table("clip", *(_column(name) for name in means), title="measured")
+    for clip, values in scores.items():
+        table.add_row(clip, *(f"{values[name]:.4f}" for name in means))
+    if len(scores) > 1:
+        table.add_section()
+        table.add_row("mean", *(f"{value:.4f}" for value in means.values()))
+    console.print(table)
+
+
+def _print_published(console: Console) -> None:
+    published = load_published()
+    for printed in published.tables:
+        columns = list(next(iter(printed.rows.values())))
+        table = Table("method", *(_column(name) for name in columns), title=printed.title)
+        for method, values in printed.rows.items():
+            table.add_row(method, *(f"{values[name]:g}" for name in columns))
+        console.print(table)
+    console.print(f"{published.label}. {published.note}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score videos.")
+    parser.add_argument("--video", type=Path, required=True, help="clip, or folder of clips, to score")
+    parser.add_argument("--reference", type=Path, help="HR clip, or folder of HR clips with the same names")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--metrics", default=DEFAULT_METRICS, help=f"of {', '.join(METRICS)}; separated by commas"
+    )
+    choice.add_argument("--set", choices=sorted(SETS), help="a named set instead")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
+    parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
+    parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
+    parser.add_argument("--device", default="cpu", help="where networks run, for instance cuda")
+    parser.add_argument(
+        "--published", action="store_true", help="also print the figures the authors published"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
+    names = resolve_names(arguments.set or arguments.metrics)
+    needing = [name for name in names if name in METRICS and METRICS[name].needs_reference]
+    if needing and arguments.reference is None:
+        raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
+    settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
+    metrics = [create(name, settings) for name in names]
+    videos, references = pair_clips(arguments.video, arguments.reference)
+    scores = evaluate(videos, references, metrics, arguments.max_frames)
+    means = mean_scores(scores)
+
+    write_json(
+        arguments.output,
+        {
+            "metrics": means,
+            "clips": scores,
+            "lower_is_better": {metric.name: metric.lower_is_better for metric in metrics},
+            "video": str(arguments.video),
+            "reference": str(arguments.reference) if arguments.reference else None,
+            "max_frames": arguments.max_frames,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")},
+        },
+    )
+    console = Console()
+    _print_scores(console, scores, means)
+    if any(path.suffix.lower() in VIDEO_SUFFIXES for path in videos.values()):
+        console.print(
+            "Video files are scored as they decode: for comparable figures give frames before a lossy encode."
+        )
+    if arguments.published:
+        _print_published(console)
+    console.print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,146 @@
+"""NIQE: the distance of a picture's local statistics from those of good pictures (Mittal et al., "Making a
+'Completely Blind' Image Quality Analyzer", 2013). No reference, no network.
+
+Two metrics share the features of niqe_features.py:
+
+    niqe         the authors' prior (96 px blocks), the figure papers print: mean of the frames' distances
+    niqe_fitted  a prior fitted on HR clips by `python -m metrics.fit_niqe`, with any block size; the blocks of
+                 all frames form one Gaussian, since small frames hold too few for one each. Comparable only
+                 with scores of the same fitted model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from metrics.base import MetricSettings, check_video
+from metrics.colour import luma
+from metrics.niqe_features import FEATURES, block_features
+from metrics.weights import find_weights
+from pipeline.errors import UserError
+
+OFFICIAL_BLOCK = 96
+_OFFICIAL_FILE = "niqe_pris_params.npz"
+_FORMAT = "duo-vsr-niqe-1"
+
+
+@dataclass(frozen=True)
+class NiqeModel:
+    """A multivariate Gaussian over block features: `mean` (36,), `covariance` (36, 36), block side in px."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    block: int
+
+    def distance(self, features: NDArray[np.float64]) -> float:
+        """√((ν₁-ν₂)ᵀ ((Σ₁+Σ₂)/2)⁺ (ν₁-ν₂)) to the Gaussian of `features` (blocks, 36)."""
+        mean, covariance = gaussian(features)
+        difference = self.mean - mean
+        inverse = np.linalg.pinv((self.covariance + covariance) / 2)
+        return float(np.sqrt(difference @ inverse @ difference))
+
+    def save(self, path: Path, details: dict[str, object]) -> None:
+        """Write a safetensors file; `details` (JSON) says what the model was fitted on."""
+        metadata = {
+            "format": _FORMAT,
+            "block": str(self.block),
+            "details": json.dumps(details, sort_keys=True),
+        }
+        temporary = path.with_name(path.name + ".partial")
+        save_file({"mean": self.mean, "covariance": self.covariance}, str(temporary), metadata=metadata)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> NiqeModel:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: no such file, or another kind of file.
+        """
+        if not path.is_file():
+            raise UserError(
+                f"no NIQE model {path}; make it with python -m metrics.fit_niqe --input HR --output {path}"
+            )
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError("format")
+                return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(metadata["block"]))
+        except Exception:
+            raise UserError(
+                f"{path} is not a NIQE model of python -m metrics.fit_niqe; make it again"
+            ) from None
+
+
+def gaussian(features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and covariance of (blocks, 36) features; flat blocks (NaN) are left out of the covariance.
+
+    Raises:
+        UserError: fewer than two usable blocks.
+    """
+    usable = features[~np.isnan(features).any(axis=1)]
+    if len(usable) < 2:
+        raise UserError(
+            f"NIQE found {len(usable)} usable blocks: the picture is flat or smaller than two blocks; "
+            "use larger frames, or a model fitted with a smaller --block"
+        )
+    return np.nanmean(features, axis=0), np.cov(usable, rowvar=False)
+
+
+class Niqe:
+    """NIQE under `model`; see the module's docstring for the two ways of pooling."""
+
+    lower_is_better = True
+    needs_reference = False
+
+    def __init__(self, name: str, model: NiqeModel, *, pool_frames: bool) -> None:
+        self.name = name
+        self.model = model
+        self.pool_frames = pool_frames
+
+    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+        frames = [block_features(np.round(luma(frame)), self.model.block) for frame in check_video(video)]
+        if self.pool_frames:
+            return self.model.distance(np.concatenate(frames))
+        return float(np.mean([self.model.distance(features) for features in frames]))
+
+
+def official_niqe(settings: MetricSettings) -> Niqe:
+    """NIQE with the authors' prior, read from an installed basicsr or a weight folder."""
+    with np.load(_official_prior(settings.weights), allow_pickle=False) as prior:
+        mean, covariance = prior["mu_pris_param"].reshape(-1), prior["cov_pris_param"]
+    if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
+        raise UserError(f"{_OFFICIAL_FILE} does not hold NIQE's 36 features; get it again")
+    return Niqe("niqe", NiqeModel(mean, covariance, OFFICIAL_BLOCK), pool_frames=False)
+
+
+def fitted_niqe(settings: MetricSettings) -> Niqe:
+    """NIQE with the model `settings.niqe_model` fitted on HR clips."""
+    if settings.niqe_model is None:
+        raise UserError(
+            "niqe_fitted needs --niqe-model FILE; make it from HR clips with "
+            "python -m metrics.fit_niqe --input HR --output FILE"
+        )
+    return Niqe("niqe_fitted", NiqeModel.load(settings.niqe_model), pool_frames=True)
+
+
+def _official_prior(folder: Path | None) -> Path:
+    """The prior inside an installed basicsr (found without importing it), else in a weight folder."""
+    try:
+        for file in importlib.metadata.files("basicsr") or []:
+            if file.name == _OFFICIAL_FILE:
+                return Path(str(file.locate()))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    source = "the source package of basicsr (pip download basicsr --no-deps; Apache-2.0)"
+    return find_weights("niqe", _OFFICIAL_FILE, source, folder)

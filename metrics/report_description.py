@@ -1,0 +1,73 @@
+"""What a report shows, as data; metrics/report.py explains every key by an example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config import Section
+
+
+class Frame(Section):
+    """A picture and what to call it."""
+
+    label: str
+    image: Path
+    note: str = ""
+
+
+class Scene(Section):
+    """Frames of one moment by several methods, all of one size, and places to look at closely."""
+
+    title: str = ""
+    caption: str = ""
+    frames: list[Frame] = Field(min_length=1)
+    crops: list[tuple[int, int, int, int]] = []
+
+
+class Series(Section):
+    """One line of a plot: `y` over `x` of the JSON lines in `file` whose fields equal `where`."""
+
+    label: str
+    file: Path
+    x: str = "step"
+    y: str
+    where: dict[str, Any] = {}
+
+
+class Curve(Section):
+    """One plot."""
+
+    title: str
+    caption: str = ""
+    x_label: str = "step"
+    log_y: bool = False
+    series: list[Series] = Field(min_length=1)
+
+
+class PlainTable(Section):
+    """A table as it stands."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]]
+    note: str = ""
+
+
+class ReportDescription(Section):
+    """What the page shows; unknown keys are errors."""
+
+    title: str
+    subtitle: str = ""
+    summary: list[str] = []
+    scenes: list[Scene] = []
+    curves: list[Curve] = []
+    methods: dict[str, dict[str, float | int | None]] = {}
+    methods_title: str = "Figures"
+    methods_note: str = ""
+    tables: list[PlainTable] = []
+    seconds: dict[str, float] = {}
+    published: bool = False
+    notes: list[str] = []

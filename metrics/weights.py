@@ -1,0 +1,73 @@
+"""Where weight files are looked for, and what is said when one is not there.
+
+Nothing is downloaded while scoring: a metric names the file it needs and where it is published, and the reader
+decides. Files are opened with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+
+#: environment variable that names a folder with weight files
+VARIABLE = "DUO_VSR_WEIGHTS"
+
+WEIGHT_FREE_HINT = "or use the set that needs no weights: weight-free (gmsd, niqe_fitted)"
+
+
+def search_folders(first: Path | None = None) -> list[Path]:
+    """Folders searched for weights, in order: the one given, $DUO_VSR_WEIGHTS, ours, torch hub's."""
+    folders = [first] if first else []
+    if os.environ.get(VARIABLE):
+        folders.append(Path(os.environ[VARIABLE]))
+    folders.append(Path.home() / ".cache" / "duo-vsr" / "weights")
+    folders.append(Path(torch.hub.get_dir()) / "checkpoints")
+    return folders
+
+
+def find_weights(metric: str, file_name: str, source: str, folder: Path | None = None) -> Path:
+    """Path of `file_name`.
+
+    Args:
+        metric: name of the metric that needs it, for the message.
+        source: where people get the file, for the message.
+
+    Raises:
+        UserError: naming the file, its source, where to put it and the way round.
+    """
+    folders = search_folders(folder)
+    for candidate in folders:
+        if (candidate / file_name).is_file():
+            return candidate / file_name
+    target = folders[0] if len(folders) > 2 else folders[-2]
+    raise UserError(
+        f"{metric} needs {file_name}, which is not on this machine; get it from {source} and put it in "
+        f"{target} (or name its folder with --weights or ${VARIABLE}), {WEIGHT_FREE_HINT}"
+    )
+
+
+def load_state_dict(path: Path) -> dict[str, Any]:
+    """A PyTorch state dict, without running code from the file.
+
+    Raises:
+        UserError: the file is damaged or holds more than tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a readable PyTorch weight file ({type(error).__name__}); get it again"
+        ) from None
+    return state
+
+
+def missing_package(metric: str, package: str, extra: str) -> UserError:
+    """The error for an optional package that is not installed."""
+    return UserError(
+        f"{metric} needs the package {package}: pip install 'duo-vsr[{extra}]', {WEIGHT_FREE_HINT}"
+    )
