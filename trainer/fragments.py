@@ -1,8 +1,8 @@
 """Where each parameter's float32 master and Adam moments lie on this rank, whatever the ZeRO stage.
 
-ZeRO keeps flat buffers; a fragment names one piece: elements [start, start + numel) of the flattened parameter
-`name`. Fragments make three things simple and exact: an EMA that never gathers, checkpoints that another number of
-ranks can read, and an export that gathers one parameter at a time.
+ZeRO keeps flat buffers; a fragment names one piece: elements [start, start + numel) of the flattened
+parameter `name`. Fragments make three things simple and exact: an EMA that never gathers, checkpoints that
+another number of ranks can read, and an export that gathers one parameter at a time.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def gather_to_rank_0(
     values: Sequence[Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Assemble full float32 CPU tensors from every rank's `values` (one per fragment), one parameter at a time.
+    """Assemble full float32 CPU tensors from every rank's `values` (one per fragment), one by one.
 
     Collective: all ranks call it; ranks other than 0 get an empty dictionary.
     """
@@ -143,7 +143,7 @@ def load_fragments(
         for fragment, value in zip(fragments, values, strict=True):
             if _fill(value, fragment, pieces.get((kind, fragment.name), [])) != fragment.numel:
                 raise UserError(
-                    f"{folder} lacks {kind} of {fragment.name}: it was written by another model or configuration"
+                    f"{folder} lacks {kind} of {fragment.name}: another model or configuration wrote it"
                 )
     return dict(json.loads(files[0].metadata()["state"]))
 

@@ -7,10 +7,10 @@
 
     out = network.frozen(...)            # it doesn't; gradients may still flow through to its inputs
 
-Several engines work in one step of Stage II, and ZeRO-3 is only exact when a network that is not being updated has
-no parameter that asks for a gradient and is called past its engine. So parameters ask for gradients inside
-`updating()` and at no other time, and the wrong calls raise. tests/trainer/test_zero_calls.py shows what each of
-them would have done silently.
+Several engines work in one step of Stage II, and ZeRO-3 is only exact when a network that is not being
+updated has no parameter that asks for a gradient and is called past its engine. So parameters ask for
+gradients inside `updating()` and at no other time, and the wrong calls raise.
+tests/trainer/test_zero_calls.py shows what each of them would have done silently.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class World:
 
 
 def start_distributed() -> World:
-    """Join the ranks a launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone; NCCL on GPUs, else gloo."""
+    """Join the ranks that a launcher started (RANK, WORLD_SIZE, …), or be alone; NCCL on GPUs, else gloo."""
     if not dist.is_initialized():
         for name, value in {
             "RANK": "0",
@@ -158,8 +158,9 @@ class Network:
             name: student, critic, real_score, …; used in logs, errors and file names.
             module: its float32 weights are the masters' first value; its dtype and device are changed.
             optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and whole otherwise.
-            parameter_groups: torch-style groups over the trainable parameters, each with `params` and optionally
-                `lr`; default: one group.
+            parameter_groups: torch-style groups over the trainable parameters, each with `params` and,
+            where it
+                differs, `lr`; default: one group.
             ema_decay: keep an EMA of the masters, updated by every `step()` that is not skipped.
         """
         self.name = name
@@ -219,7 +220,7 @@ class Network:
         return self._engine.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch's mean loss (divided by `gradient_accumulation` here)."""
+        """Accumulate the gradient of one micro-batch's mean loss; divided by `gradient_accumulation` here."""
         if not self._updating:
             raise RuntimeError(f"{self.name}.backward() outside of {self.name}.updating()")
         if self._backwards == self.config.gradient_accumulation:
@@ -235,9 +236,8 @@ class Network:
         A norm that is not finite on any rank skips the update on all: DeepSpeed decides on the reduced norm.
         """
         if self._backwards != self.config.gradient_accumulation:
-            raise RuntimeError(
-                f"{self.name}.step() after {self._backwards} of {self.config.gradient_accumulation} backward passes"
-            )
+            expected = self.config.gradient_accumulation
+            raise RuntimeError(f"{self.name}.step() after {self._backwards} of {expected} backward passes")
         self._backwards = 0
         if self._warmup:
             self.set_learning_rate(min(1.0, (self.updates + 1) / self._warmup))
@@ -256,7 +256,7 @@ class Network:
         for parameter in self._trainable:
             parameter.requires_grad_(value)
 
-    # --- learning rates --------------------------------------------------------------------------------------
+    # --- learning rates -------------------------------------------------------------------------------
 
     @property
     def learning_rates(self) -> list[float]:
@@ -268,7 +268,7 @@ class Network:
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = factor * peak
 
-    # --- weights out and in ------------------------------------------------------------------------------------
+    # --- weights out and in ---------------------------------------------------------------------------
 
     def full_state_dict(self, *, ema: bool = False) -> dict[str, Tensor]:
         """Trained parameters, float32, CPU, on rank 0 (empty elsewhere). Collective."""

@@ -1,8 +1,8 @@
 """What a stage of training is to the loop: its networks, one step, and what it exports.
 
-The loop (trainer/loop.py) knows no method; a stage (trainer/stages/*.py) knows no files. Every random draw of a
-stage is a function of (run seed, stage, step, update, sample key), so there is no random state to save, and a
-sample meets the same noise on any number of ranks.
+The loop (trainer/loop.py) knows no method; a stage (trainer/stages/*.py) knows no files. Every random draw of
+a stage is a function of (run seed, stage, step, update, sample key), so there is no random state to save, and
+a sample meets the same noise on any number of ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.flow_matching import shift_time
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Stage(Protocol):
-    """One stage of the method. `train_step` is called by every rank with its own share of the global batches."""
+    """One stage of the method; every rank calls `train_step` with its own share of the global batches."""
 
     #: base, progressive, dual_stream or preference
     name: str
@@ -77,3 +78,27 @@ class Draws:
 
     def _generator(self, purpose: str, key: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(*self._identity, purpose, key))
+
+
+class Meter:
+    """Means of named numbers over the updates of a step and over the ranks, with one reduction at the end."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = device
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        """Note scalars; every rank notes the same names."""
+        for name, value in values.items():
+            scalar = torch.as_tensor(value, dtype=torch.float32, device=self._device).detach()
+            self._values.setdefault(name, []).append(scalar)
+
+    def means(self) -> dict[str, float]:
+        """Collective."""
+        if not self._values:
+            return {}
+        means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
+        if dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        return dict(zip(self._values, means.tolist(), strict=True))

@@ -1,0 +1,91 @@
+"""Every loss of the method as one named function, in the paper's symbols.
+
+All reduce with means: with sums, the balance of the λ's would change with the size of the clip. All compute
+in float32 (or the precision of the input if that is higher); network outputs may arrive in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: hinge [paper]; softplus: non-saturating logistic [peer: DMD2]; relativistic: paired logistic [peer: R3GAN]
+GanLoss = Literal["hinge", "softplus", "relativistic"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _mean_over_heads(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def velocity_loss(v: Tensor, target: Tensor) -> Tensor:
+    """mean‖v_θ − v‖²: L_Diff of the fake score, and every velocity regression of the other stages."""
+    return (_wide(v) - _wide(target)).square().mean()
+
+
+def discriminator_loss(d_hr: Sequence[Tensor], d_s: Sequence[Tensor], kind: GanLoss = "hinge") -> Tensor:
+    """L_D = mean max(0, 1 − D(h^HR)) + mean max(0, 1 + D(h^S)), averaged over the heads.
+
+    Args:
+        d_hr: one map of logits per head, for the HR latents.
+        d_s: the same for the student's.
+        kind: `softplus`: softplus(−D_HR) + softplus(D_S); `relativistic`: softplus(−(D_HR − D_S)).
+    """
+    losses = []
+    for real, fake in zip(map(_wide, d_hr), map(_wide, d_s), strict=True):
+        if kind == "hinge":
+            losses.append(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        elif kind == "softplus":
+            losses.append(F.softplus(-real).mean() + F.softplus(fake).mean())
+        else:
+            losses.append(F.softplus(fake - real).mean())
+    return _mean_over_heads(losses)
+
+
+def generator_loss(d_s: Sequence[Tensor], d_hr: Sequence[Tensor] = (), kind: GanLoss = "hinge") -> Tensor:
+    """L_G = −mean D(h^S), averaged over the heads.
+
+    Args:
+        d_hr: only the relativistic loss looks at it; it is a constant.
+        kind: `softplus`: softplus(−D_S); `relativistic`: softplus(−(D_S − D_HR)).
+    """
+    if kind == "relativistic":
+        pairs = zip(map(_wide, d_s), map(_wide, d_hr), strict=True)
+        return _mean_over_heads([F.softplus(real.detach() - fake).mean() for fake, real in pairs])
+    if kind == "softplus":
+        return _mean_over_heads([F.softplus(-_wide(fake)).mean() for fake in d_s])
+    return -_mean_over_heads([_wide(fake).mean() for fake in d_s])
+
+
+def feature_matching_loss(h_s: Sequence[Tensor], h_hr: Sequence[Tensor]) -> Tensor:
+    """L_FM = mean‖h^S − h^HR‖² over all tapped layers and models; h^HR is a constant.
+
+    The tapped tensors have one size, so the mean of their means is the mean over the concatenation.
+    """
+    pairs = zip(h_s, h_hr, strict=True)
+    return _mean_over_heads([(_wide(s) - _wide(hr).detach()).square().mean() for s, hr in pairs])
+
+
+def dmd_gradient(z0: Tensor, z0_real: Tensor, z0_fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Grad = (ẑ0^F − ẑ0^R) / mean|ẑ0 − ẑ0^R|, and that normaliser, shape (B,).
+
+    The mean is per sample: one over the batch would let a hard clip scale down all the others. Where it is
+    zero or anything is not finite, Grad is 0 instead.
+    """
+    z0, z0_real, z0_fake = (_wide(z).detach() for z in (z0, z0_real, z0_fake))
+    normaliser = (z0 - z0_real).abs().flatten(1).mean(1)
+    gradient = (z0_fake - z0_real) / normaliser.reshape(-1, *([1] * (z0.ndim - 1)))
+    return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0), normaliser
+
+
+def dmd_loss(z0: Tensor, gradient: Tensor) -> Tensor:
+    """L_DMD = ½·mean‖ẑ0 − sg[ẑ0 − Grad]‖²; its gradient with respect to ẑ0 is Grad / numel."""
+    z0 = _wide(z0)
+    return 0.5 * (z0 - (z0 - gradient).detach()).square().mean()
