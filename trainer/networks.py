@@ -16,7 +16,6 @@ tests/trainer/test_zero_calls.py shows what each of them would have done silentl
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,23 +117,14 @@ class World:
 
 def start_distributed() -> World:
     """Join the ranks that a launcher started (RANK, WORLD_SIZE, …), or be alone; NCCL on GPUs, else gloo."""
-    if not dist.is_initialized():
-        for name, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-        }.items():
-            os.environ.setdefault(name, value)
-        if "MASTER_PORT" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
+        # Alone: no port to find, nothing left in the environment for child processes to trip over.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
@@ -349,15 +339,14 @@ class _Whole:
 
 def _frozen_engine(module: nn.Module, config: DeepSpeedConfig) -> Any:
     module.requires_grad_(False)
-    module.to(config.dtype)
+    for parameter in module.parameters():  # parameters only: rotary tables stay float32
+        parameter.data = parameter.data.to(config.dtype)
     if config.zero_stage < 3:
-        device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return _Whole(module.to(device), device)
-    engine, *_ = deepspeed.initialize(model=module, config=config.as_deepspeed(None))
+    with _float32_buffers(module):
+        engine, *_ = deepspeed.initialize(model=module, config=config.as_deepspeed(None))
     return engine
 
 
@@ -370,5 +359,15 @@ def _training_engine(
         "weight_decay": optimizer.weight_decay,
     }
     adam = torch.optim.AdamW(groups, **settings)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config.as_deepspeed(optimizer))
+    with _float32_buffers(module):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config.as_deepspeed(optimizer))
     return engine
+
+
+@contextmanager
+def _float32_buffers(module: nn.Module) -> Iterator[None]:
+    """DeepSpeed casts buffers with the weights; rotary tables in bf16 would blur positions."""
+    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    yield
+    for name, buffer in module.named_buffers():
+        buffer.data = kept[name].to(buffer.device)

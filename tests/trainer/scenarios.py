@@ -1,0 +1,96 @@
+"""What the trainer's tests run on several ranks (tests/trainer/ranks.py), or on one in the test's own process."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.seeding import seeded_noise
+from tests.trainer import toys
+from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
+
+
+def rounds(
+    world: World,
+    *,
+    count: int = 5,
+    size: int = 4,
+    engine: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`count` rounds of Stage II; logs of each, and the student's weights and EMA (rank 0) at the end."""
+    settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | (engine or {})))
+    stage = toys.dual_stream(toys.configuration(**(config or {})), settings)
+    logs = []
+    for step in range(count):
+        keys = toys.global_batches(step, stage.config.auxiliary_updates + 1, size)
+        batches = toys.local_batches(keys, world.rank, world.size, settings.gradient_accumulation)
+        logs.append(stage.train_step(step, batches))
+    return {
+        "logs": logs,
+        "student": stage.student.full_state_dict(),
+        "ema": stage.student.full_state_dict(ema=True),
+        "critic": stage.critic.full_state_dict(),
+    }
+
+
+def student_passes(
+    world: World, *, zero_stage: int, network: str, call: str, requires_grad: bool, steps: int = 4
+) -> dict[str, Any]:
+    """Alternate an update of a critic with a pass through it whose gradient is wanted at the input only.
+
+    Args:
+        network: `critic` (it is updated between the passes) or `real_score` (it never is).
+        call: `engine` or `engine.module`: how the pass calls it.
+        requires_grad: of its parameters during the pass.
+
+    Returns:
+        errors: per step, the relative errors of the pass's gradient and of the critic's gradient norm, against an
+            unsharded copy; error: the exception's name, if one ended it.
+    """
+    settings = DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", persistence_threshold=0)
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 12), nn.SiLU(), nn.Linear(12, 6))
+    plain = copy.deepcopy(module)
+    adam = torch.optim.AdamW(plain.parameters(), 1e-3, betas=optimizer.betas, weight_decay=0.01)
+    sharded = Network(network, module, deepspeed=settings, optimizer=optimizer if network == "critic" else None)
+    engine = sharded._engine
+    errors: list[list[float]] = []
+    for step in range(steps):
+        norms = (0.0, 0.0)
+        try:
+            if network == "critic":
+                data = seeded_noise((4 * world.size, 6), "data", step)
+                with sharded.updating():
+                    sharded.backward(sharded(data.chunk(world.size)[world.rank]).square().mean())
+                    mine = sharded.step()
+                adam.zero_grad()
+                plain(data).square().mean().backward()
+                norms = (mine, nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item())
+                adam.step()
+            x = seeded_noise((4, 6), "x", step, world.rank)
+            target = engine.module if call == "engine.module" else engine
+            module.requires_grad_(requires_grad)
+            found = _input_gradient(target, x)
+            module.requires_grad_(False)
+        except (RuntimeError, AssertionError, IndexError, AttributeError, KeyError) as error:
+            return {"errors": errors, "error": type(error).__name__}
+        errors.append([_relative(found, _input_gradient(plain, x)), abs(norms[0] - norms[1]) / (norms[1] or 1.0)])
+    return {"errors": errors, "error": ""}
+
+
+def _input_gradient(call: Any, x: Tensor) -> Tensor:
+    """What a step of Stage II does: a loss on the output, its gradient handed on by `backward()` as it would be
+    by someone who doesn't know better, read at the leaf."""
+    leaf = x.clone().requires_grad_()
+    call(leaf).square().mean().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
