@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,12 +79,18 @@ METRICS: dict[str, Entry] = {
     "warping_error": Entry("metrics.warping_error", "WarpingError", "E*warp", True, True),
 }
 
+#: metrics that need downloaded weights
+_NETWORKS = frozenset({"lpips", "musiq", "clipiqa", "dover", "warping_error"})
+
 SETS: dict[str, tuple[str, ...]] = {
     # the three judges of the preference pairs [paper]
     "paper": ("lpips", "musiq", "dover"),
     # no downloaded weights: one full-reference formula, one NIQE model fitted on HR clips
     "weight-free": ("gmsd", "niqe_fitted"),
 }
+
+
+_WEIGHT_FREE_HINT = f"; the set that needs no weights is weight-free ({', '.join(SETS['weight-free'])})"
 
 
 def create(name: str, settings: MetricSettings | None = None) -> Metric:
@@ -99,6 +106,23 @@ def create(name: str, settings: MetricSettings | None = None) -> Metric:
     entry = METRICS[name]
     factory = getattr(importlib.import_module(entry.module), entry.factory)
     return factory(settings or MetricSettings())
+
+
+def create_all(names: Sequence[str], settings: MetricSettings | None = None) -> list[Metric]:
+    """The metrics called `names`.
+
+    Raises:
+        UserError: everything that is missing at once, and the set that needs no weights.
+    """
+    metrics, faults = [], []
+    for name in names:
+        try:
+            metrics.append(create(name, settings))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(faults) + ("" if _NETWORKS.isdisjoint(names) else _WEIGHT_FREE_HINT))
+    return metrics
 
 
 def resolve_names(text: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from metrics.base import METRICS, SETS, Metric, MetricSettings, create, resolve_names
+from metrics.base import METRICS, SETS, Metric, MetricSettings, create_all, resolve_names
 from metrics.frames import VIDEO_SUFFIXES, find_clips, load_clip
 from metrics.published import load_published
 from pipeline.errors import UserError, run_command
@@ -153,7 +153,7 @@ def main() -> None:
     if needing and arguments.reference is None:
         raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
     settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
-    metrics = [create(name, settings) for name in names]
+    metrics = create_all(names, settings)
     videos, references = pair_clips(arguments.video, arguments.reference)
     scores = evaluate(videos, references, metrics, arguments.max_frames)
     means = mean_scores(scores)

@@ -1,7 +1,7 @@
 """Clips from disk as metrics want them: float32 (F, 3, H, W) RGB in [0, 1].
 
-A clip is a video file, a folder of pictures (in the order of their names) or a .npy array. Scores to be compared
-with others' are taken before any lossy encode: pictures, .npy, or a lossless video such as FFV1.
+A clip is a video file, a folder of pictures (in the order of their names) or a .npy array. Scores to be
+compared with others' are taken before any lossy encode: pictures, .npy, or a lossless video such as FFV1.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 Two metrics share the features of niqe_features.py:
 
     niqe         the authors' prior (96 px blocks), the figure papers print: mean of the frames' distances
-    niqe_fitted  a prior fitted on HR clips by `python -m metrics.fit_niqe`, with any block size; the blocks of
-                 all frames form one Gaussian, since small frames hold too few for one each. Comparable only
-                 with scores of the same fitted model.
+    niqe_fitted  a prior fitted on HR clips by `python -m metrics.fit_niqe`, with any block size; the
+                 blocks of all frames form one Gaussian, since small frames hold too few for one each.
+                 Comparable only with scores of the same fitted model.
 """
 
 from __future__ import annotations

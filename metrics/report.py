@@ -2,8 +2,8 @@
 
     python -m metrics.report --description report.json --output report.html
 
-or `build_report(ReportDescription(...), output)`. Pictures are embedded, so the page is one file; relative paths
-in the description are meant from its own folder. The description (unknown keys are errors):
+or `build_report(ReportDescription(...), output)`. Pictures are embedded, so the page is one file; relative
+paths in the description are meant from its own folder. The description (unknown keys are errors):
 
     {
       "title": "...", "subtitle": "...",

@@ -23,8 +23,8 @@ class Scene(Section):
 
     title: str = ""
     caption: str = ""
-    frames: list[Frame] = Field(min_length=1)
-    crops: list[tuple[int, int, int, int]] = []
+    frames: tuple[Frame, ...] = Field(min_length=1)
+    crops: tuple[tuple[int, int, int, int], ...] = ()
 
 
 class Series(Section):
@@ -34,7 +34,7 @@ class Series(Section):
     file: Path
     x: str = "step"
     y: str
-    where: dict[str, Any] = {}
+    where: dict[str, Any] = Field(default_factory=dict)
 
 
 class Curve(Section):
@@ -44,15 +44,15 @@ class Curve(Section):
     caption: str = ""
     x_label: str = "step"
     log_y: bool = False
-    series: list[Series] = Field(min_length=1)
+    series: tuple[Series, ...] = Field(min_length=1)
 
 
 class PlainTable(Section):
     """A table as it stands."""
 
     title: str
-    columns: list[str]
-    rows: list[list[str | int | float | None]]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float | None, ...], ...]
     note: str = ""
 
 
@@ -61,13 +61,13 @@ class ReportDescription(Section):
 
     title: str
     subtitle: str = ""
-    summary: list[str] = []
-    scenes: list[Scene] = []
-    curves: list[Curve] = []
-    methods: dict[str, dict[str, float | int | None]] = {}
+    summary: tuple[str, ...] = ()
+    scenes: tuple[Scene, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    methods: dict[str, dict[str, float | int | None]] = Field(default_factory=dict)
     methods_title: str = "Figures"
     methods_note: str = ""
-    tables: list[PlainTable] = []
-    seconds: dict[str, float] = {}
+    tables: tuple[PlainTable, ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict)
     published: bool = False
-    notes: list[str] = []
+    notes: tuple[str, ...] = ()

@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from metrics.report_description import Curve, Series
 from pipeline.errors import UserError
 
-#: frames above this many pixels are embedded as JPEG of high quality, to keep the page below tens of megabytes;
-#: crops, where quality is judged, are always lossless
+#: frames above this many pixels are embedded as JPEG of high quality, to keep the page below tens of
+#: megabytes; crops, where quality is judged, are always lossless
 _LOSSLESS_PIXELS = 640 * 360
 
 _COLOURS = ("#2f6fde", "#d9822b", "#2a9d6f", "#b5489a", "#7a7f87", "#c23b3b")

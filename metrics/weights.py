@@ -1,7 +1,7 @@
 """Where weight files are looked for, and what is said when one is not there.
 
-Nothing is downloaded while scoring: a metric names the file it needs and where it is published, and the reader
-decides. Files are opened with `weights_only=True`.
+Nothing is downloaded while scoring: a metric names the file it needs and where it is published, and the
+reader decides. Files are opened with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pipeline.errors import UserError
 
 #: environment variable that names a folder with weight files
 VARIABLE = "DUO_VSR_WEIGHTS"
-
-WEIGHT_FREE_HINT = "or use the set that needs no weights: weight-free (gmsd, niqe_fitted)"
 
 
 def search_folders(first: Path | None = None) -> list[Path]:
@@ -38,7 +36,7 @@ def find_weights(metric: str, file_name: str, source: str, folder: Path | None =
         source: where people get the file, for the message.
 
     Raises:
-        UserError: naming the file, its source, where to put it and the way round.
+        UserError: naming the file, its source and where to put it.
     """
     folders = search_folders(folder)
     for candidate in folders:
@@ -46,8 +44,8 @@ def find_weights(metric: str, file_name: str, source: str, folder: Path | None =
             return candidate / file_name
     target = folders[0] if len(folders) > 2 else folders[-2]
     raise UserError(
-        f"{metric} needs {file_name}, which is not on this machine; get it from {source} and put it in "
-        f"{target} (or name its folder with --weights or ${VARIABLE}), {WEIGHT_FREE_HINT}"
+        f"{metric} needs {file_name}: get it from {source} and put it in {target} "
+        f"(or name its folder with --weights or ${VARIABLE})"
     )
 
 
@@ -66,8 +64,9 @@ def load_state_dict(path: Path) -> dict[str, Any]:
     return state
 
 
-def missing_package(metric: str, package: str, extra: str) -> UserError:
-    """The error for an optional package that is not installed."""
+def missing_package(metric: str, package: str, file_name: str, source: str) -> UserError:
+    """The error for an optional package that is not installed; it names the weight file that comes next
+    too."""
     return UserError(
-        f"{metric} needs the package {package}: pip install 'duo-vsr[{extra}]', {WEIGHT_FREE_HINT}"
+        f"{metric} needs the package {package} (pip install {package}) and {file_name} from {source}"
     )

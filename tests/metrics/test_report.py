@@ -1,4 +1,5 @@
-"""The report page: self-contained, right about directions, the same bytes every time, clear about bad input."""
+"""The report page: self-contained, right about directions, the same bytes every time, clear about bad
+input."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""CLIP-IQA with the RN50 CLIP (Wang et al., "Exploring CLIP for Assessing the Look and Feel of Images",
+2023), by pyiqa (PolyForm Noncommercial, hence an optional extra)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metrics.base import MetricSettings, check_video
+from metrics.weights import find_weights, missing_package
+
+_FILE = "RN50.pt"
+_SOURCE = "the RN50 link of https://github.com/openai/CLIP (clip/clip.py)"
+
+
+class ClipIqa:
+    """CLIP-IQA in 0…1, mean over frames."""
+
+    name = "clipiqa"
+    lower_is_better = False
+    needs_reference = False
+
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        settings = settings or MetricSettings()
+        try:
+            from pyiqa.archs.clipiqa_arch import CLIPIQA
+        except ImportError:
+            raise missing_package(self.name, "pyiqa", _FILE, _SOURCE) from None
+        path = find_weights(self.name, _FILE, _SOURCE, settings.weights)
+        # pyiqa takes a path for the backbone's name; OpenAI's file is a TorchScript archive, not a pickle
+        network = CLIPIQA(backbone=str(path))
+        self._network = network.requires_grad_(False).eval().to(settings.device)
+        self._device = settings.device
+
+    @torch.inference_mode()
+    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+        values = [self._network(frame[None].to(self._device)).item() for frame in check_video(video)]
+        return sum(values) / len(values)

@@ -1,0 +1,58 @@
+"""LPIPS with AlexNet (Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
+2018).
+
+The calibrated heads ship in the package `lpips`; the AlexNet backbone is torchvision's file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metrics.base import MetricSettings, check_pair
+from metrics.weights import find_weights, load_state_dict, missing_package
+from pipeline.errors import UserError
+
+_BACKBONE = "alexnet-owt-7be5be79.pth"
+_SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+
+
+class Lpips:
+    """LPIPS v0.1 (AlexNet) on RGB, mean over frames; 0 for identical frames."""
+
+    name = "lpips"
+    lower_is_better = True
+    needs_reference = True
+
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        settings = settings or MetricSettings()
+        try:
+            import lpips
+        except ImportError:
+            raise missing_package(self.name, "lpips", _BACKBONE, _SOURCE) from None
+        path = find_weights(self.name, _BACKBONE, _SOURCE, settings.weights)
+        # pnet_rand builds the backbone without a download; its weights follow from the local file
+        network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        _fill_backbone(network.net, load_state_dict(path), str(path))
+        self._network = network.requires_grad_(False).eval().to(settings.device)
+        self._device = settings.device
+
+    @torch.inference_mode()
+    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+        video, reference = check_pair(video, reference)
+        values = [
+            self._network(frame[None].to(self._device), target[None].to(self._device), normalize=True).item()
+            for frame, target in zip(video, reference, strict=True)
+        ]
+        return sum(values) / len(values)
+
+
+def _fill_backbone(backbone: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copy torchvision's `features.<i>.*` into lpips' `slice<j>.<i>.*`."""
+    for name in backbone.state_dict():
+        layer = name.split(".", 1)[1]
+        if f"features.{layer}" not in state:
+            raise UserError(
+                f"{where} holds no features.{layer}: not torchvision's AlexNet; get it from {_SOURCE}"
+            )
+    backbone.load_state_dict({n: state[f"features.{n.split('.', 1)[1]}"] for n in backbone.state_dict()})

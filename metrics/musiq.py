@@ -1,0 +1,41 @@
+"""MUSIQ trained on KonIQ-10k (Ke et al., "MUSIQ: Multi-scale Image Quality Transformer", 2021), by pyiqa.
+
+pyiqa is PolyForm Noncommercial, hence an optional extra. Its network is built without weights and filled
+here, so that nothing is downloaded or unpickled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metrics.base import MetricSettings, check_video
+from metrics.weights import find_weights, load_state_dict, missing_package
+
+_FILE = "musiq_koniq_ckpt-e95806b9.pth"
+_SOURCE = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights"
+
+
+class Musiq:
+    """MUSIQ in about 0…100, mean over frames."""
+
+    name = "musiq"
+    lower_is_better = False
+    needs_reference = False
+
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        settings = settings or MetricSettings()
+        try:
+            from pyiqa.archs.musiq_arch import MUSIQ
+        except ImportError:
+            raise missing_package(self.name, "pyiqa", _FILE, _SOURCE) from None
+        path = find_weights(self.name, _FILE, _SOURCE, settings.weights)
+        network = MUSIQ(pretrained=False)
+        network.load_state_dict(load_state_dict(path))
+        self._network = network.requires_grad_(False).eval().to(settings.device)
+        self._device = settings.device
+
+    @torch.inference_mode()
+    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+        values = [self._network(frame[None].to(self._device)).item() for frame in check_video(video)]
+        return sum(values) / len(values)

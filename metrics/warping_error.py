@@ -1,0 +1,131 @@
+"""Warping error E*_warp: how much a clip flickers along its motion (Lai et al., "Learning Blind Video
+Temporal Consistency", 2018).
+
+Frame t+1 is warped onto frame t by optical flow and compared where both show the same thing. The flow (RAFT)
+is that of the HR clip where there is one, so a method is not judged by flow of its own artefacts. A blurred
+clip scores well: read E*_warp only beside a measure of sharpness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from metrics.base import MetricSettings, check_video
+from metrics.weights import find_weights, load_state_dict
+from pipeline.errors import UserError
+
+#: (first, second), both (1, 3, H, W) in [0, 1] -> flow (1, 2, H, W) in px, x then y, from `first` to `second`
+FlowEstimator = Callable[[Tensor, Tensor], Tensor]
+
+_FILE = "raft_large_C_T_SKHT_V2-ff5fadd5.pth"
+_SOURCE = "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.pth"
+#: RAFT's correlation pyramid needs 16 features across at an eighth of the resolution
+_SMALLEST_RAFT_SIDE = 128
+
+
+class WarpingError:
+    """E*_warp = 1000 × mean squared difference over RGB of non-occluded pixels, frames in [0, 1], mean over
+    neighbouring pairs. `reference` may be absent; then the flow is the video's own."""
+
+    name = "warping_error"
+    lower_is_better = True
+    needs_reference = True
+
+    def __init__(self, settings: MetricSettings | None = None, flow: FlowEstimator | None = None) -> None:
+        settings = settings or MetricSettings()
+        self._device = settings.device
+        self._flow = flow or raft(settings)
+
+    @torch.inference_mode()
+    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+        guide = video if reference is None else reference
+        if check_video(guide).shape != check_video(video).shape:
+            raise ValueError(f"video {tuple(video.shape)} and reference {tuple(guide.shape)} differ in shape")
+        if len(video) < 2:
+            raise UserError("warping_error compares neighbouring frames: give a clip of at least two")
+        video, guide = video.to(self._device), guide.to(self._device)
+        errors = []
+        for index in range(len(video) - 1):
+            here, there = guide[index : index + 1], guide[index + 1 : index + 2]
+            forward, backward = self._flow(here, there), self._flow(there, here)
+            visible = ~(occluded(forward, backward) | motion_boundary(forward))
+            visible &= inside(forward)
+            warped = warp(video[index + 1 : index + 2], forward)
+            squared = (warped - video[index : index + 1]).square().mean(dim=1, keepdim=True)
+            if visible.any():
+                errors.append(squared[visible].mean().item())
+        if not errors:
+            raise UserError("warping_error found no pixel that stays visible between any two frames")
+        return 1000 * sum(errors) / len(errors)
+
+
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """`image` (B, C, H, W) looked up at x + flow(x) bilinearly: the second frame brought onto the first."""
+    height, width = image.shape[2:]
+    x, y = _targets(flow)
+    grid = torch.stack((2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1), dim=-1)
+    return functional.grid_sample(image, grid, padding_mode="border", align_corners=True)
+
+
+def inside(flow: Tensor) -> Tensor:
+    """Whether x + flow(x) lies in the frame, bool (B, 1, H, W)."""
+    height, width = flow.shape[2:]
+    x, y = _targets(flow)
+    return ((x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1))[:, None]
+
+
+def occluded(forward: Tensor, backward: Tensor) -> Tensor:
+    """Forward-backward check: |f + warp(b)|² > 0.01·(|f|² + |warp(b)|²) + 0.5, bool (B, 1, H, W)."""
+    returned = warp(backward, forward)
+    mismatch = _squared_length(forward + returned)
+    return mismatch > 0.01 * (_squared_length(forward) + _squared_length(returned)) + 0.5
+
+
+def motion_boundary(flow: Tensor) -> Tensor:
+    """Where flow changes too fast to be trusted: |∇u|² + |∇v|² > 0.01·|f|² + 0.002, bool (B, 1, H, W)."""
+    along_x = functional.pad(flow[..., :, 1:] - flow[..., :, :-1], (0, 1))
+    along_y = functional.pad(flow[..., 1:, :] - flow[..., :-1, :], (0, 0, 0, 1))
+    change = _squared_length(along_x) + _squared_length(along_y)
+    return change > 0.01 * _squared_length(flow) + 0.002
+
+
+def raft(settings: MetricSettings) -> FlowEstimator:
+    """torchvision's RAFT (large) from a local weight file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from torchvision.models.optical_flow import raft_large
+
+    path = find_weights("warping_error", _FILE, _SOURCE, settings.weights)
+    network = raft_large(weights=None)
+    network.load_state_dict(load_state_dict(path))
+    network = network.requires_grad_(False).eval().to(settings.device)
+
+    def estimate(first: Tensor, second: Tensor) -> Tensor:
+        height, width = first.shape[2:]
+        # RAFT wants multiples of 8 and [-1, 1]; borders are repeated and cut off again
+        pad = (0, _missing(width), 0, _missing(height))
+        first, second = (functional.pad(frame * 2 - 1, pad, mode="replicate") for frame in (first, second))
+        return network(first, second)[-1][..., :height, :width]
+
+    return estimate
+
+
+def _missing(size: int) -> int:
+    return max(-size % 8, _SMALLEST_RAFT_SIDE - size)
+
+
+def _targets(flow: Tensor) -> tuple[Tensor, Tensor]:
+    height, width = flow.shape[2:]
+    rows = torch.arange(height, device=flow.device, dtype=flow.dtype)[:, None]
+    columns = torch.arange(width, device=flow.device, dtype=flow.dtype)
+    return columns + flow[:, 0], rows + flow[:, 1]
+
+
+def _squared_length(flow: Tensor) -> Tensor:
+    return flow.square().sum(dim=1, keepdim=True)

@@ -1,0 +1,231 @@
+"""Preference pairs for Stage III: candidates from the one-step model, judged, the best and the worst kept.
+
+    python -m preference.build --config configs/tiny.yaml --model MODEL --data SHARDS --output PAIRS
+
+For each clip the model is run from several noises (five in the paper); every candidate is decoded and scored;
+ranking.py combines the scores. The full-reference metrics compare with the decoded z_HR, so that the VAE's
+own loss does not count against a candidate. The output is a dataset folder (datagen/shards.py) of kind
+`pairs`:
+
+    <key>.pair.safetensors   z_win, z_lose, z_lr: bf16 (C, T, h, w)
+    <key>.json               caption, noise_win and noise_lose (the parts of pipeline.seeding.seeded_noise),
+                             all candidates' scores by metric, their combined scores, best, worst, gap
+
+A shard is the unit of restart: the same command goes on after the last whole one. `--part 0/4` makes every
+fourth shard, so several machines share a job; whoever finishes the last shard writes the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from datagen.shards import (
+    Sample,
+    Sidecar,
+    read_sidecar,
+    shard_name,
+    sidecar_name,
+    write_manifest,
+    write_shard,
+)
+from datagen.storage import Folder, open_folder
+from metrics.base import Metric
+from pipeline.config import load_section
+from pipeline.errors import UserError, run_command
+from pipeline.progress import progress
+from preference.candidates import CandidateModel, Candidates, model_fingerprint
+from preference.clips import Clip, ClipFolder
+from preference.config import PreferenceConfig
+from preference.judges import directions, make_judges
+from preference.ranking import Ranking, is_pair, rank
+
+
+def build(
+    config: PreferenceConfig,
+    model_folder: Path,
+    data: str,
+    output: Path,
+    *,
+    weights: Path | None = None,
+    device: str = "cpu",
+    part: tuple[int, int] = (0, 1),
+) -> int | None:
+    """Make the shards of `part` that are not there yet.
+
+    Returns:
+        Pairs in the finished dataset, or None while shards of other parts are missing.
+
+    Raises:
+        UserError: anything the command's user can mend, found before the first candidate where possible.
+    """
+    clips = ClipFolder(data)
+    model = CandidateModel(model_folder, config, device)
+    count = min(config.pairs, len(clips))
+    plan = {
+        "data": clips.fingerprint,
+        "model": model_fingerprint(model_folder),
+        "config": plan_config(config),
+    }
+    folder, shards = open_folder(output), math.ceil(count / config.clips_per_shard)
+    committed = committed_shards(folder, shards, plan_hash(plan))
+    mine = [index for index in range(shards) if index % part[1] == part[0] and index not in committed]
+
+    if mine:
+        judges = make_judges(config, clips, model, output, weights, device)
+        spans = {index: shard_span(index, config.clips_per_shard, count) for index in mine}
+        with progress(sum(len(span) for span in spans.values()), "preference pairs", "clips") as bar:
+            for index, span in spans.items():
+                samples, dropped = [], []
+                for position in span:
+                    clip = clips[position]
+                    sample, record = make_pair(clip, model, judges, config.minimum_gap)
+                    if sample is None:
+                        dropped.append(record)
+                    else:
+                        samples.append(sample)
+                    bar.advance(1, pairs=len(samples))
+                write_shard(folder, index, samples, {"plan": plan_hash(plan), "dropped": dropped})
+
+    committed = committed_shards(folder, shards, plan_hash(plan))
+    if len(committed) < shards:
+        return None
+    dropped_count = sum(len(sidecar.extra["dropped"]) for sidecar in committed.values())
+    manifest = write_manifest(folder, "pairs", committed.values(), {"plan": plan, "dropped": dropped_count})
+    return manifest.samples
+
+
+def make_pair(
+    clip: Clip, model: CandidateModel, judges: list[Metric], minimum_gap: float
+) -> tuple[Sample | None, dict[str, Any]]:
+    """The sample of one clip, or None where the candidates are too close, and its JSON record."""
+    candidates = model.candidates(clip)
+    reference = model.decode(clip.z_hr)
+    scores: dict[str, list[float]] = {judge.name: [] for judge in judges}
+    for latent in candidates.latents:
+        video = model.decode(latent)
+        for judge in judges:
+            scores[judge.name].append(judge(video, reference if judge.needs_reference else None))
+    try:
+        ranking = rank(scores, directions(judges))
+    except ValueError as error:
+        raise UserError(f"clip {clip.key}: {error}; the model's output or the clip is broken") from None
+    record = _record(clip, candidates, scores, ranking)
+    if not is_pair(ranking, minimum_gap):
+        return None, {"key": clip.key, "gap": ranking.gap, "scores": scores}
+    tensors = {
+        "z_win": candidates.latents[ranking.best],
+        "z_lose": candidates.latents[ranking.worst],
+        "z_lr": clip.z_lr,
+    }
+    content = save({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()})
+    text = json.dumps(record, sort_keys=True).encode()
+    return Sample(clip.key, {"pair.safetensors": content, "json": text}), record
+
+
+def plan_config(config: PreferenceConfig) -> dict[str, Any]:
+    """What of the configuration decides the content; batch size and precision's siblings do not."""
+    return config.model_dump(mode="json", exclude={"candidates_per_forward"})
+
+
+def plan_hash(plan: dict[str, Any]) -> str:
+    """Short identity of a plan."""
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shard_span(index: int, clips_per_shard: int, count: int) -> range:
+    """Positions of the clips of shard `index`."""
+    return range(index * clips_per_shard, min((index + 1) * clips_per_shard, count))
+
+
+def committed_shards(folder: Folder, shards: int, plan: str) -> dict[int, Sidecar]:
+    """Sidecars of whole shards by index.
+
+    Raises:
+        UserError: the folder holds pairs of another plan.
+    """
+    sizes = folder.sizes("shards/")
+    committed = {}
+    for index in range(shards):
+        name = shard_name(index)
+        if sidecar_name(name) not in sizes:
+            continue
+        sidecar = read_sidecar(folder, name)
+        if sidecar.extra.get("plan") != plan:
+            raise UserError(
+                f"{folder.url} holds pairs made from other data, another model or another configuration; "
+                "choose another --output or delete it"
+            )
+        if sizes.get(name) == sidecar.bytes:
+            committed[index] = sidecar
+    return committed
+
+
+def _record(
+    clip: Clip, candidates: Candidates, scores: dict[str, list[float]], ranking: Ranking
+) -> dict[str, Any]:
+    return {
+        "key": clip.key,
+        "caption": candidates.caption,
+        "noise_win": candidates.noises[ranking.best],
+        "noise_lose": candidates.noises[ranking.worst],
+        "candidate_noises": candidates.noises,
+        "scores": scores,
+        "combined": list(ranking.combined),
+        "best": ranking.best,
+        "worst": ranking.worst,
+        "gap": ranking.gap,
+        "reference": "decoded z_hr",
+    }
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        index, count = (int(number) for number in text.split("/"))
+    except ValueError:
+        raise UserError(f"--part {text!r}: write i/n, for instance 0/4") from None
+    if not 0 <= index < count:
+        raise UserError(f"--part {text!r}: the first number must be at least 0 and less than the second")
+    return index, count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build preference pairs for Stage III.")
+    parser.add_argument("--config", type=Path, required=True, help="preset, for instance configs/tiny.yaml")
+    parser.add_argument("--model", type=Path, required=True, help="model folder of the stage dual_stream")
+    parser.add_argument(
+        "--data", required=True, help="dataset folder or s3:// prefix of datagen.build_shards"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the pairs")
+    parser.add_argument("--metrics", help="judges instead of the configuration's: a set or metric names")
+    parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", default="0/1", help="i/n: make only every n-th shard, from i")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    arguments = parser.parse_args()
+    overrides = arguments.set + ([f"preference.metrics={arguments.metrics}"] if arguments.metrics else [])
+    config = load_section(arguments.config, "preference", PreferenceConfig, overrides)
+    pairs = build(
+        config,
+        arguments.model,
+        arguments.data,
+        arguments.output,
+        weights=arguments.weights,
+        device=arguments.device,
+        part=_part(arguments.part),
+    )
+    if pairs is None:
+        print(f"part {arguments.part} is done; the manifest follows with the last part")
+    else:
+        print(f"{pairs} of {config.pairs} pairs judged by {config.metrics}: {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)
