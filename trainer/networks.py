@@ -119,7 +119,8 @@ def start_distributed() -> World:
     """Join the ranks that a launcher started (RANK, WORLD_SIZE, …), or be alone; NCCL on GPUs, else gloo."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        # Alone: no port to find, nothing left in the environment for child processes to trip over.
+        # Alone: no port to find, and none left in the environment for child processes to trip over.
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cpu")

@@ -1,7 +1,7 @@
-"""Algorithm 1 in plain PyTorch, read literally: no engines, one autograd graph, every term on its own forwards.
+"""Algorithm 1 in plain PyTorch, read literally: no engines, one autograd graph, every term on its own passes.
 
-Slow and memory-hungry on purpose, and written without the trainer's losses, networks or tricks: it is what the
-trainer is compared with. Only the random draws are shared.
+Slow and memory-hungry on purpose, and written without the trainer's losses, engines or tricks: it is what the
+trainer is compared with. Only the modules and the random draws are shared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class PlainDualStream:
         )
         self.real.requires_grad_(False)
         self.fake = self.critic.transformer
-        # diffusers embeds time in float32; a float64 reference needs the projection's own precision.
         self.optimizer_s = torch.optim.AdamW(self.student.parameters(), **_adam(config.student))
         groups: list[dict[str, Any]] = [{"params": list(self.fake.parameters())}]
         if len(critic.heads):
@@ -86,7 +85,10 @@ class PlainDualStream:
             with torch.no_grad():
                 h_s, h_hr = self.features(z_t, s), self.features(z_t_hr, s)
             d_s, d_hr = self.judge(h_s), self.judge(h_hr)
-            hinge = [(1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in zip(d_hr, d_s, strict=True)]
+            hinge = [
+                (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean()
+                for r, f in zip(d_hr, d_s, strict=True)
+            ]
             losses["loss_discriminator"] = sum(hinge) / len(hinge)
         return losses
 
@@ -108,9 +110,10 @@ class PlainDualStream:
             maps = self.judge(self.features(z_t, s))
             losses["loss_generator"] = -sum(m.mean() for m in maps) / len(maps)
             h_s, h_hr = self.features(z_t, s), self.features(self.q(s["z_hr"], s), s)
-            difference = torch.cat([torch.cat(h, -1) for h in h_s], -1) - torch.cat(
-                [torch.cat(h, -1) for h in h_hr], -1
-            ).detach()
+            difference = (
+                torch.cat([torch.cat(h, -1) for h in h_s], -1)
+                - torch.cat([torch.cat(h, -1) for h in h_hr], -1).detach()
+            )
             losses["loss_feature_matching"] = (difference**2).mean()
             total = total + c.gan_weight * losses["loss_generator"]
             total = total + c.feature_matching_weight * losses["loss_feature_matching"]
@@ -126,15 +129,22 @@ class PlainDualStream:
 
     def features(self, z_t: Tensor, s: dict[str, Tensor]) -> list[list[Tensor]]:
         """Per tapped layer, the features of each tapped model."""
-        models = {"both": (self.real, self.fake), "real": (self.real,), "fake": (self.fake,)}[self.config.tapped]
+        models = {"both": (self.real, self.fake), "real": (self.real,), "fake": (self.fake,)}[
+            self.config.tapped
+        ]
         taps = self.critic.taps
-        return list(map(list, zip(*[m(z_t, s["t"], s["z_lr"], s["c"], taps).features for m in models], strict=True)))
+        return list(
+            map(list, zip(*[m(z_t, s["t"], s["z_lr"], s["c"], taps).features for m in models], strict=True))
+        )
 
     def judge(self, features: list[list[Tensor]]) -> list[Tensor]:
         _, t, h, w = toys.LATENT
         maps = []
         for head, parts in zip(self.critic.heads, features, strict=True):
-            normed = [(p - p.mean(-1, keepdim=True)) / (p.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for p in parts]
+            normed = [
+                (p - p.mean(-1, keepdim=True)) / (p.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+                for p in parts
+            ]
             tokens = torch.cat(normed, -1)
             maps.append(head(tokens.transpose(1, 2).reshape(len(tokens), -1, t, h // 2, w // 2)))
         return maps

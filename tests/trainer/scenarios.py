@@ -1,4 +1,4 @@
-"""What the trainer's tests run on several ranks (tests/trainer/ranks.py), or on one in the test's own process."""
+"""What the trainer's tests run on several ranks (tests/trainer/ranks.py), or on one in pytest's process."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def student_passes(
         requires_grad: of its parameters during the pass.
 
     Returns:
-        errors: per step, the relative errors of the pass's gradient and of the critic's gradient norm, against an
-            unsharded copy; error: the exception's name, if one ended it.
+        errors: per step, the relative errors of the pass's gradient and of the critic's gradient norm, against
+            an unsharded copy; error: the exception's name, if one ended it.
     """
     settings = DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", persistence_threshold=0)
     optimizer = OptimizerConfig(learning_rate=1e-3)
@@ -57,7 +57,9 @@ def student_passes(
     module = nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 12), nn.SiLU(), nn.Linear(12, 6))
     plain = copy.deepcopy(module)
     adam = torch.optim.AdamW(plain.parameters(), 1e-3, betas=optimizer.betas, weight_decay=0.01)
-    sharded = Network(network, module, deepspeed=settings, optimizer=optimizer if network == "critic" else None)
+    sharded = Network(
+        network, module, deepspeed=settings, optimizer=optimizer if network == "critic" else None
+    )
     engine = sharded._engine
     errors: list[list[float]] = []
     for step in range(steps):
@@ -79,13 +81,14 @@ def student_passes(
             module.requires_grad_(False)
         except (RuntimeError, AssertionError, IndexError, AttributeError, KeyError) as error:
             return {"errors": errors, "error": type(error).__name__}
-        errors.append([_relative(found, _input_gradient(plain, x)), abs(norms[0] - norms[1]) / (norms[1] or 1.0)])
+        errors.append(
+            [_relative(found, _input_gradient(plain, x)), abs(norms[0] - norms[1]) / (norms[1] or 1.0)]
+        )
     return {"errors": errors, "error": ""}
 
 
 def _input_gradient(call: Any, x: Tensor) -> Tensor:
-    """What a step of Stage II does: a loss on the output, its gradient handed on by `backward()` as it would be
-    by someone who doesn't know better, read at the leaf."""
+    """A loss on the output, its gradient at the input; parameters that ask for one get theirs as well."""
     leaf = x.clone().requires_grad_()
     call(leaf).square().mean().backward()
     assert leaf.grad is not None
@@ -94,3 +97,8 @@ def _input_gradient(call: Any, x: Tensor) -> Tensor:
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def table_of_calls(world: World, *, rows: list[tuple[int, str, str, bool]]) -> dict[str, Any]:
+    names = ("zero_stage", "network", "call", "requires_grad")
+    return {"rows": [student_passes(world, **dict(zip(names, row, strict=True))) for row in rows]}
