@@ -15,7 +15,7 @@ from torch import Tensor
 from metrics.colour import luma
 from metrics.frames import find_clips, load_clip
 from metrics.niqe import OFFICIAL_BLOCK, NiqeModel, gaussian
-from metrics.niqe_features import FEATURES, sharp_block_features
+from metrics.niqe_features import FEATURES, OFFICIAL_SHARPNESS, sharp_block_features
 from pipeline.errors import UserError, run_command
 from pipeline.progress import progress
 
@@ -24,12 +24,17 @@ _FEWEST_BLOCKS = 2 * FEATURES
 
 
 def fit_niqe(
-    clips: Iterable[Tensor], block: int = OFFICIAL_BLOCK, frame_step: int = 1
+    clips: Iterable[Tensor],
+    block: int = OFFICIAL_BLOCK,
+    *,
+    frame_step: int = 1,
+    sharpness: float = OFFICIAL_SHARPNESS,
 ) -> tuple[NiqeModel, int]:
     """Gaussian over the sharp blocks of `clips`, each float32 (F, 3, H, W) in [0, 1].
 
     Args:
         frame_step: only every n-th frame is used; neighbours say nearly the same.
+        sharpness: a block is used if it is sharper than this share of its frame's sharpest block.
 
     Returns:
         The model and the number of blocks it was fitted on.
@@ -38,14 +43,16 @@ def fit_niqe(
         UserError: too few blocks with contrast.
     """
     parts = [
-        sharp_block_features(np.round(luma(frame)), block) for clip in clips for frame in clip[::frame_step]
+        sharp_block_features(np.round(luma(frame)), block, sharpness)
+        for clip in clips
+        for frame in clip[::frame_step]
     ]
     features = np.concatenate(parts) if parts else np.empty((0, FEATURES))
     features = features[~np.isnan(features).any(axis=1)]
     if len(features) < _FEWEST_BLOCKS:
         raise UserError(
             f"only {len(features)} sharp blocks of {block} px found, a NIQE model needs {_FEWEST_BLOCKS}; "
-            "give more clips or a smaller --block"
+            "give more clips, a smaller --block or a lower --sharpness"
         )
     mean, covariance = gaussian(features)
     return NiqeModel(mean, covariance, block), len(features)
@@ -57,6 +64,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="model file to write (.safetensors)")
     parser.add_argument("--block", type=int, default=OFFICIAL_BLOCK, help="side of a block in px, even")
     parser.add_argument("--frame-step", type=int, default=1, help="use every n-th frame")
+    parser.add_argument(
+        "--sharpness",
+        type=float,
+        default=OFFICIAL_SHARPNESS,
+        help="use blocks sharper than this share of their frame's sharpest one",
+    )
     arguments = parser.parse_args()
     if arguments.frame_step < 1:
         raise UserError(f"--frame-step {arguments.frame_step} must be at least 1")
@@ -69,9 +82,16 @@ def main() -> None:
                 yield load_clip(path)
                 bar.advance(1)
 
-    model, blocks = fit_niqe(clips(), arguments.block, arguments.frame_step)
+    model, blocks = fit_niqe(
+        clips(), arguments.block, frame_step=arguments.frame_step, sharpness=arguments.sharpness
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    details = {"clips": sorted(found), "blocks": blocks, "frame_step": arguments.frame_step}
+    details = {
+        "clips": sorted(found),
+        "blocks": blocks,
+        "frame_step": arguments.frame_step,
+        "sharpness": arguments.sharpness,
+    }
     model.save(arguments.output, details)
     print(f"fitted on {blocks} blocks of {arguments.block} px from {len(found)} clips: {arguments.output}")
 

@@ -14,6 +14,8 @@ from scipy.special import gamma
 from pipeline.errors import UserError
 
 FEATURES = 36
+#: share of a picture's sharpest block that a block must exceed to be learnt from [NIQE]
+OFFICIAL_SHARPNESS = 0.75
 
 _Array = NDArray[np.float64]
 
@@ -42,7 +44,7 @@ def block_features(plane: _Array, block: int) -> _Array:
     return features
 
 
-def sharp_block_features(plane: _Array, block: int, threshold: float = 0.75) -> _Array:
+def sharp_block_features(plane: _Array, block: int, threshold: float = OFFICIAL_SHARPNESS) -> _Array:
     """Features of the blocks whose mean local deviation exceeds `threshold` of the picture's sharpest block:
     those the authors' prior is fitted on."""
     features, sharpness = _features_and_sharpness(plane, block)

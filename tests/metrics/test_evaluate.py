@@ -1,4 +1,4 @@
-"""`python -m metrics.evaluate` and `metrics.fit_niqe` as people call them, on arrays, pictures and a real film."""
+"""The commands metrics.evaluate and metrics.fit_niqe as people call them, on arrays, pictures and a film."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_folders_are_paired_scored_and_averaged(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, output = folders / "niqe.safetensors", folders / "metrics.json"
-    run(monkeypatch, fit_niqe, "--input", folders / "hr", "--output", model, "--block", 32)
+    run(
+        monkeypatch, fit_niqe, "--input", folders / "hr", "--output", model, "--block", 32, "--sharpness", 0.3
+    )
     run(
         monkeypatch, evaluate, "--video", folders / "out", "--reference", folders / "hr", "--output", output,
         "--metrics", "psnr,gmsd,niqe_fitted", "--niqe-model", model, "--published",

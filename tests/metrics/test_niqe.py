@@ -24,7 +24,7 @@ BLOCK = 48
 
 @pytest.fixture(scope="module")
 def model(film: Tensor) -> NiqeModel:
-    return fit_niqe([film], block=32)[0]
+    return fit_niqe([film], block=32, sharpness=0.3)[0]
 
 
 def aggd(block: np.ndarray) -> tuple[float, float, float]:
@@ -85,7 +85,8 @@ def features_by_loop(plane: np.ndarray, block: int) -> np.ndarray:
 
 
 def test_features_equal_the_loop_over_blocks(film: Tensor) -> None:
-    plane = np.round(luma(film[0]))[:110, :160]
+    # dither: where a film is exactly flat the sign of a difference is rounding noise in any implementation
+    plane = luma(film[0])[100:210, 300:460] + np.random.default_rng(0).uniform(0, 1, (110, 160))
     features = block_features(plane, BLOCK)
     assert features.shape == (2 * 3, 36)
     np.testing.assert_allclose(features, features_by_loop(plane, BLOCK), rtol=1e-6, atol=1e-8)
