@@ -50,13 +50,14 @@ class NiqeModel:
 
     def save(self, path: Path, details: dict[str, object]) -> None:
         """Write a safetensors file; `details` (JSON) says what the model was fitted on."""
-        metadata = {
-            "format": _FORMAT,
-            "block": str(self.block),
-            "details": json.dumps(details, sort_keys=True),
-        }
+        # one entry: safetensors writes several in no fixed order
+        header = {"format": _FORMAT, "block": self.block, "details": details}
         temporary = path.with_name(path.name + ".partial")
-        save_file({"mean": self.mean, "covariance": self.covariance}, str(temporary), metadata=metadata)
+        save_file(
+            {"mean": self.mean, "covariance": self.covariance},
+            str(temporary),
+            metadata={"niqe": json.dumps(header, sort_keys=True)},
+        )
         temporary.replace(path)
 
     @classmethod
@@ -72,10 +73,10 @@ class NiqeModel:
             )
         try:
             with safe_open(str(path), framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError("format")
-                return cls(file.get_tensor("mean"), file.get_tensor("covariance"), int(metadata["block"]))
+                header = json.loads((file.metadata() or {})["niqe"])
+                if header["format"] != _FORMAT:
+                    raise ValueError("another format")
+                return cls(file.get_tensor("mean"), file.get_tensor("covariance"), header["block"])
         except Exception:
             raise UserError(
                 f"{path} is not a NIQE model of python -m metrics.fit_niqe; make it again"
