@@ -50,7 +50,8 @@ class CandidateModel:
     def __init__(self, folder: Path, config: PreferenceConfig, device: str) -> None:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{folder} is no model folder (no model_index.json): give what training exported")
-        pipeline = VSRPipeline.from_pretrained(folder)
+        precision = {"transformer": getattr(torch, config.dtype), "default": torch.float32}
+        pipeline = VSRPipeline.from_pretrained(folder, torch_dtype=precision)
         steps = pipeline.config.num_inference_steps
         if steps != 1:
             raise UserError(
@@ -58,14 +59,14 @@ class CandidateModel:
             )
         self._config = config
         self._device = device
-        self._transformer = pipeline.transformer.to(device, getattr(torch, config.dtype)).eval()
+        self._transformer = pipeline.transformer.to(device).eval()
         self._vae = pipeline.vae.to(device).eval()
         self._prompts = pipeline.prompts.to(device)
 
     @torch.inference_mode()
     def candidates(self, clip: Clip) -> Candidates:
         """The one-step outputs for `clip`, one per noise."""
-        caption = clip.metadata.get("caption") or DEFAULT_PROMPT
+        caption = clip.metadata.get("caption", DEFAULT_PROMPT)
         prompt = self._prompts.embed([caption]).to(self._device)
         noises = [noise_parts(self._config.seed, clip.key, i) for i in range(self._config.candidates)]
         noise = torch.stack([seeded_noise(clip.z_lr.shape, *parts) for parts in noises])

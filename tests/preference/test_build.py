@@ -1,0 +1,181 @@
+"""`python -m preference.build` end to end with a small random model: what a pair holds, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from datagen.reader import ShardReader
+from datagen.shards import Sample, write_manifest, write_shard
+from datagen.storage import open_folder
+from pipeline.errors import UserError
+from pipeline.sampling import one_step
+from pipeline.seeding import seeded_noise
+from pipeline.text import PromptCache
+from pipeline.tiny_vae import TinyVideoVAE
+from pipeline.transformer import VSRTransformer
+from pipeline.vsr_pipeline import VSRPipeline
+from preference.build import build
+from preference.config import PreferenceConfig
+from preference.ranking import Judge, rank
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (8, 2, 6, 6)  # 5 frames of 48×48
+CLIPS = 6
+CONFIG = PreferenceConfig(
+    pairs=10, metrics="weight-free", niqe_block=16, niqe_clips=4, clips_per_shard=2, dtype="float32"
+)
+JUDGES = {
+    "gmsd": Judge(lower_is_better=True, needs_reference=True),
+    "niqe_fitted": Judge(lower_is_better=True, needs_reference=False),
+}
+
+
+def save_model(folder: Path, steps: int = 1) -> Path:
+    torch.manual_seed(0)
+    prompts = PromptCache.from_pretrained(ROOT / "assets/tiny/prompts")
+    transformer = VSRTransformer(
+        latent_channels=SHAPE[0],
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=prompts.config.text_dim,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    vae = TinyVideoVAE(z_dim=SHAPE[0], hidden_dim=8, num_blocks=1)
+    pipeline = VSRPipeline(
+        transformer=transformer, vae=vae, prompts=prompts, num_inference_steps=steps, shift=5.0
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    shards = []
+    for shard in range(2):
+        samples = []
+        for row in range(CLIPS // 2):
+            latents = {name: torch.randn(SHAPE, generator=generator).bfloat16() for name in ("z_hr", "z_lr")}
+            text = json.dumps({"caption": "high quality video"}).encode()
+            samples.append(Sample(f"clip-{shard}{row}", {"latents.safetensors": save(latents), "json": text}))
+        shards.append(write_shard(folder, shard, samples))
+    write_manifest(open_folder(folder), "clips", shards)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pairs")
+    assert build(CONFIG, model, str(data), output) == CLIPS
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_pair_is_what_its_noises_and_scores_say(pairs: Path, model: Path) -> None:
+    batch = next(iter(ShardReader(pairs, members=("pair",), seed=0, global_batch_size=CLIPS)))
+    pipeline = VSRPipeline.from_pretrained(model)
+    for row, record in enumerate(batch.metadata):
+        assert set(record["scores"]) == {"gmsd", "niqe_fitted"}
+        ranking = rank(record["scores"], JUDGES)
+        assert (ranking.best, ranking.worst, ranking.gap) == (
+            record["best"],
+            record["worst"],
+            record["gap"],
+        )
+        assert record["noise_win"] == record["candidate_noises"][ranking.best]
+        z_lr = batch.tensors["z_lr"][row : row + 1].float()
+        prompt = pipeline.prompts.embed([record["caption"]])
+        for name, noise in (("z_win", record["noise_win"]), ("z_lose", record["noise_lose"])):
+            epsilon = seeded_noise(SHAPE, *noise)[None]
+            with torch.inference_mode():
+                made = one_step(lambda *inputs: pipeline.transformer(*inputs).velocity, epsilon, z_lr, prompt)
+            assert torch.equal(made[0].bfloat16(), batch.tensors[name][row])
+    assert len({json.dumps(record["candidate_noises"]) for record in batch.metadata}) == CLIPS
+
+
+def test_parts_make_the_same_bytes_and_the_last_one_the_manifest(
+    pairs: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    assert build(CONFIG, model, str(data), tmp_path, part=(1, 2)) is None
+    assert not (tmp_path / "manifest.json").exists()
+    assert build(CONFIG, model, str(data), tmp_path, part=(0, 2)) == CLIPS
+    assert contents(tmp_path) == contents(pairs)
+
+
+def test_killed_job_goes_on_and_keeps_whole_shards(
+    pairs: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    config, output = tmp_path / "config.yaml", tmp_path / "pairs"
+    settings = CONFIG.model_dump(mode="json")
+    config.write_text(json.dumps({"preference": settings}))  # JSON is YAML
+    command = [sys.executable, "-m", "preference.build", "--config", str(config), "--model", str(model)]
+    command += ["--data", str(data), "--output", str(output), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    first = output / "shards" / "shard-000000.json"
+    while job.poll() is None and not first.exists():
+        time.sleep(0.002)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    written = first.stat().st_mtime_ns
+    assert build(CONFIG, model, str(data), output) == CLIPS
+    assert first.stat().st_mtime_ns == written
+    whole = {name: text for name, text in contents(output).items() if not name.endswith((".tmp", ".partial"))}
+    assert whole == contents(pairs)
+
+
+def test_close_candidates_are_dropped_with_their_scores(model: Path, data: Path, tmp_path: Path) -> None:
+    strict = CONFIG.model_copy(update={"minimum_gap": 1.0, "candidates": 3})
+    kept = build(strict, model, str(data), tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert kept is not None
+    assert kept < CLIPS
+    assert manifest["samples"] == kept
+    assert manifest["extra"]["dropped"] == CLIPS - kept
+    sidecars = [json.loads(path.read_text()) for path in (tmp_path / "shards").glob("*.json")]
+    dropped = [record for sidecar in sidecars for record in sidecar["extra"]["dropped"]]
+    assert len(dropped) == CLIPS - kept
+    assert all(record["gap"] < 1 and len(record["scores"]["gmsd"]) == 3 for record in dropped)
+
+
+def test_fewer_pairs_than_clips(model: Path, data: Path, tmp_path: Path) -> None:
+    assert build(CONFIG.model_copy(update={"pairs": 3}), model, str(data), tmp_path) == 3
+
+
+def test_what_cannot_be_built_is_said(
+    pairs: Path, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="no model folder"):
+        build(CONFIG, tmp_path / "absent", str(data), tmp_path / "out")
+    with pytest.raises(UserError, match="4-step model"):
+        build(CONFIG, save_model(tmp_path / "four", steps=4), str(data), tmp_path / "out")
+    with pytest.raises(UserError, match="holds pairs"):
+        build(CONFIG, model, str(pairs), tmp_path / "out")
+    with pytest.raises(UserError, match="another model or another configuration"):
+        build(CONFIG.model_copy(update={"seed": 1}), model, str(data), pairs)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"lpips needs .*weight-free \(gmsd, niqe_fitted\)"):
+        build(CONFIG.model_copy(update={"metrics": "paper"}), model, str(data), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
