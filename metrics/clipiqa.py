@@ -24,8 +24,8 @@ class ClipIqa:
         settings = settings or MetricSettings()
         try:
             from pyiqa.archs.clipiqa_arch import CLIPIQA
-        except ImportError:
-            raise missing_package(self.name, "pyiqa", _FILE, _SOURCE) from None
+        except ImportError as error:
+            raise missing_package(self.name, "pyiqa", error, _FILE, _SOURCE) from None
         path = find_weights(self.name, _FILE, _SOURCE, settings.weights)
         # pyiqa takes a path for the backbone's name; OpenAI's file is a TorchScript archive, not a pickle
         network = CLIPIQA(backbone=str(path))

@@ -44,8 +44,8 @@ class Dover:
         settings = settings or MetricSettings()
         try:
             import onnxruntime
-        except ImportError:
-            raise missing_package(self.name, "onnxruntime", _FILE, _SOURCE) from None
+        except ImportError as error:
+            raise missing_package(self.name, "onnxruntime", error, _FILE, _SOURCE) from None
         path = find_weights(self.name, _FILE, _SOURCE, settings.weights)
         wanted = ["CUDAExecutionProvider"] if settings.device.startswith("cuda") else []
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]

@@ -28,8 +28,8 @@ class Lpips:
         settings = settings or MetricSettings()
         try:
             import lpips
-        except ImportError:
-            raise missing_package(self.name, "lpips", _BACKBONE, _SOURCE) from None
+        except ImportError as error:
+            raise missing_package(self.name, "lpips", error, _BACKBONE, _SOURCE) from None
         path = find_weights(self.name, _BACKBONE, _SOURCE, settings.weights)
         # pnet_rand builds the backbone without a download; its weights follow from the local file
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)

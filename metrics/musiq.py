@@ -27,8 +27,8 @@ class Musiq:
         settings = settings or MetricSettings()
         try:
             from pyiqa.archs.musiq_arch import MUSIQ
-        except ImportError:
-            raise missing_package(self.name, "pyiqa", _FILE, _SOURCE) from None
+        except ImportError as error:
+            raise missing_package(self.name, "pyiqa", error, _FILE, _SOURCE) from None
         path = find_weights(self.name, _FILE, _SOURCE, settings.weights)
         network = MUSIQ(pretrained=False)
         network.load_state_dict(load_state_dict(path))

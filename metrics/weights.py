@@ -64,9 +64,8 @@ def load_state_dict(path: Path) -> dict[str, Any]:
     return state
 
 
-def missing_package(metric: str, package: str, file_name: str, source: str) -> UserError:
-    """The error for an optional package that is not installed; it names the weight file that comes next
-    too."""
+def missing_package(metric: str, package: str, cause: ImportError, file_name: str, source: str) -> UserError:
+    """The error for an optional package that does not import; it names the weight file that comes next too."""
     return UserError(
-        f"{metric} needs the package {package} (pip install {package}) and {file_name} from {source}"
+        f"{metric} needs the package {package} ({cause}; pip install {package}) and {file_name} from {source}"
     )

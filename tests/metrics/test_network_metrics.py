@@ -52,6 +52,18 @@ def test_lpips_is_the_written_formula(tmp_path: Path, film: Tensor) -> None:
     assert metric(reference, reference) == 0
 
 
+def test_musiq_is_pyiqas_network_with_the_local_weights(tmp_path: Path, film: Tensor) -> None:
+    musiq = pytest.importorskip("pyiqa.archs.musiq_arch")
+    torch.manual_seed(0)
+    network = musiq.MUSIQ(pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "musiq_koniq_ckpt-e95806b9.pth")
+    metric = create("musiq", MetricSettings(weights=tmp_path))
+    with torch.no_grad():
+        expected = [network(frame[None]).item() for frame in film[:2]]
+    assert expected[0] != expected[1]
+    assert metric(film[:2]) == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
 def test_another_networks_file_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("lpips")
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / ALEXNET)

@@ -20,7 +20,7 @@ from datagen.storage import open_folder
 from pipeline.errors import UserError
 from pipeline.sampling import one_step
 from pipeline.seeding import seeded_noise
-from pipeline.text import PromptCache
+from pipeline.text import placeholder_cache
 from pipeline.tiny_vae import TinyVideoVAE
 from pipeline.transformer import VSRTransformer
 from pipeline.vsr_pipeline import VSRPipeline
@@ -42,7 +42,7 @@ JUDGES = {
 
 def save_model(folder: Path, steps: int = 1) -> Path:
     torch.manual_seed(0)
-    prompts = PromptCache.from_pretrained(ROOT / "assets/tiny/prompts")
+    prompts = placeholder_cache(text_dim=16, max_length=4)
     transformer = VSRTransformer(
         latent_channels=SHAPE[0],
         num_attention_heads=2,
