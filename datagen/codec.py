@@ -39,7 +39,9 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
     decoded: list[np.ndarray] = []
     try:
         for index, picture in enumerate([*frames, None]):
-            packets = encoder.encode(None if picture is None else _frame(picture, index, (height, width), padding))
+            packets = encoder.encode(
+                None if picture is None else _frame(picture, index, (height, width), padding)
+            )
             for packet in packets:
                 decoded += [frame.to_ndarray(format="bgr24") for frame in decoder.decode(packet)]
         decoded += [frame.to_ndarray(format="bgr24") for frame in decoder.decode(None)]

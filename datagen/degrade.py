@@ -88,7 +88,9 @@ def apply_operations(hr: np.ndarray, draws: list[Operation], seed: int) -> np.nd
     """LR, uint8 (F, H/4, W/4, 3), from drawn operations; `seed` fixes the noise."""
     rng = _generator(seed, "noise")
     target = (hr.shape[1] // SCALE, hr.shape[2] // SCALE)
-    frames = [np.ascontiguousarray(frame[..., ::-1]) for frame in hr]  # BGR within: what OpenCV's JPEG expects
+    frames = [
+        np.ascontiguousarray(frame[..., ::-1]) for frame in hr
+    ]  # BGR within: what OpenCV's JPEG expects
     for operation in draws:
         frames = operations.apply(operation, frames, target, rng)
     return np.ascontiguousarray(np.stack(frames)[..., ::-1])
@@ -106,7 +108,9 @@ def main() -> None:
     height, width = arguments.crop or (hr.shape[1] // SCALE * SCALE, hr.shape[2] // SCALE * SCALE)
     top, left = (hr.shape[1] - height) // 2, (hr.shape[2] - width) // 2
     if top < 0 or left < 0:
-        raise UserError(f"{arguments.input} is {hr.shape[2]}x{hr.shape[1]}: too small for --crop {height}x{width}")
+        raise UserError(
+            f"{arguments.input} is {hr.shape[2]}x{hr.shape[1]}: too small for --crop {height}x{width}"
+        )
     hr = hr[:, top : top + height, left : left + width]
     lr, draws = degrade_clip(hr, arguments.preset, arguments.seed)
     write_lossless(arguments.output, lr)

@@ -33,13 +33,30 @@ class VideoFacts:
     frames_per_second: float
 
 
+def opened(source: Any, name: str) -> Any:
+    """PyAV's container of a path or binary file object, decoding in one thread.
+
+    Raises:
+        UnreadableVideo: nothing FFmpeg knows, or nothing with pictures.
+    """
+    try:
+        container = av.open(source)
+    except (FFmpegError, ValueError) as error:
+        raise UnreadableVideo(f"{name}: not a video FFmpeg can read ({error})") from None
+    if not container.streams.video:
+        container.close()
+        raise UnreadableVideo(f"{name}: holds no video stream")
+    container.streams.video[0].thread_type = "NONE"
+    return container
+
+
 def probe(source: Any, name: str) -> VideoFacts:
     """Facts of the first video stream of a path or binary file object.
 
     Raises:
         UnreadableVideo: no container FFmpeg knows, or none with pictures.
     """
-    with _opened(source, name) as container:
+    with opened(source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
         return VideoFacts(stream.width, stream.height, stream.frames, float(rate) if rate else 0.0)
@@ -53,9 +70,8 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
     Raises:
         UnreadableVideo: while iterating, where decoding fails.
     """
-    with _opened(source, name) as container:
+    with opened(source, name) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "NONE"
         try:
             for index, frame in enumerate(container.decode(stream)):
                 if stop is not None and index >= stop:
@@ -64,6 +80,41 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
                     yield frame.to_ndarray(format="rgb24")
         except FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
+
+
+def decode_from(source: Any, name: str, start: int, pts: int | None, frames: int) -> np.ndarray:
+    """The window whose first frame has index `start` and time stamp `pts`, uint8 (F, H, W, 3) RGB.
+
+    Seeks to the key frame before `pts`; where the container cannot, or has no time stamps, decodes from the beginning.
+
+    Raises:
+        UnreadableVideo: it ends or breaks off before the window does.
+    """
+    window: list[np.ndarray] = []
+    with opened(source, name) as container:
+        stream = container.streams.video[0]
+        try:
+            if pts is not None and start > 0:
+                container.seek(pts, stream=stream, backward=True)
+                for frame in container.decode(stream):
+                    if frame.pts is None or (frame.pts > pts and not window):
+                        break  # this container does not seek to frames
+                    if frame.pts >= pts:
+                        window.append(frame.to_ndarray(format="rgb24"))
+                    if len(window) == frames:
+                        return np.stack(window)
+                window.clear()
+                container.seek(0)
+            for index, frame in enumerate(container.decode(stream)):
+                if index >= start:
+                    window.append(frame.to_ndarray(format="rgb24"))
+                if len(window) == frames:
+                    return np.stack(window)
+        except FFmpegError as error:
+            raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
+    raise UnreadableVideo(
+        f"{name}: ends {frames - len(window)} frames before the window from frame {start} does"
+    )
 
 
 def read_window(path: str | os.PathLike[str], start: int, frames: int | None) -> np.ndarray:
@@ -127,14 +178,3 @@ def _lossless_mp4(clip: np.ndarray) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     return buffer.getvalue()
-
-
-def _opened(source: Any, name: str) -> Any:
-    try:
-        container = av.open(source)
-    except (FFmpegError, ValueError) as error:
-        raise UnreadableVideo(f"{name}: not a video FFmpeg can read ({error})") from None
-    if not container.streams.video:
-        container.close()
-        raise UnreadableVideo(f"{name}: holds no video stream")
-    return container

@@ -16,7 +16,15 @@ import numpy as np
 from datagen.codec import through_codec
 from datagen.kernels import apply_kernel, gaussian_kernels, sinc_kernels
 from datagen.noise import add_gaussian, add_poisson
-from datagen.recipe import BlurRecipe, CodecRecipe, JpegRecipe, NoiseRecipe, Range, ResizeRecipe, SharpenRecipe
+from datagen.recipe import (
+    BlurRecipe,
+    CodecRecipe,
+    JpegRecipe,
+    NoiseRecipe,
+    Range,
+    ResizeRecipe,
+    SharpenRecipe,
+)
 
 Operation = dict[str, Any]
 Frames = list[np.ndarray]
@@ -29,7 +37,9 @@ SHARPEN_FRACTION = 4
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "bicubic": cv2.INTER_CUBIC}
 
 
-def walk(rng: np.random.Generator, limits: Range, step: float, frames: int, start: float | None = None) -> np.ndarray:
+def walk(
+    rng: np.random.Generator, limits: Range, step: float, frames: int, start: float | None = None
+) -> np.ndarray:
     """(F,) values: uniform in `limits` at first (or `start`), then adding U(-step, step) per frame, clipped."""
     values = np.empty(frames)
     values[0] = rng.uniform(*limits) if start is None else start
@@ -107,7 +117,9 @@ def apply(operation: Operation, frames: Frames, target: tuple[int, int], rng: np
     return _APPLY[operation["op"]](operation, frames, target, rng)
 
 
-def _sharpen(operation: Operation, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
+def _sharpen(
+    operation: Operation, frames: Frames, target: tuple[int, int], rng: np.random.Generator
+) -> Frames:
     size, weight, threshold = operation["kernel_size"], operation["weight"], operation["threshold"]
     return [_sharpen_frame(frame, size, weight, threshold) for frame in frames]
 
@@ -148,7 +160,9 @@ def _blur(operation: Operation, frames: Frames, target: tuple[int, int], rng: np
     return [apply_kernel(frame, kernel) for frame, kernel in zip(frames, kernels, strict=True)]
 
 
-def _resize(operation: Operation, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
+def _resize(
+    operation: Operation, frames: Frames, target: tuple[int, int], rng: np.random.Generator
+) -> Frames:
     height, width = frames[0].shape[:2]
     resized = []
     for frame, factor in zip(frames, operation["factor"], strict=True):
@@ -171,7 +185,10 @@ def _noise(operation: Operation, frames: Frames, target: tuple[int, int], rng: n
         if operation["kind"] == "gaussian"
         else (operation["scale"], add_poisson)
     )
-    return [add(frame, strength, operation["grey"], rng) for frame, strength in zip(frames, strengths, strict=True)]
+    return [
+        add(frame, strength, operation["grey"], rng)
+        for frame, strength in zip(frames, strengths, strict=True)
+    ]
 
 
 def _jpeg(operation: Operation, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:

@@ -78,7 +78,9 @@ def _clips(photo: np.ndarray, name: str, arguments: argparse.Namespace) -> Itera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders or pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder of the videos")
     parser.add_argument("--clips-per-photo", type=int, default=6)
@@ -100,7 +102,9 @@ def main() -> None:
                     write_lossless(arguments.output / f"{stem}.mp4", clip)
                     written += 1
             bar.advance(1, clips=written)
-    print(f"{written} clips from {len(photos) - skipped} photographs in {arguments.output}; {skipped} too small or unreadable")
+    print(
+        f"{written} clips from {len(photos) - skipped} photographs in {arguments.output}; {skipped} too small or unreadable"
+    )
 
 
 if __name__ == "__main__":

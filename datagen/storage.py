@@ -115,6 +115,17 @@ class LocalFolder:
     def delete(self, name: str) -> None:
         (self._root / name).unlink(missing_ok=True)
 
+    def remove_temporary_files(self) -> None:
+        """What a killed writer left; only for the one writer of the folder."""
+        for path in self._root.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def remove_empty_directories(self) -> None:
+        """Directories below the folder that hold nothing."""
+        for directory, _, _ in os.walk(self._root, topdown=False):
+            if directory != os.fspath(self._root) and not os.listdir(directory):
+                os.rmdir(directory)
+
 
 class S3Folder:
     """A prefix of a bucket."""

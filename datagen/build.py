@@ -1,0 +1,267 @@
+"""The steps of a build and what they leave behind; `datagen/build_shards.py` is its command.
+
+survey/part-000000.json   surveys of SOURCES_PER_PART sources    plan.json   hash and configuration of the plan
+shards/                   datagen/shards.py                      manifest.json   written last
+quarantine.jsonl          every source, window and sample that is not in the dataset, with the reason
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from datagen.config import DatagenConfig
+from datagen.encode import vae_hash
+from datagen.jobs import sample_rows, start_ray, survey_rows
+from datagen.plan import Plan, SamplePlan, deciding, make_plan
+from datagen.shards import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    DamagedShard,
+    Manifest,
+    Sample,
+    Sidecar,
+    read_sidecar,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
+from datagen.sources import Source, find_sources
+from datagen.storage import Folder, LocalFolder, open_folder
+from pipeline.errors import UserError
+from pipeline.progress import progress
+
+SOURCES_PER_PART = 64
+#: below this many unreadable sources a job goes on as long as others are readable
+FEW_FAULTS = 10
+PLAN = "plan.json"
+QUARANTINE = "quarantine.jsonl"
+
+Fault = dict[str, Any]
+
+
+def build(
+    config: DatagenConfig,
+    *,
+    vae: Path,
+    inputs: list[str],
+    output: str,
+    address: str | None = None,
+    workers: int | None = None,
+) -> Manifest:
+    """Build or finish the dataset at `output`.
+
+    Raises:
+        UserError: nothing to build from, too much of it unreadable, or an output begun with another plan.
+    """
+    sources = find_sources(inputs, config.storage)
+    versions = code_versions() | {"vae": vae_hash(vae)}
+    folder = open_folder(output, config.storage)
+    with _only_writer(folder):
+        try:
+            start_ray(address, workers)
+            surveys = _survey(folder, sources, config)
+            faults = [
+                {"kind": "unreadable", "source": s["source"], "reason": s["error"]}
+                for s in surveys
+                if "error" in s
+            ]
+            _check_limit(faults, len(sources), config)
+            plan = make_plan([s for s in surveys if "error" not in s], config, versions)
+            _begin(folder, plan, faults, config, versions)
+            shards = _write_shards(folder, plan, config, str(vae.resolve()), versions)
+        except UserError:
+            _clean_up_if_empty(folder)
+            raise
+        finally:
+            ray.shutdown()
+        faults += [fault for shard in shards for fault in shard.extra["failed"]]
+        rejected = [{"kind": "filtered", **rejection} for rejection in plan.rejected]
+        folder.write(QUARANTINE, "".join(json.dumps(line) + "\n" for line in faults + rejected).encode())
+        counts = {
+            "sources": len(sources),
+            "unreadable": sum(fault["kind"] == "unreadable" for fault in faults),
+            "filtered": len(rejected),
+            "planned": len(plan.samples),
+            "failed": sum(len(shard.extra["failed"]) for shard in shards),
+        }
+        extra = {"plan": plan.hash, "config": deciding(config), "versions": versions, "counts": counts}
+        return write_manifest(folder, "clips", shards, extra)
+
+
+def code_versions() -> dict[str, str]:
+    """Versions that decide the bytes of a sample."""
+    packages = ("duo-vsr", "av", "numpy", "opencv-python-headless", "safetensors", "torch")
+    return {"schema": str(SCHEMA_VERSION)} | {package: version(package) for package in packages}
+
+
+def _survey(folder: Folder, sources: list[Source], config: DatagenConfig) -> list[dict[str, Any]]:
+    """Surveys of all sources in order, taken from finished parts where there are any."""
+    parts = [sources[first : first + SOURCES_PER_PART] for first in range(0, len(sources), SOURCES_PER_PART)]
+    done: dict[int, list[dict[str, Any]]] = {}
+    for index, part in enumerate(parts):
+        try:
+            saved = json.loads(folder.read(_part_name(index)))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if saved["of"] == _part_hash(part, config):
+            done[index] = saved["surveys"]
+    missing = [index for index in range(len(parts)) if index not in done]
+    todo = [source for index in missing for source in parts[index]]
+    if todo:
+        rows = survey_rows(todo, config)
+        unreadable = 0
+        with progress(len(todo), "survey", "sources") as bar:
+            for index in missing:
+                surveys = []
+                for row in itertools.islice(rows, len(parts[index])):
+                    surveys.append(row)
+                    unreadable += "error" in row
+                    bar.advance(1, unreadable=unreadable)
+                saved = {"of": _part_hash(parts[index], config), "surveys": surveys}
+                folder.write(_part_name(index), json.dumps(saved).encode())
+                done[index] = surveys
+    paths = {source.id: source.path for source in sources}
+    surveys = [survey for index in range(len(parts)) for survey in done[index]]
+    return [survey | {"path": paths[survey["source"]]} for survey in surveys]
+
+
+def _part_name(index: int) -> str:
+    return f"survey/part-{index:06d}.json"
+
+
+def _part_hash(part: list[Source], config: DatagenConfig) -> str:
+    identity = [[(source.id, source.caption) for source in part], config.clip.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _check_limit(faults: list[Fault], sources: int, config: DatagenConfig) -> None:
+    if len(faults) == sources or (
+        len(faults) > FEW_FAULTS and len(faults) > config.max_quarantined * sources
+    ):
+        raise UserError(
+            f"{len(faults)} of {sources} sources cannot be read, which is more than max_quarantined = "
+            f"{config.max_quarantined} allows; the first: {faults[0]['reason']}"
+        )
+
+
+def _begin(
+    folder: Folder, plan: Plan, faults: list[Fault], config: DatagenConfig, versions: dict[str, str]
+) -> None:
+    """Check that there is something to do and that the folder is this plan's."""
+    if not plan.samples:
+        reasons = [f"{line['source']}: {line['reason']}" for line in plan.rejected] + [
+            f["reason"] for f in faults
+        ]
+        raise UserError(
+            f"no window passes the filters; the first of {len(reasons)}: {reasons[0] if reasons else ''}"
+        )
+    mine = {"hash": plan.hash, "samples": len(plan.samples), "config": deciding(config), "versions": versions}
+    try:
+        begun = json.loads(folder.read(PLAN))
+    except FileNotFoundError:
+        folder.write(PLAN, (json.dumps(mine, indent=1) + "\n").encode())
+        return
+    if begun["hash"] != plan.hash:
+        changed = [part for part in ("config", "versions") if begun[part] != mine[part]] or ["inputs"]
+        raise UserError(
+            f"{folder.url} was begun with another plan: {' and '.join(changed)} differ (see its {PLAN}); "
+            "choose another --output, or restore them to finish it"
+        )
+
+
+def _write_shards(
+    folder: Folder, plan: Plan, config: DatagenConfig, vae: str, versions: dict[str, str]
+) -> list[Sidecar]:
+    """Write what is not committed yet; all sidecars, in order."""
+    shards = plan.shards()
+    committed = _committed(folder, plan, len(shards))
+    pending = [index for index in range(len(shards)) if index not in committed]
+    todo = [sample for index in pending for sample in shards[index]]
+    if todo:
+        rows = sample_rows(todo, config, vae, versions)
+        with progress(len(plan.samples), "samples", "clips", start=len(plan.samples) - len(todo)) as bar:
+            for index in pending:
+                failed: list[Fault] = []
+                samples = _good(itertools.islice(rows, len(shards[index])), failed, bar)
+                # extra is read after the samples have been taken, when `failed` is complete
+                extra = {"plan": plan.hash, "failed": failed}
+                committed[index] = write_shard(folder, index, samples, extra)
+    return [committed[index] for index in range(len(shards))]
+
+
+def _good(rows: Iterator[tuple[SamplePlan, Sample | str]], failed: list[Fault], bar: Any) -> Iterator[Sample]:
+    for plan, made in rows:
+        if isinstance(made, str):
+            failed.append(
+                {
+                    "kind": "failed",
+                    "source": plan.source,
+                    "start": plan.start,
+                    "key": plan.key,
+                    "reason": made,
+                }
+            )
+        bar.advance(1, failed=len(failed))
+        if isinstance(made, Sample):
+            yield made
+
+
+def _committed(folder: Folder, plan: Plan, count: int) -> dict[int, Sidecar]:
+    """Shards of this plan whose sidecar and full-size tar are there."""
+    sizes = folder.sizes("shards/")
+    found = {}
+    for index in range(count):
+        try:
+            sidecar = read_sidecar(folder, shard_name(index))
+        except (FileNotFoundError, DamagedShard):
+            continue
+        if sidecar.extra.get("plan") == plan.hash and sizes.get(sidecar.name) == sidecar.bytes:
+            found[index] = sidecar
+    return found
+
+
+def _clean_up_if_empty(folder: Folder) -> None:
+    """A failed job that committed no shard leaves nothing behind."""
+    names = folder.sizes()
+    if MANIFEST in names or any(name.startswith("shards/") and name.endswith(".json") for name in names):
+        return
+    for name in names:
+        if name.startswith(("survey/", "shards/")) or name in (PLAN, QUARANTINE):
+            folder.delete(name)
+    if isinstance(folder, LocalFolder):
+        folder.remove_empty_directories()
+
+
+@contextmanager
+def _only_writer(folder: Folder) -> Iterator[None]:
+    """Refuse a second job in one local folder: each would remove the other's temporary files."""
+    if not isinstance(folder, LocalFolder):
+        yield
+        return
+    existed = os.path.isdir(folder.url)
+    os.makedirs(folder.url, exist_ok=True)
+    descriptor = os.open(folder.url, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder.url}: another job is writing here; wait for it or choose another --output"
+            ) from None
+        folder.remove_temporary_files()
+        yield
+    finally:
+        os.close(descriptor)
+        if not existed and not os.listdir(folder.url):
+            os.rmdir(folder.url)

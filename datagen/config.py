@@ -1,0 +1,98 @@
+"""The `datagen` section of a preset: which clips, how degraded, how encoded, how stored."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from datagen.recipe import Mixture
+from datagen.storage import StorageConfig
+from pipeline.config import Section
+
+
+class ClipConfig(Section):
+    """Windows and crops."""
+
+    #: F = 4k + 1 frames, what a causal video VAE takes [paper: Wan2.1]
+    frames: int = Field(default=21, ge=1)
+    #: frames from the start of a window to the start of the next; null = `frames`
+    stride: int | None = Field(default=None, ge=1)
+    #: height and width of the HR crop, px; multiples of 32 (x4 below the VAE's 8)
+    crop: tuple[int, int] = (704, 1280)
+    crop_position: Literal["random", "center"] = "random"
+    #: crops at different places from each window
+    crops_per_window: int = Field(default=1, ge=1)
+    #: cut at scene changes, so that no window holds one (PySceneDetect, AdaptiveDetector)
+    respect_scenes: bool = True
+    #: PySceneDetect's threshold of change against the neighbouring frames, its default
+    scene_threshold: float = Field(default=3.0, gt=0)
+
+    @field_validator("frames")
+    @classmethod
+    def _is_4k_plus_1(cls, value: int) -> int:
+        if value % 4 != 1:
+            below = max(1, (value - 1) // 4 * 4 + 1)
+            raise ValueError(f"must be 4k + 1 for the VAE; the nearest are {below} and {below + 4}")
+        return value
+
+    @field_validator("crop")
+    @classmethod
+    def _is_multiple_of_32(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if any(side <= 0 or side % 32 for side in value):
+            raise ValueError("both sides must be positive multiples of 32: x4 to LR, then x8 in the VAE")
+        return value
+
+
+class FilterConfig(Section):
+    """Windows that teach nothing. Each rejection is recorded with its reason and its measure. Values [ours]."""
+
+    #: sources smaller than this are rejected whole, px; the crop is always a lower bound
+    min_height: int = Field(default=0, ge=0)
+    min_width: int = Field(default=0, ge=0)
+    #: mean luma, 0...255, below which a window is black
+    min_luma: float = Field(default=8.0, ge=0)
+    #: standard deviation of luma, 0...255, below which it is empty
+    min_contrast: float = Field(default=4.0, ge=0)
+    #: mean absolute change of luma between frames, 0...255, below which it stands still; 0 = keep still ones
+    min_motion: float = Field(default=0.2, ge=0)
+    #: variance of the Laplacian of luma; 0 = no floor
+    min_sharpness: float = Field(default=10.0, ge=0)
+    #: bits of 64 by which perceptual hashes of windows of different sources must differ; 0 = keep duplicates
+    duplicate_distance: int = Field(default=5, ge=0, le=16)
+
+
+class EncodeConfig(Section):
+    """The VAE actors."""
+
+    #: clips per call of the VAE
+    batch_size: int = Field(default=1, ge=1)
+    #: actors; null = one per GPU, or one where there is none
+    actors: int | None = Field(default=None, ge=1)
+    #: CPU cores of an actor on a machine without GPU
+    cpus: int = Field(default=1, ge=1)
+
+
+class DatagenConfig(Section):
+    """Everything that decides what is in a dataset, and a little that decides how fast it is made."""
+
+    #: fixes order, crops and degradations
+    seed: int = 0
+    clip: ClipConfig = ClipConfig()
+    filters: FilterConfig = FilterConfig()
+    #: recipes of datagen/recipe.py with weights; each variant of each clip draws one
+    degradation: Mixture = Mixture()
+    #: degradations per clip
+    variants: int = Field(default=1, ge=1)
+    samples_per_shard: int = Field(default=64, ge=1)
+    #: also keep the LR and HR clips, lossless: needed for preference pairs and decoder training
+    store_clips: bool = True
+    #: caption of sources that come without one
+    caption: str = "high quality video"
+    encode: EncodeConfig = EncodeConfig()
+    #: stop when more than this part of the sources is unreadable; fewer than ten of them never stop a job with
+    #: readable ones [ours]
+    max_quarantined: float = Field(default=0.1, ge=0, le=1)
+    #: seconds a clip may take to decode before it is quarantined [ours]
+    decode_timeout_s: float = Field(default=300.0, gt=0)
+    storage: StorageConfig = StorageConfig()
