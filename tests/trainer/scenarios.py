@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def student_passes(
         requires_grad: of its parameters during the pass.
 
     Returns:
-        errors: per step, the relative errors of the pass's gradient and of the critic's gradient norm, against
-            an unsharded copy; error: the exception's name, if one ended it.
+        errors: per step, the relative errors of the pass's gradient and of the critic's gradient norm,
+            against an unsharded copy; error: the exception's name, if one ended it.
     """
     settings = DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", persistence_threshold=0)
     optimizer = OptimizerConfig(learning_rate=1e-3)
@@ -102,3 +103,39 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def table_of_calls(world: World, *, rows: list[tuple[int, str, str, bool]]) -> dict[str, Any]:
     names = ("zero_stage", "network", "call", "requires_grad")
     return {"rows": [student_passes(world, **dict(zip(names, row, strict=True))) for row in rows]}
+
+
+def checkpoint(world: World, *, zero_stage: int, folder: str, save: bool) -> dict[str, Any]:
+    """Two updates and a save, or a load; then two more, on global batches that don't depend on the ranks."""
+    engine = DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", persistence_threshold=0)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_updates=3)
+    network = Network("student", toys.transformer(5, 2), deepspeed=engine, optimizer=optimizer, ema_decay=0.9)
+
+    def update(step: int) -> float:
+        keys = [f"{step}-{index}" for index in range(4)]
+        batch = toys.batch(keys[world.rank :: world.size])
+        z_hr = batch.tensors["z_hr"]
+        with network.updating():
+            t = torch.full((len(z_hr),), 0.5)
+            out = network(z_hr, t, batch.tensors["z_lr"], toys.embed(["a"] * len(z_hr)))
+            network.backward(out.velocity.square().mean())
+            return network.step()
+
+    if save:
+        for step in range(2):
+            update(step)
+        network.save(Path(folder))
+        torch.distributed.barrier()
+    else:
+        network.load(Path(folder))
+    norms = [update(step) for step in range(2, 4)]
+    return {
+        "norms": norms,
+        "student": network.full_state_dict(),
+        "ema": network.full_state_dict(ema=True),
+    }
+
+
+def parity(world: World, *, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """`rounds` for each row of the parity table, one after the other."""
+    return {"rows": [rounds(world, count=count, engine=row) for row in rows]}
