@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -139,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
-    parser.add_argument("--device", default="cpu", help="where networks run, for instance cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--published", action="store_true", help="also print the figures the authors published"
     )

@@ -11,7 +11,8 @@ paths in the description are meant from its own folder. The description (unknown
       "scenes": [{                                     side-by-side frames and crops of one moment
         "title": "...", "caption": "...",
         "frames": [{"label": "bicubic", "image": "frames/bicubic.png", "note": "28.1 dB"}, ...],
-        "crops": [[x, y, width, height], ...]}],       px in the frames, shown 1:1 and doubled
+        "crops": [[x, y, width, height], ...],         px in the frames, shown 1:1 and doubled
+        "compare": ["bicubic", "one step"]}],          labels of two frames behind a slider
       "curves": [{
         "title": "Stage II", "caption": "...", "x_label": "step", "log_y": false,
         "series": [{"label": "DMD", "file": "metrics.jsonl", "x": "step", "y": "loss_dmd",
@@ -116,8 +117,13 @@ def _number(value: float | int | None) -> str:
 
 def _scene(scene: Scene, base: Path) -> dict[str, Any]:
     frames = [(frame, base / frame.image) for frame in scene.frames]
+    paths = {frame.label: path for frame, path in frames}
+    unknown = [label for label in scene.compare or () if label not in paths]
+    if unknown:
+        raise UserError(f"compare names the frame {unknown[0]!r}; the scene has {', '.join(paths)}")
     return {
         "scene": scene,
+        "compare": [(label, picture_uri(paths[label])) for label in scene.compare or ()],
         "frames": [(frame, picture_uri(path)) for frame, path in frames],
         "crops": [[(frame, crop_uri(path, box)) for frame, path in frames] for box in scene.crops],
     }

@@ -19,12 +19,14 @@ class Frame(Section):
 
 
 class Scene(Section):
-    """Frames of one moment by several methods, all of one size, and places to look at closely."""
+    """Frames of one moment by several methods, all of one size, places to look at closely, and two labels to
+    lay over each other behind a slider."""
 
     title: str = ""
     caption: str = ""
     frames: tuple[Frame, ...] = Field(min_length=1)
     crops: tuple[tuple[int, int, int, int], ...] = ()
+    compare: tuple[str, str] | None = None
 
 
 class Series(Section):

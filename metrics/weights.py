@@ -65,7 +65,7 @@ def load_state_dict(path: Path) -> dict[str, Any]:
 
 
 def missing_package(metric: str, package: str, cause: ImportError, file_name: str, source: str) -> UserError:
-    """The error for an optional package that does not import; it names the weight file that comes next too."""
+    """The error for an optional package that does not import; it names the weight file too."""
     return UserError(
         f"{metric} needs the package {package} ({cause}; pip install {package}) and {file_name} from {source}"
     )

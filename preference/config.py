@@ -26,7 +26,7 @@ class PreferenceConfig(Section):
     #: candidates in one forward pass; memory against speed [ours]
     candidates_per_forward: int = Field(default=1, ge=1)
     #: clips per shard, the unit of restart [ours]
-    clips_per_shard: int = Field(default=50, ge=1)
+    clips_per_shard: int = Field(default=20, ge=1)
     #: side of NIQE's blocks in px where niqe_fitted is a judge [NIQE: 96]
     niqe_block: int = Field(default=96, ge=16)
     #: HR clips that niqe_fitted's model is fitted on [ours]

@@ -39,6 +39,7 @@ def description(**changes: object) -> ReportDescription:
                     {"label": "student", "image": "student.png"},
                 ],
                 "crops": [[4, 4, 8, 8]],
+                "compare": ["bicubic", "student"],
             }
         ],
         "curves": [
@@ -62,7 +63,7 @@ def test_page_is_one_file_and_repeats_to_the_byte(folder: Path) -> None:
     assert page == (folder / "b.html").read_text()
     assert "Tiny &lt;preset&gt;" in page
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 2 + 2 * 2  # frames, crops at two sizes
+    assert len(sources) == 2 + 2 + 2 * 2  # slider, frames, crops at two sizes
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r'(href|src)="(?!data:|#)', page)
     assert "DUO-VSR, not measured here" in page
@@ -106,6 +107,10 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     [
         ({"scenes": [{"frames": [{"label": "x", "image": "absent.png"}]}]}, "no picture .*absent.png"),
         ({"scenes": [{"frames": [{"label": "x", "image": "metrics.jsonl"}]}]}, "not a readable picture"),
+        (
+            {"scenes": [{"frames": [{"label": "x", "image": "student.png"}], "compare": ["x", "y"]}]},
+            "compare names the frame 'y'",
+        ),
         (
             {"scenes": [{"frames": [{"label": "x", "image": "student.png"}], "crops": [[30, 0, 8, 8]]}]},
             "outside .*student.png",
