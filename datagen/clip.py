@@ -12,9 +12,9 @@ import numpy as np
 
 from datagen.config import DatagenConfig
 from datagen.degrade import degrade_clip
-from datagen.media import decode_from, encode_bytes
+from datagen.isolated import decode_isolated
+from datagen.media import encode_bytes
 from datagen.plan import SamplePlan
-from datagen.sources import open_source
 from pipeline.errors import UserError
 
 
@@ -29,9 +29,7 @@ def make_clip(plan: SamplePlan, config: DatagenConfig) -> dict[str, Any]:
         1
     )  # the workers are the parallelism, and results must not depend on the number of cores
     try:
-        window = decode_from(
-            open_source(plan.path, config.storage), plan.source, plan.start, plan.pts, plan.frames
-        )
+        window = decode_isolated(plan.path, plan.source, plan.start, plan.pts, plan.frames, config)
         hr = cropped(window, plan)
         lr, draws = degrade_clip(hr, config.degradation, plan.seed)
         clips = {"lr.mkv": encode_bytes(lr), "hr.mkv": encode_bytes(hr)} if config.store_clips else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -20,18 +21,21 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from datagen.clip import make_clip
 from datagen.config import DatagenConfig
+from datagen.isolated import survey_isolated
 from datagen.plan import SamplePlan
 from datagen.shards import Sample
-from datagen.sources import Source, open_source
+from datagen.sources import Source
 from pipeline.errors import UserError
 
-#: how often a task is tried again after its worker died [ours]
+#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
 MAX_RETRIES = 3
 
 
 def start_ray(address: str | None, workers: int | None) -> None:
     """Connect to the cluster at `address`, or start Ray on this machine with `workers` CPUs (default: all)."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     # the environment reaches the workers: one thread per task, cores are for other tasks
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
@@ -42,20 +46,18 @@ def start_ray(address: str | None, workers: int | None) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def survey_rows(sources: list[Source], config: DatagenConfig) -> Iterator[dict[str, Any]]:
     """Survey of each source, in order: datagen/survey.py's result, or `{"error": ...}`, with source and path."""
 
     def work(table: pa.Table) -> pa.Table:
-        from datagen.survey import survey
-
         results = []
         for row in table.to_pylist():
             facts = {"source": row["id"], "path": row["path"], "caption": row["caption"]}
             try:
-                facts |= survey(open_source(row["path"], config.storage), row["id"], config.clip)
+                facts |= survey_isolated(row["path"], row["id"], config)
             except UserError as error:
                 facts["error"] = str(error)
             except Exception as error:
@@ -97,6 +99,10 @@ def sample_rows(
             }
         )
 
+    class Actor(_EncodeActor):
+        def __init__(self) -> None:
+            super().__init__(vae, config.encode.cpus)
+
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = config.encode.actors or max(1, gpus)
     share = {"num_gpus": 1} if gpus else {"num_cpus": config.encode.cpus}
@@ -104,8 +110,7 @@ def sample_rows(
         _dataset([{"plan": json.dumps(asdict(plan))} for plan in plans])
         .map_batches(degrade, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES)
         .map_batches(
-            _EncodeActor,
-            fn_constructor_args=(vae, config.encode.cpus),
+            Actor,
             batch_size=config.encode.batch_size,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),

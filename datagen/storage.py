@@ -104,7 +104,7 @@ class LocalFolder:
         os.replace(temporary, self._root / name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        base = self._root / prefix if prefix.endswith("/") else (self._root / prefix).parent
+        base = self._root / prefix.rpartition("/")[0]
         found = {}
         for path in base.rglob("*") if base.is_dir() else ():
             name = path.relative_to(self._root).as_posix()
