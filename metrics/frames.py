@@ -35,7 +35,7 @@ def load_clip(path: Path, max_frames: int | None = None) -> Tensor:
     elif path.suffix.lower() == ".npy":
         frames = _read_array(path)
     elif path.suffix.lower() in VIDEO_SUFFIXES:
-        frames = read_video(path)
+        frames = read_video(path, frames=max_frames)
     elif path.suffix.lower() in PICTURE_SUFFIXES:
         frames = _read_picture(path)[None]
     else:

@@ -3,9 +3,8 @@
     python -m preference.build --config configs/tiny.yaml --model MODEL --data SHARDS --output PAIRS
 
 For each clip the model is run from several noises (five in the paper); every candidate is decoded and scored;
-ranking.py combines the scores. The full-reference metrics compare with the decoded z_HR, so that the VAE's
-own loss does not count against a candidate. The output is a dataset folder (datagen/shards.py) of kind
-`pairs`:
+ranking.py combines the scores. Full-reference metrics compare with the HR clip where the dataset keeps it,
+else with the decoded z_HR. The output is a dataset folder (datagen/shards.py) of kind `pairs`:
 
     <key>.pair.safetensors   z_win, z_lose, z_lr: bf16 (C, T, h, w)
     <key>.json               caption, noise_win and noise_lose (the parts of pipeline.seeding.seeded_noise),
@@ -107,7 +106,7 @@ def make_pair(
 ) -> tuple[Sample | None, dict[str, Any]]:
     """The sample of one clip, or None where the candidates are too close, and its JSON record."""
     candidates = model.candidates(clip)
-    reference = model.decode(clip.z_hr)
+    reference, reference_is = model.reference(clip)
     scores: dict[str, list[float]] = {judge.name: [] for judge in judges}
     for latent in candidates.latents:
         video = model.decode(latent)
@@ -117,7 +116,7 @@ def make_pair(
         ranking = rank(scores, directions(judges))
     except ValueError as error:
         raise UserError(f"clip {clip.key}: {error}; the model's output or the clip is broken") from None
-    record = _record(clip, candidates, scores, ranking)
+    record = _record(clip, candidates, scores, ranking) | {"reference": reference_is}
     if not is_pair(ranking, minimum_gap):
         return None, {"key": clip.key, "gap": ranking.gap, "scores": scores}
     tensors = {
@@ -182,7 +181,6 @@ def _record(
         "best": ranking.best,
         "worst": ranking.worst,
         "gap": ranking.gap,
-        "reference": "decoded z_hr",
     }
 
 

@@ -90,6 +90,13 @@ class CandidateModel:
         pixels = decode_latents(self._vae, latent[None].to(self._device))[0]
         return ((pixels.float() + 1) / 2).clamp(0, 1).transpose(0, 1).cpu()
 
+    def reference(self, clip: Clip) -> tuple[Tensor, str]:
+        """The HR frames candidates are compared with, as from `decode`, and what they are: the dataset's own,
+        or decoded from z_HR where it keeps latents only."""
+        if clip.hr is not None:
+            return clip.hr, "HR clip"
+        return self.decode(clip.z_hr), "decoded z_hr"
+
     def _velocity(self, z_t: Tensor, t: Tensor, z_lr: Tensor, prompt: Tensor) -> Tensor:
         return self._transformer(z_t, t, z_lr, prompt).velocity
 

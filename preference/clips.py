@@ -13,18 +13,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from datagen.media import decode_bytes
 from datagen.shards import DamagedShard, read_manifest, read_member, read_sidecar
 from datagen.storage import open_folder
+from metrics.frames import to_tensor
 from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip's latents, float32 (C, T, h, w), and its JSON."""
+    """One clip.
+
+    Attributes:
+        z_hr, z_lr: latents, float32 (C, T, h, w).
+        hr: the HR frames, float32 (F, 3, H, W) in [0, 1], or None where the dataset keeps latents only.
+        metadata: its JSON.
+    """
 
     key: str
     z_hr: Tensor
     z_lr: Tensor
+    hr: Tensor | None
     metadata: dict[str, Any]
 
 
@@ -65,10 +74,13 @@ class ClipFolder:
             if "latents.safetensors" not in spans:
                 raise UserError(f"{self._folder.url}/{shard}: sample {sidecar.keys[row]} has no latents")
             latents = load(read_member(self._folder, shard, spans["latents.safetensors"]))
+            hr = None
+            if "hr.mkv" in spans:
+                hr = to_tensor(decode_bytes(read_member(self._folder, shard, spans["hr.mkv"])))
             metadata = json.loads(read_member(self._folder, shard, spans["json"]))
         except (DamagedShard, FileNotFoundError, SafetensorError) as error:
             raise UserError(
                 f"{error}: build the shard again (delete its .json and repeat the command)"
             ) from None
         z_hr, z_lr = latents["z_hr"].to(torch.float32), latents["z_lr"].to(torch.float32)
-        return Clip(sidecar.keys[row], z_hr, z_lr, metadata)
+        return Clip(sidecar.keys[row], z_hr, z_lr, hr, metadata)

@@ -55,5 +55,5 @@ def directions(judges: Iterable[Metric]) -> dict[str, Judge]:
 def _high_resolution(clips: ClipFolder, model: CandidateModel, count: int) -> Iterator[Tensor]:
     with progress(count, "fitting NIQE on HR clips", "clips") as bar:
         for position in range(count):
-            yield model.decode(clips[position].z_hr)
+            yield model.reference(clips[position])[0]
             bar.advance(1)
