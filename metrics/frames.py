@@ -47,7 +47,7 @@ def load_clip(path: Path, max_frames: int | None = None) -> Tensor:
 
 def to_tensor(frames: NDArray[np.uint8] | NDArray[np.floating]) -> Tensor:
     """(F, H, W, 3), uint8 or float in [0, 1] -> float32 (F, 3, H, W) in [0, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    tensor = torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
 
 
