@@ -115,8 +115,9 @@ class CodecRecipe(Section):
     weights: dict[Codec, float] = Field(default_factory=lambda: {"libx264": 2 / 3, "mpeg4": 1 / 3})
     #: at an HR clip of 256 x 256 px; scaled with the pixels of the HR clip
     bits_per_frame: Range = (1e4, 1e5)
-    #: x264's preset. RealBasicVSR runs `medium`; `veryfast` costs a third of it at the same bit rate [ours]
-    preset: str = "veryfast"
+    #: x264's preset. RealBasicVSR runs `medium`; `superfast` is within 0.2 dB of it at the same bits, and six times
+    #: as fast without arithmetic coding (benchmarks/degrade.py) [ours]
+    preset: str = "superfast"
 
 
 class StageRecipe(Section):
