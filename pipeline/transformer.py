@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from pipeline.errors import UserError
+
+#: DiffusionPipeline.from_pretrained looks for this name in a component's module to learn how it is loaded.
+__all__ = ["ModelMixin", "VSROutput", "VSRTransformer", "tapped_layers", "widen_patch_embedding"]
 
 
 class VSROutput(NamedTuple):

@@ -305,6 +305,21 @@ class Network:
             load_fragments(folder, self.fragments, self._moments(state["adam_step"]))
         self._push_masters()
 
+    def copy_weights_from(self, other: Network) -> None:
+        """Take over the masters of a network of the same shape and sharding; nothing is gathered."""
+        pairs = list(zip(self.fragments, other.fragments, strict=True))
+        if any((a.name, a.start, a.numel) != (b.name, b.start, b.numel) for a, b in pairs):
+            raise ValueError(f"{self.name} and {other.name} are sharded differently; give them one configuration")
+        for mine, theirs in pairs:
+            mine.master.copy_(theirs.master)
+        self._push_masters()
+
+    def restart_optimizer(self) -> None:
+        """Forget the moments, as at the start of a new objective; masters, EMA and warm-up stay."""
+        for moments in self._moments(0.0).values():
+            for moment in moments:
+                moment.zero_()
+
     def _moments(self, step: float) -> dict[str, Sequence[Tensor]]:
         """Views of the Adam moments, allocated where the optimizer has not stepped yet."""
         states = self._engine.optimizer.optimizer.state

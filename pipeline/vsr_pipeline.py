@@ -1,0 +1,305 @@
+"""VSRPipeline: a low-resolution clip in, the same clip four times as large out.
+
+    pipeline = VSRPipeline.from_pretrained("runs/demo/preference/model")
+    frames = pipeline(low_resolution, seed=0).frames
+
+A diffusers pipeline of three components (transformer, vae, prompts). Long clips go through in overlapping windows, large
+ones in overlapping tiles; both are blended with smooth weights, and the noise belongs to the place in the film, not to the
+window, so that neighbours agree where they overlap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from pipeline.colour import ColourFix, fix_colour
+from pipeline.errors import UserError
+from pipeline.sampling import euler_sample
+from pipeline.seeding import seeded_noise
+from pipeline.text import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
+from pipeline.tiling import blend_windows, spans
+from pipeline.transformer import VSRTransformer
+from pipeline.vae import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    VAE,
+    decode_latents,
+    encode_video,
+    latent_shape,
+    to_frames,
+    upsample_low_resolution,
+)
+
+
+@dataclass
+class VSRResult:
+    """What one call returns."""
+
+    #: uint8 (F, 4h, 4w, 3) RGB
+    frames: np.ndarray
+    #: forwards of the DiT: one per window and tile for a one-step model
+    dit_evaluations: int
+    #: wall time by part: encode, transformer, decode
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes in pixels of the output and in frames; None = never split.
+
+    Overlaps of at least 128 px leave no seams [peer: SeedVR2 users]; DiT tiles are separate from VAE tiles because the
+    VAE's convolutions need far more memory per pixel.
+    """
+
+    window_frames: int | None = 21
+    window_overlap_frames: int = 4
+    transformer_tile_px: int | None = None
+    vae_tile_px: int | None = None
+    overlap_px: int = 128
+
+
+class VSRPipeline(DiffusionPipeline):
+    """Upscale ×4.
+
+    Args:
+        transformer, vae, prompts: the components of a model folder.
+        num_inference_steps: steps the transformer was trained for (1 after Stage I); the default of a call.
+        shift: timestep shift s of the sampler.
+        guidance_weight: w of v(c) + w·(v(c) - v(∅)); 0 for distilled models.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        transformer: VSRTransformer,
+        vae: VAE,
+        prompts: PromptCache,
+        num_inference_steps: int = 1,
+        shift: float = 5.0,
+        guidance_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, prompts=prompts)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps, shift=shift, guidance_weight=guidance_weight
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        low_resolution: np.ndarray | Tensor,
+        *,
+        prompt: str = DEFAULT_PROMPT,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_weight: float | None = None,
+        tiling: Tiling = Tiling(),  # noqa: B008 (frozen)
+        colour_fix: ColourFix = "none",
+        first_frame: int = 0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> VSRResult:
+        """Upscale one clip that fits in memory; `upscale.py` streams longer films through here.
+
+        Args:
+            low_resolution: uint8 (F, h, w, 3) RGB, any F and size.
+            seed: of the noise; the result is a function of the clip and this.
+            first_frame: where the clip stands in its film; the noise depends on it.
+            on_step: called after every DiT evaluation.
+
+        Raises:
+            ValueError: not uint8 (F, h, w, 3).
+        """
+        frames = torch.as_tensor(np.ascontiguousarray(low_resolution))
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8 or len(frames) == 0:
+            raise ValueError(f"expected uint8 (F, h, w, 3), got {frames.dtype} {tuple(frames.shape)}")
+        run = _Run(
+            self,
+            prompt,
+            seed,
+            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            self.config.guidance_weight if guidance_weight is None else guidance_weight,
+            tiling,
+            on_step,
+        )
+        count = len(frames)
+        windows = list(spans(count, tiling.window_frames, tiling.window_overlap_frames))
+        parts = ((span, run.window(frames[span.start : span.stop], first_frame + span.start)) for span in windows)
+        enlarged = blend_windows(parts, count, axis=1)
+        if colour_fix != "none":
+            enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
+        return VSRResult(to_frames(enlarged).numpy(), run.dit_evaluations, run.seconds)
+
+
+class _Run:
+    """One call: its settings, counters and clocks."""
+
+    def __init__(
+        self,
+        pipeline: VSRPipeline,
+        prompt: str,
+        seed: int,
+        steps: int,
+        guidance_weight: float,
+        tiling: Tiling,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
+        self._pipeline, self._seed, self._steps, self._tiling = pipeline, seed, steps, tiling
+        self._guidance_weight, self._on_step = guidance_weight, on_step
+        device = pipeline.transformer.device
+        self._prompt = pipeline.prompts.embed([prompt]).to(device)
+        self._null_prompt = pipeline.prompts.embed([NULL_PROMPT]).to(device) if guidance_weight else None
+        self.dit_evaluations = 0
+        self.seconds = {"encode": 0.0, "transformer": 0.0, "decode": 0.0}
+
+    def window(self, frames: Tensor, first_frame: int) -> Tensor:
+        """uint8 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
+        count = len(frames)
+        pixels = upsample_low_resolution(frames)
+        height, width = pixels.shape[2:]
+        pixels = _pad(pixels, self._multiple())
+        began = time.perf_counter()
+        z_lr = self._encode(pixels[None])
+        began = self._lap("encode", began)
+        z = self._transform(z_lr, first_frame)
+        began = self._lap("transformer", began)
+        decoded = self._decode(z)[0]
+        self._lap("decode", began)
+        return decoded[:, :count, :height, :width].cpu()
+
+    def _multiple(self) -> int:
+        patch = self._pipeline.transformer.config.patch_size
+        return SPATIAL_FACTOR * max(patch[1], patch[2])
+
+    def _lap(self, part: str, began: float) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] += now - began
+        return now
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        shape = latent_shape(self._pipeline.vae, *pixels.shape[2:])
+        tile = self._tile(self._tiling.vae_tile_px)
+        return _tiled(
+            shape, tile, self._overlap(), lambda rows, columns: encode_video(
+                self._pipeline.vae, pixels[..., _scaled(rows), _scaled(columns)]
+            )
+        )  # fmt: skip
+
+    def _decode(self, z: Tensor) -> Tensor:
+        frames = (z.shape[2] - 1) * TEMPORAL_FACTOR + 1
+        shape = (3, frames, z.shape[3] * SPATIAL_FACTOR, z.shape[4] * SPATIAL_FACTOR)
+        tile, overlap = self._tiling.vae_tile_px, self._tiling.overlap_px
+
+        def decode(rows: slice, columns: slice) -> Tensor:
+            return decode_latents(self._pipeline.vae, z[..., _latent(rows), _latent(columns)])
+
+        return _tiled(shape, tile, overlap, decode)
+
+    def _transform(self, z_lr: Tensor, first_frame: int) -> Tensor:
+        noise = self._noise(z_lr.shape[1:], first_frame).to(z_lr.device)
+        tile = self._tile(self._tiling.transformer_tile_px)
+
+        def sample(rows: slice, columns: slice) -> Tensor:
+            return euler_sample(
+                self._velocity,
+                noise[..., rows, columns],
+                z_lr[..., rows, columns],
+                self._prompt,
+                steps=self._steps,
+                shift=self._pipeline.config.shift,
+                null_prompt=self._null_prompt,
+                guidance_weight=self._guidance_weight,
+            )
+
+        return _tiled(tuple(z_lr.shape[1:]), tile, self._overlap(), sample)
+
+    def _noise(self, shape: tuple[int, ...], first_frame: int) -> Tensor:
+        """(1, C, T, h, w); a latent frame's noise belongs to its place in the film."""
+        channels, latent_frames, height, width = shape
+        rows = [
+            seeded_noise((channels, height, width), self._seed, "film", first_frame + TEMPORAL_FACTOR * index)
+            for index in range(latent_frames)
+        ]
+        return torch.stack(rows, dim=1)[None]
+
+    def _velocity(self, z_t: Tensor, t: Tensor, z_lr: Tensor, prompt: Tensor) -> Tensor:
+        velocity = self._pipeline.transformer(z_t, t, z_lr, prompt).velocity
+        self.dit_evaluations += 1
+        if self._on_step is not None:
+            self._on_step(self.dit_evaluations)
+        return velocity
+
+    def _tile(self, pixels: int | None) -> int | None:
+        """A tile size in latent cells, a multiple of the patch."""
+        if pixels is None:
+            return None
+        multiple = self._multiple()
+        return max(multiple, pixels // multiple * multiple) // SPATIAL_FACTOR
+
+    def _overlap(self) -> int:
+        multiple = self._multiple()
+        return -(-self._tiling.overlap_px // multiple) * multiple // SPATIAL_FACTOR
+
+
+def open_pipeline(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VSRPipeline:
+    """`VSRPipeline.from_pretrained` with errors for people.
+
+    Raises:
+        UserError: no model folder there, or one that lacks a part.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
+    for part in ("transformer", "vae", "prompts"):
+        if not list((folder / part).glob("*.safetensors")):
+            raise UserError(f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again")
+    pipeline = VSRPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    for component in (pipeline.transformer, pipeline.vae, pipeline.prompts):
+        component.requires_grad_(False).eval()
+    return pipeline.to(device)
+
+
+def _pad(pixels: Tensor, multiple: int) -> Tensor:
+    """(3, F, H, W) to 4k + 1 frames (the last one repeated) and sides that are multiples (mirrored)."""
+    missing = -(pixels.shape[1] - 1) % TEMPORAL_FACTOR
+    if missing:
+        pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+    bottom, right = -pixels.shape[2] % multiple, -pixels.shape[3] % multiple
+    if bottom or right:
+        mode = "reflect" if bottom < pixels.shape[2] and right < pixels.shape[3] else "replicate"
+        pixels = F.pad(pixels, (0, right, 0, bottom), mode=mode)
+    return pixels
+
+
+def _tiled(
+    shape: tuple[int, ...], tile: int | None, overlap: int, compute: Callable[[slice, slice], Tensor]
+) -> Tensor:
+    """Run `compute` on spatial tiles of an output of `shape` (C, T, h, w) and blend; the whole at once without tiles."""
+    height, width = shape[2:]
+
+    def row(rows: range) -> Iterator[tuple[range, Tensor]]:
+        for columns in spans(width, tile, overlap):
+            yield columns, compute(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+
+    strips = ((rows, blend_windows(row(rows), width, axis=4)) for rows in spans(height, tile, overlap))
+    return blend_windows(strips, height, axis=3)
+
+
+def _scaled(cells: slice) -> slice:
+    return slice(cells.start * SPATIAL_FACTOR, cells.stop * SPATIAL_FACTOR)
+
+
+def _latent(pixels: slice) -> slice:
+    return slice(pixels.start // SPATIAL_FACTOR, pixels.stop // SPATIAL_FACTOR)

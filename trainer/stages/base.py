@@ -1,0 +1,132 @@
+"""The multi-step base model: flow matching on (z_LR, z_HR) pairs.
+
+    z_t = (1 - t)·z0 + t·ε,    v = ε - z0,    L = mean‖v_θ(z_t, t, z_LR, c) - v‖²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from pipeline.config import Section
+from pipeline.flow_matching import q_t, velocity, x0_from_velocity
+from pipeline.text import NULL_PROMPT
+from pipeline.transformer import VSRTransformer
+from trainer.losses import velocity_loss
+from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.stage import Draws, Meter
+
+if TYPE_CHECKING:
+    from datagen.reader import Batch
+
+
+class BaseConfig(Section):
+    """Numbers of the base model's training."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100)  # [ours]
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # [ours]
+    #: s of t' = s·t / (1 + (s - 1)·t) [peer: Wan2.1]
+    time_shift: float = Field(default=5.0, gt=0)
+    #: share of samples trained at exactly t = 1, where the one-step student will live; 0 for large models [ours]
+    pure_noise_fraction: float = Field(default=0.0, ge=0, le=1)
+    #: probability of training a sample without its prompt, so that CFG has something to subtract [method: p = 0.1]
+    null_prompt_probability: float = Field(default=0.1, ge=0, le=1)
+    #: z_LR is noised like q_t at a step uniform in this range of 1000; null = off [peer: 200…600]
+    low_resolution_noise: tuple[int, int] | None = (200, 600)
+
+    @field_validator("low_resolution_noise")
+    @classmethod
+    def _is_a_range_of_steps(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] <= value[1] <= 1000:
+            raise ValueError("must be two steps, low <= high, within 0…1000")
+        return value
+
+
+class Base:
+    """Implements `trainer.stage.Stage`."""
+
+    name = "base"
+
+    def __init__(
+        self,
+        config: BaseConfig,
+        *,
+        student: VSRTransformer,
+        engine: DeepSpeedConfig,
+        embed: Callable[[list[str]], Tensor],
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        """
+        Args:
+            student: the transformer to train.
+            embed: captions to prompt embeddings (B, L, text_dim).
+            seed: run seed of all draws.
+        """
+        self.config = config
+        self.student = Network(
+            "student", student, deepspeed=engine, optimizer=config.optimizer, ema_decay=config.ema_decay
+        )
+        self.networks = {"student": self.student}
+        self.exported = self.student
+        self.batches_per_step = engine.gradient_accumulation
+        self._embed, self._seed, self._device = embed, seed, torch.device(device)
+
+    def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """One update."""
+        meter = Meter(self._device)
+        with self.student.updating():
+            for batch in batches:
+                z_t, t, z_lr, prompt, target = self.draw(step, batch)
+                loss = velocity_loss(self.student(z_t, t, z_lr, prompt).velocity, target)
+                self.student.backward(loss)
+                meter.add(loss=loss)
+            meter.add(gradient_norm_student=self.student.step())
+        return meter.means()
+
+    def draw(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """z_t, t, (augmented) z_LR, prompt embeddings and the target v of one micro-batch."""
+        config = self.config
+        draws = Draws(batch.keys, self._seed, self.name, step, 0, device=self._device)
+        z_hr = batch.tensors["z_hr"].to(self._device, torch.float32)
+        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
+        t = draws.times("time", shift=config.time_shift, low=0.0, high=1.0)
+        t = torch.where(draws.uniform("pure noise") < config.pure_noise_fraction, torch.ones_like(t), t)
+        noise = draws.noise("diffusion", z_hr)
+        if config.low_resolution_noise is not None:
+            low, high = config.low_resolution_noise
+            level = (low + (high - low) * draws.uniform("low resolution level")) / 1000
+            z_lr = q_t(z_lr, draws.noise("low resolution", z_lr), level)
+        dropped = draws.uniform("null prompt") < config.null_prompt_probability
+        captions = [
+            NULL_PROMPT if drop else entry["caption"]
+            for entry, drop in zip(batch.metadata, dropped.tolist(), strict=True)
+        ]
+        prompt = self._embed(captions).to(self._device)
+        return q_t(z_hr, noise, t), t, z_lr, prompt, velocity(z_hr, noise)
+
+    @torch.no_grad()
+    def previews(self, batch: Batch) -> dict[str, Tensor]:
+        """The x0 prediction at t = 1 and at t = 0.5, with noise that is always the same for a sample."""
+        draws = Draws(batch.keys, self._seed, self.name, -1, 0, device=self._device)
+        z_hr = batch.tensors["z_hr"].to(self._device, torch.float32)
+        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
+        prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device)
+        noise = draws.noise("diffusion", z_hr)
+        shown = {}
+        for time in (1.0, 0.5):
+            t = torch.full((len(batch.keys),), time, device=self._device)
+            z_t = q_t(z_hr, noise, t)
+            shown[f"x0_at_t_{time}"] = x0_from_velocity(z_t, self.student.frozen(z_t, t, z_lr, prompt).velocity, t)
+        return shown
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: draws are functions of the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
