@@ -252,8 +252,13 @@ class _Run:
         return -(-self._tiling.overlap_px // multiple) * multiple // SPATIAL_FACTOR
 
 
-def open_pipeline(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VSRPipeline:
+def open_pipeline(
+    folder: str | Path, device: str = "cpu", dtype: torch.dtype | dict[str, torch.dtype] = torch.float32
+) -> VSRPipeline:
     """`VSRPipeline.from_pretrained` with errors for people.
+
+    Args:
+        dtype: of all components, or by component's name, `default` standing for the others.
 
     Raises:
         UserError: no model folder there, or one that lacks a part.
