@@ -15,7 +15,7 @@ from pipeline.sampling import one_step
 from pipeline.seeding import seeded_noise
 from pipeline.text import DEFAULT_PROMPT
 from pipeline.vae import decode_latents
-from pipeline.vsr_pipeline import VSRPipeline
+from pipeline.vsr_pipeline import open_pipeline
 from preference.clips import Clip
 from preference.config import PreferenceConfig
 
@@ -48,10 +48,8 @@ class CandidateModel:
     """
 
     def __init__(self, folder: Path, config: PreferenceConfig, device: str) -> None:
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{folder} is no model folder (no model_index.json): give what training exported")
         precision = {"transformer": getattr(torch, config.dtype), "default": torch.float32}
-        pipeline = VSRPipeline.from_pretrained(folder, torch_dtype=precision)
+        pipeline = open_pipeline(folder, device, precision)
         steps = pipeline.config.num_inference_steps
         if steps != 1:
             raise UserError(
@@ -59,9 +57,7 @@ class CandidateModel:
             )
         self._config = config
         self._device = device
-        self._transformer = pipeline.transformer.to(device).eval()
-        self._vae = pipeline.vae.to(device).eval()
-        self._prompts = pipeline.prompts.to(device)
+        self._transformer, self._vae, self._prompts = pipeline.transformer, pipeline.vae, pipeline.prompts
 
     @torch.inference_mode()
     def candidates(self, clip: Clip) -> Candidates:

@@ -166,7 +166,7 @@ def test_fewer_pairs_than_clips(model: Path, data: Path, tmp_path: Path) -> None
 def test_what_cannot_be_built_is_said(
     pairs: Path, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no model folder"):
+    with pytest.raises(UserError, match="no model in"):
         build(CONFIG, tmp_path / "absent", str(data), tmp_path / "out")
     with pytest.raises(UserError, match="4-step model"):
         build(CONFIG, save_model(tmp_path / "four", steps=4), str(data), tmp_path / "out")
