@@ -14,15 +14,19 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from datagen.media import encode_bytes
 from datagen.reader import ShardReader
 from datagen.shards import Sample, write_manifest, write_shard
 from datagen.storage import open_folder
+from metrics.base import create
+from metrics.frames import to_tensor
 from pipeline.errors import UserError
 from pipeline.sampling import one_step
 from pipeline.seeding import seeded_noise
 from pipeline.text import placeholder_cache
 from pipeline.tiny_vae import TinyVideoVAE
 from pipeline.transformer import VSRTransformer
+from pipeline.vae import decode_latents
 from pipeline.vsr_pipeline import VSRPipeline
 from preference.build import build
 from preference.config import PreferenceConfig
@@ -112,6 +116,27 @@ def test_a_pair_is_what_its_noises_and_scores_say(pairs: Path, model: Path) -> N
                 made = one_step(lambda *inputs: pipeline.transformer(*inputs).velocity, epsilon, z_lr, prompt)
             assert torch.equal(made[0].bfloat16(), batch.tensors[name][row])
     assert len({json.dumps(record["candidate_noises"]) for record in batch.metadata}) == CLIPS
+
+
+def test_stored_hr_clip_is_what_candidates_are_compared_with(model: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hr = torch.randint(0, 256, (5, 48, 48, 3), generator=generator, dtype=torch.uint8).numpy()
+    latents = {name: torch.randn(SHAPE, generator=generator).bfloat16() for name in ("z_hr", "z_lr")}
+    members = {
+        "latents.safetensors": save(latents),
+        "hr.mkv": encode_bytes(hr),
+        "json": b'{"caption": "high quality video"}',
+    }
+    shard = write_shard(tmp_path / "data", 0, [Sample("clip", members)])
+    write_manifest(open_folder(tmp_path / "data"), "clips", [shard])
+    config = CONFIG.model_copy(update={"metrics": "psnr"})
+    assert build(config, model, str(tmp_path / "data"), tmp_path / "pairs") == 1
+    batch = next(iter(ShardReader(tmp_path / "pairs", members=("pair",), seed=0, global_batch_size=1)))
+    record = batch.metadata[0]
+    assert record["reference"] == "HR clip"
+    made = decode_latents(VSRPipeline.from_pretrained(model).vae, batch.tensors["z_win"].float())[0]
+    score = create("psnr")(((made + 1) / 2).transpose(0, 1), to_tensor(hr))
+    assert record["scores"]["psnr"][record["best"]] == pytest.approx(score, abs=0.05)  # z_win is bf16
 
 
 def test_parts_make_the_same_bytes_and_the_last_one_the_manifest(
