@@ -24,6 +24,7 @@ from datagen.config import DatagenConfig
 from datagen.encode import vae_hash
 from datagen.jobs import sample_rows, start_ray, survey_rows
 from datagen.plan import Plan, SamplePlan, deciding, make_plan
+from datagen.report import write_report
 from datagen.shards import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -37,6 +38,7 @@ from datagen.shards import (
     write_shard,
 )
 from datagen.sources import Source, find_sources
+from datagen.statistics import ShardStatistics, summed
 from datagen.storage import Folder, LocalFolder, open_folder
 from pipeline.errors import UserError
 from pipeline.progress import progress
@@ -95,8 +97,16 @@ def build(
             "planned": len(plan.samples),
             "failed": sum(len(shard.extra["failed"]) for shard in shards),
         }
-        extra = {"plan": plan.hash, "config": deciding(config), "versions": versions, "counts": counts}
-        return write_manifest(folder, "clips", shards, extra)
+        extra = {
+            "plan": plan.hash,
+            "config": deciding(config),
+            "versions": versions,
+            "counts": counts,
+            "statistics": summed([shard.extra["statistics"] for shard in shards]),
+        }
+        manifest = write_manifest(folder, "clips", shards, extra)
+        write_report(folder, manifest, faults + rejected)
+        return manifest
 
 
 def code_versions() -> dict[str, str]:
@@ -194,8 +204,10 @@ def _write_shards(
             for index in pending:
                 failed: list[Fault] = []
                 samples = _good(itertools.islice(rows, len(shards[index])), failed, bar)
-                # extra is read after the samples have been taken, when `failed` is complete
-                extra = {"plan": plan.hash, "failed": failed}
+                # extra is read after the samples have been taken, when its lists are complete
+                statistics = ShardStatistics()
+                samples = _counted(samples, statistics)
+                extra = {"plan": plan.hash, "failed": failed, "statistics": statistics.record}
                 committed[index] = write_shard(folder, index, samples, extra)
     return [committed[index] for index in range(len(shards))]
 
@@ -215,6 +227,12 @@ def _good(rows: Iterator[tuple[SamplePlan, Sample | str]], failed: list[Fault], 
         bar.advance(1, failed=len(failed))
         if isinstance(made, Sample):
             yield made
+
+
+def _counted(samples: Iterator[Sample], statistics: ShardStatistics) -> Iterator[Sample]:
+    for sample in samples:
+        statistics.add(sample)
+        yield sample
 
 
 def _committed(folder: Folder, plan: Plan, count: int) -> dict[int, Sidecar]:

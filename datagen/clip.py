@@ -37,7 +37,14 @@ def make_clip(plan: SamplePlan, config: DatagenConfig) -> dict[str, Any]:
         return {"error": str(error)}
     except Exception as error:
         return {"error": f"{plan.source}: {type(error).__name__}: {error}"}
-    return {"hr": hr, "lr": lr, "draws": draws, "clips": clips}
+    return {"hr": hr, "lr": lr, "draws": draws | {"lr_psnr_db": _psnr(hr, lr)}, "clips": clips}
+
+
+def _psnr(hr: np.ndarray, lr: np.ndarray) -> float:
+    """Of the bicubically enlarged LR to HR, middle frame, dB: how hard the sample is."""
+    middle = len(hr) // 2
+    large = cv2.resize(lr[middle], hr.shape[2:0:-1], interpolation=cv2.INTER_CUBIC)
+    return round(min(99.0, float(cv2.PSNR(large, hr[middle]))), 3)
 
 
 def cropped(window: np.ndarray, plan: SamplePlan) -> np.ndarray:

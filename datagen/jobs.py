@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -36,17 +38,36 @@ def start_ray(address: str | None, workers: int | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    # Ray's C++ side writes warnings for its developers to stderr; failures reach us as exceptions
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # the environment reaches the workers: one thread per task, cores are for other tasks
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
-    if address:
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(num_cpus=workers, runtime_env=environment, **quiet)
+    start = (
+        {"address": address}
+        if address
+        else {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    )
+    with _silent_stderr():
+        ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's start announces its own log level on the file descriptor itself."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def survey_rows(sources: list[Source], config: DatagenConfig) -> Iterator[dict[str, Any]]:
@@ -161,6 +182,7 @@ def _sample(plan: SamplePlan, row: dict[str, Any], versions: dict[str, str]) -> 
         "caption": plan.caption,
         "seed": plan.seed,
         "recipe": draws["recipe"],
+        "lr_psnr_db": draws["lr_psnr_db"],
         "draws": draws["operations"],
         "versions": versions,
     }
