@@ -162,6 +162,8 @@ class Network:
         self.updates = 0
         #: updates dropped because the gradient was not finite
         self.skipped = 0
+        #: what the loop's schedule multiplies every learning rate with, on top of the warm-up
+        self.schedule_factor = 1.0
         self._trainable = [p for p in module.parameters() if p.requires_grad] if optimizer is not None else []
         self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
         self._shapes = {key: p.shape for key, p in module.named_parameters() if p.requires_grad}
@@ -230,8 +232,8 @@ class Network:
             expected = self.config.gradient_accumulation
             raise RuntimeError(f"{self.name}.step() after {self._backwards} of {expected} backward passes")
         self._backwards = 0
-        if self._warmup:
-            self.set_learning_rate(min(1.0, (self.updates + 1) / self._warmup))
+        warm = min(1.0, (self.updates + 1) / self._warmup) if self._warmup else 1.0
+        self.set_learning_rate(warm * self.schedule_factor)
         self._engine.step()
         self.updates += 1
         norm = float(self._engine.get_global_grad_norm())
