@@ -311,7 +311,9 @@ class Network:
         """Take over the masters of a network of the same shape and sharding; nothing is gathered."""
         pairs = list(zip(self.fragments, other.fragments, strict=True))
         if any((a.name, a.start, a.numel) != (b.name, b.start, b.numel) for a, b in pairs):
-            raise ValueError(f"{self.name} and {other.name} are sharded differently; give them one configuration")
+            raise ValueError(
+                f"{self.name} and {other.name} are sharded differently; give them one configuration"
+            )
         for mine, theirs in pairs:
             mine.master.copy_(theirs.master)
         self._push_masters()
@@ -327,7 +329,7 @@ class Network:
         states = self._engine.optimizer.optimizer.state
         for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
             state = states[flat]
-            state["step"] = torch.tensor(step)
+            state["step"] = torch.tensor(step, device=flat.device)
             for key in MOMENTS:
                 state.setdefault(key, torch.zeros_like(flat))
         return {key: [f.view_of(states[f.flat][key]) for f in self.fragments] for key in MOMENTS}
@@ -375,6 +377,7 @@ def _training_engine(
         "lr": optimizer.learning_rate,
         "betas": optimizer.betas,
         "weight_decay": optimizer.weight_decay,
+        "fused": True,  # one kernel per flat buffer, on the GPU and, for offloaded masters, on the host
     }
     adam = torch.optim.AdamW(groups, **settings)
     with _float32_buffers(module):

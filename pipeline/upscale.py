@@ -1,0 +1,192 @@
+"""Upscale a video ×4.
+
+    python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR
+
+The film streams through in windows that overlap and are blended, cut at scene changes, so memory stays bounded and no scene
+bleeds into the next. Sound and frame rate are kept. The output appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.attention import set_attention
+from pipeline.errors import UserError, run_command
+from pipeline.progress import progress
+from pipeline.text import DEFAULT_PROMPT
+from pipeline.vae import SCALE
+from pipeline.video import VideoWriter, probe, read_frames
+from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
+
+#: mean absolute change of 16x16-pixel thumbnails (0…255) from one frame to the next that is taken for a cut [ours]
+CUT_THRESHOLD = 40.0
+
+
+def split_film(frames: Iterator[np.ndarray], window: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Cut a stream of frames into clips for the model.
+
+    Yields:
+        (number of its first frame, how many of its first frames the clip before also holds, uint8 (F, h, w, 3)).
+        Clips of one scene overlap by `overlap` frames; a new scene starts a new clip.
+    """
+    held: list[np.ndarray] = []
+    start = shared = 0
+    last_thumbnail: np.ndarray | None = None
+    for number, frame in enumerate(frames):
+        thumbnail = _thumbnail(frame)
+        cut = last_thumbnail is not None and np.abs(thumbnail - last_thumbnail).mean() > CUT_THRESHOLD
+        last_thumbnail = thumbnail
+        if cut and len(held) > shared:
+            yield start, shared, np.stack(held)
+        if cut:
+            held, start, shared = [], number, 0
+        held.append(frame)
+        if len(held) == window:
+            yield start, shared, np.stack(held)
+            held = held[window - overlap :]
+            start, shared = number + 1 - overlap, overlap
+    if len(held) > shared:
+        yield start, shared, np.stack(held)
+
+
+def upscale_film(
+    pipeline: VSRPipeline,
+    frames: Iterator[np.ndarray],
+    *,
+    window: int,
+    overlap: int,
+    statistics: dict[str, float],
+    **options: object,
+) -> Iterator[np.ndarray]:
+    """Upscaled clips in order, uint8 (F, 4h, 4w, 3), cross-faded where they overlapped."""
+    tail: np.ndarray | None = None
+    for start, shared, clip in split_film(frames, window, overlap):
+        result = pipeline(clip, first_frame=start, **options)  # type: ignore[arg-type]
+        statistics["dit_evaluations"] = statistics.get("dit_evaluations", 0) + result.dit_evaluations
+        for part, seconds in result.seconds.items():
+            statistics[f"{part}_s"] = statistics.get(f"{part}_s", 0.0) + seconds
+        upscaled = result.frames
+        if tail is not None:
+            if shared:
+                ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / shared)[:, None, None, None]
+                mixed = tail * (1 - ramp) + upscaled[:shared] * ramp
+                tail, upscaled = np.rint(mixed).astype(np.uint8), upscaled[shared:]
+            yield tail
+        keep = min(overlap, len(upscaled))
+        if len(upscaled) > keep:
+            yield upscaled[: len(upscaled) - keep]
+        tail = upscaled[len(upscaled) - keep :]
+    if tail is not None and len(tail):
+        yield tail
+
+
+def _thumbnail(frame: np.ndarray) -> np.ndarray:
+    rows = np.linspace(0, frame.shape[0], 17, dtype=int)[:-1]
+    columns = np.linspace(0, frame.shape[1], 17, dtype=int)[:-1]
+    sums = np.add.reduceat(np.add.reduceat(frame.mean(2, dtype=np.float32), rows, 0), columns, 1)
+    return sums / (frame.shape[0] * frame.shape[1] / 256)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the partial file is removed
+    arguments = _arguments()
+    info = probe(arguments.input)
+    if arguments.window < 5 or not 0 <= arguments.overlap < arguments.window:
+        raise UserError("--window must be at least 5 frames and --overlap less than --window")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    pipeline = open_pipeline(arguments.model, arguments.device, dtype)
+    set_attention(pipeline.transformer, arguments.attention)
+    statistics: dict[str, float] = {}
+    began = time.perf_counter()
+    written = 0
+    options = {
+        "prompt": arguments.prompt,
+        "seed": arguments.seed,
+        "num_inference_steps": arguments.steps,
+        "guidance_weight": arguments.guidance,
+        "colour_fix": arguments.colour_fix,
+        "tiling": Tiling(None, 0, arguments.tile, arguments.vae_tile, arguments.tile_overlap),
+    }
+    frames = read_frames(arguments.input, arguments.start, arguments.frames)
+    total = arguments.frames or (info.frames - arguments.start if info.frames else None)
+    with (
+        VideoWriter(
+            arguments.output,
+            width=info.width * SCALE,
+            height=info.height * SCALE,
+            frame_rate=info.frame_rate,
+            audio_from=None if arguments.start or arguments.frames else arguments.input,
+            quality="lossless" if arguments.lossless else "lossy",
+            crf=arguments.crf,
+            bit_depth=arguments.bit_depth,
+        ) as writer,
+        progress(total, "upscaling", "frame") as bar,
+    ):
+        for clip in upscale_film(
+            pipeline,
+            frames,
+            window=arguments.window,
+            overlap=arguments.overlap,
+            statistics=statistics,
+            **options,
+        ):
+            writer.write(clip)
+            written += len(clip)
+            bar.advance(len(clip))
+    record = {
+        "input": str(arguments.input),
+        "model": str(arguments.model),
+        "seed": arguments.seed,
+        "frames": written,
+        "width": info.width * SCALE,
+        "height": info.height * SCALE,
+        "seconds": round(time.perf_counter() - began, 3),
+        **{name: round(value, 3) for name, value in statistics.items()},
+        "device": arguments.device,
+    }
+    if arguments.stats:
+        arguments.stats.parent.mkdir(parents=True, exist_ok=True)
+        arguments.stats.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{arguments.output}: {written} frames of {record['width']}x{record['height']} in {record['seconds']} s")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.upscale", description="Upscale a video four times with a one-step model."
+    )
+    parser.add_argument("input", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="model folder (what training exports)")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
+    parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
+    parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
+    parser.add_argument("--overlap", type=int, default=4, help="frames that consecutive windows share")
+    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: whole frames")
+    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: whole frames")
+    parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
+    parser.add_argument("--colour-fix", choices=("none", "wavelet", "adain"), default="none")
+    parser.add_argument("--start", type=int, default=0, help="first frame")
+    parser.add_argument("--frames", type=int, help="how many frames; default: all")
+    parser.add_argument("--crf", type=int, default=15, help="x264 quality; 15 is visually lossless")
+    parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
+    parser.add_argument("--bit-depth", type=int, choices=(8, 10), default=8)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--attention", choices=("auto", "flash", "flash3", "xformers", "native"), default="auto")
+    parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""From configuration and folders to a stage: which weights take which role.
+
+    stage        --init                         --teacher
+    base         a model to go on from, or none  -
+    progressive  the base model                  -
+    dual_stream  the Stage-I student             the CFG-distilled teacher of Stage I (θ_R, and θ_F's start)
+    preference   the Stage-II student            -
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.attention import set_attention
+from pipeline.config import ModelConfig
+from pipeline.errors import UserError
+from pipeline.transformer import VSRTransformer
+from pipeline.weights import build_transformer, load_transformer
+from trainer.config import StageName, TrainerConfig
+from trainer.networks import World
+from trainer.stage import Stage
+from trainer.stages.base import Base
+from trainer.stages.dual_stream import DualStream
+from trainer.stages.preference import Preference
+from trainer.stages.progressive import Progressive
+
+
+def check_roles(stage: StageName, init: Path | None, teacher: Path | None) -> None:
+    """Fail early, before anything is loaded.
+
+    Raises:
+        UserError: a model that the stage needs was not given, or is not there.
+    """
+    needed = {"progressive": "the base model", "dual_stream": "the Stage-I student", "preference": "the Stage-II student"}
+    if stage in needed and init is None:
+        raise UserError(f"--stage {stage} starts from {needed[stage]}: give its folder with --init")
+    if stage == "dual_stream" and teacher is None:
+        raise UserError("--stage dual_stream needs the real score: give Stage I's teacher folder with --teacher")
+    if stage != "dual_stream" and teacher is not None:
+        raise UserError(f"--teacher is only for --stage dual_stream, not {stage}")
+    for option, folder in (("--init", init), ("--teacher", teacher)):
+        if folder is not None and not folder.exists():
+            raise UserError(f"{option} {folder}: no such model folder")
+
+
+def build_stage(
+    stage: StageName,
+    config: TrainerConfig,
+    model: ModelConfig,
+    *,
+    init: Path | None,
+    teacher: Path | None,
+    embed: Callable[[list[str]], Tensor],
+    world: World,
+    keep_teacher: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Stage:
+    """Load the weights and wrap them in engines. Collective."""
+
+    def load(folder: Path | None) -> VSRTransformer:
+        torch.manual_seed(config.seed)  # random weights must be the same on every rank
+        if folder is not None:
+            network = load_transformer(folder, model.transformer)
+        else:
+            network = build_transformer(model.transformer, model.initial_weights)
+        set_attention(network, config.attention)
+        if config.compile_blocks:
+            network.compile_repeated_blocks()
+        return network
+
+    student = load(init)
+    common = {"embed": embed, "seed": config.seed, "device": world.device}
+    if stage == "base":
+        return Base(config.base, student=student, engine=config.engine_of("student"), **common)
+    if stage == "progressive":
+        engines = {name: config.engine_of(name) for name in ("student", "teacher")}
+        return Progressive(config.progressive, student=student, engines=engines, keep_teacher=keep_teacher, **common)
+    if stage == "preference":
+        engines = {name: config.engine_of(name) for name in ("student", "reference")}
+        return Preference(
+            config.preference, student=student, reference=copy.deepcopy(student), engines=engines, **common
+        )
+    real_score = load(teacher)
+    engines = {name: config.engine_of(name) for name in ("student", "critic", "real_score")}
+    return DualStream.build(
+        config.dual_stream,
+        student=student,
+        real_score=real_score,
+        fake_score=copy.deepcopy(real_score),
+        engines=engines,
+        **common,
+    )

@@ -1,0 +1,109 @@
+"""The `trainer` section of a preset: one configuration per stage beside its code, and what all stages share here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import Section
+from trainer.networks import DeepSpeedConfig
+from trainer.stages.base import BaseConfig
+from trainer.stages.dual_stream import DualStreamConfig
+from trainer.stages.preference import PreferenceTrainingConfig
+from trainer.stages.progressive import ProgressiveConfig
+
+StageName = Literal["base", "progressive", "dual_stream", "preference"]
+STAGES: tuple[StageName, ...] = ("base", "progressive", "dual_stream", "preference")
+
+#: networks of each stage, in the order in which they are built on every rank
+NETWORKS: dict[StageName, tuple[str, ...]] = {
+    "base": ("student",),
+    "progressive": ("student", "teacher"),
+    "dual_stream": ("student", "critic", "real_score"),
+    "preference": ("student", "reference"),
+}
+
+
+class ScheduleConfig(Section):
+    """How long a stage runs and on how much at a time."""
+
+    #: updates of the exported network; Stage I's come from its own schedule
+    steps: int | None = Field(default=None, ge=1)
+    #: samples per update, over all ranks and accumulated micro-batches
+    global_batch_size: int = Field(default=16, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+    #: 0 = never
+    validate_every: int = Field(default=500, ge=0)
+    #: shape of the learning rate after warm-up; cosine falls to a tenth [ours]
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+
+
+class Schedules(Section):
+    """One schedule per stage."""
+
+    base: ScheduleConfig = ScheduleConfig(steps=100_000)  # [ours]
+    progressive: ScheduleConfig = ScheduleConfig()
+    dual_stream: ScheduleConfig = ScheduleConfig(steps=5_000)  # [ours]
+    preference: ScheduleConfig = ScheduleConfig(steps=1_000)  # [method]
+
+
+class TrackingConfig(Section):
+    """wandb. An account is never asked for: `offline` writes to the output folder, `wandb sync` uploads it later."""
+
+    wandb: Literal["online", "offline", "off"] = "offline"
+    project: str = "duo-vsr"
+    log_every: int = Field(default=10, ge=1)
+
+
+class TrainerConfig(Section):
+    """Everything about training."""
+
+    seed: int = 0
+    #: how networks are sharded and computed
+    engine: DeepSpeedConfig = DeepSpeedConfig()
+    #: exceptions by network name (student, critic, real_score, teacher, reference)
+    engines: dict[str, DeepSpeedConfig] = Field(default_factory=dict)
+    schedules: Schedules = Schedules()
+    base: BaseConfig = BaseConfig()
+    progressive: ProgressiveConfig = ProgressiveConfig()
+    dual_stream: DualStreamConfig = DualStreamConfig()
+    preference: PreferenceTrainingConfig = PreferenceTrainingConfig()
+    #: attention kernels of the DiT; auto takes the fastest one installed (pipeline/attention.py)
+    attention: Literal["auto", "flash", "flash3", "xformers", "native"] = "auto"
+    #: torch.compile the transformer blocks; pays on GPUs for long runs
+    compile_blocks: bool = False
+    keep_checkpoints: int = Field(default=3, ge=1)
+    #: updates skipped in a row for a gradient that is not finite, after which the run stops [ours]
+    max_skipped_updates: int = Field(default=10, ge=1)
+    #: clips of the fixed validation batch, per rank
+    validation_clips: int = Field(default=4, ge=1)
+    #: what to do about damaged samples (datagen/reader.py)
+    damaged_samples: Literal["skip", "error"] = "skip"
+    #: precision of exported transformers
+    export_precision: Literal["bf16", "fp32"] = "fp32"
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _known_networks(self) -> TrainerConfig:
+        known = {name for names in NETWORKS.values() for name in names}
+        unknown = sorted(set(self.engines) - known)
+        if unknown:
+            raise ValueError(f"engines: unknown network {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        return self
+
+    def engine_of(self, network: str) -> DeepSpeedConfig:
+        """Sharding of one network."""
+        return self.engines.get(network, self.engine)
+
+    def schedule_of(self, stage: StageName) -> ScheduleConfig:
+        return getattr(self.schedules, stage)
+
+    def steps_of(self, stage: StageName) -> int:
+        """Steps of the loop."""
+        if stage == "progressive":
+            return self.progressive.steps
+        steps = self.schedule_of(stage).steps
+        if steps is None:
+            raise ValueError(f"trainer.schedules.{stage}.steps is missing")
+        return steps

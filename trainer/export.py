@@ -1,0 +1,86 @@
+"""What a stage leaves behind: a model folder that `VSRPipeline.from_pretrained` opens, with a card that says where it
+comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import ModelConfig
+from pipeline.text import PromptCache
+from pipeline.transformer import VSRTransformer
+from pipeline.vae import VAE
+from pipeline.vsr_pipeline import VSRPipeline
+
+
+def export_model(
+    folder: Path,
+    state: dict[str, Tensor],
+    model: ModelConfig,
+    vae: VAE,
+    prompts: PromptCache,
+    *,
+    steps: int,
+    guidance_weight: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    card: dict[str, Any],
+) -> None:
+    """Write a model folder, whole or not at all; an older one under the same name is replaced.
+
+    Args:
+        state: the transformer's weights, float32.
+        steps: Euler steps the model is meant for.
+        card: what the model card records: stage, data manifest, configuration, last numbers.
+    """
+    transformer = VSRTransformer(**model.transformer.model_dump())
+    transformer.load_state_dict(state, strict=True)
+    transformer.to(dtype)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline = VSRPipeline(
+        transformer, vae, prompts, num_inference_steps=steps, shift=model.shift, guidance_weight=guidance_weight
+    )
+    pipeline.save_pretrained(partial, safe_serialization=True)
+    (partial / "README.md").write_text(model_card(steps, card))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+
+
+def model_card(steps: int, card: dict[str, Any]) -> str:
+    """Markdown with the facts of `card`."""
+    record = json.dumps(card, indent=2, default=str)
+    return f"""---
+library_name: diffusers
+tags: [video-super-resolution]
+---
+
+# DUO-VSR, stage {card.get("stage", "?")}
+
+×4 video super-resolution in {steps} step{"s" if steps > 1 else ""}. Open it with `VSRPipeline.from_pretrained`, or:
+
+    python -m pipeline.upscale in.mp4 out.mp4 --model THIS_FOLDER
+
+Where it comes from:
+
+```json
+{record}
+```
+"""
+
+
+def code_version() -> str:
+    """The commit of the code, or "unknown" outside a checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        folder = Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
