@@ -36,14 +36,14 @@ from datagen.shards import (
     write_shard,
 )
 from datagen.storage import Folder, open_folder
-from metrics.base import Metric
+from metrics.base import Metric, resolve_names
 from pipeline.config import load_section
 from pipeline.errors import UserError, run_command
 from pipeline.progress import progress
 from preference.candidates import CandidateModel, Candidates, model_fingerprint
 from preference.clips import Clip, ClipFolder
 from preference.config import PreferenceConfig
-from preference.judges import directions, make_judges
+from preference.judges import FITTED, directions, niqe_judge, open_judges
 from preference.ranking import Ranking, is_pair, rank
 
 
@@ -66,7 +66,6 @@ def build(
         UserError: anything the command's user can mend, found before the first candidate where possible.
     """
     clips = ClipFolder(data)
-    model = CandidateModel(model_folder, config, device)
     count = min(config.pairs, len(clips))
     plan = {
         "data": clips.fingerprint,
@@ -76,21 +75,23 @@ def build(
     folder, shards = open_folder(output), math.ceil(count / config.clips_per_shard)
     committed = committed_shards(folder, shards, plan_hash(plan))
     mine = [index for index in range(shards) if index % part[1] == part[0] and index not in committed]
+    spans = {index: shard_span(index, config.clips_per_shard, count) for index in mine}
 
     if mine:
-        judges = make_judges(config, clips, model, output, weights, device)
-        spans = {index: shard_span(index, config.clips_per_shard, count) for index in mine}
-        with progress(sum(len(span) for span in spans.values()), "preference pairs", "clips") as bar:
+        judges = open_judges(config, weights, device)
+        model = CandidateModel(model_folder, config, device)
+        if FITTED in resolve_names(config.metrics):
+            judges.append(niqe_judge(config, clips, model, output))
+        with progress(sum(map(len, spans.values())), "preference pairs", "clips") as bar:
             for index, span in spans.items():
                 samples, dropped = [], []
                 for position in span:
-                    clip = clips[position]
-                    sample, record = make_pair(clip, model, judges, config.minimum_gap)
-                    if sample is None:
-                        dropped.append(record)
-                    else:
+                    sample, record = make_pair(clips[position], model, judges, config.minimum_gap)
+                    if sample:
                         samples.append(sample)
-                    bar.advance(1, pairs=len(samples))
+                    else:
+                        dropped.append(record)
+                    bar.advance(1)
                 write_shard(folder, index, samples, {"plan": plan_hash(plan), "dropped": dropped})
 
     committed = committed_shards(folder, shards, plan_hash(plan))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from metrics.base import Metric, MetricSettings, create_all, resolve_names
+from metrics.base import Metric, MetricSettings, create, create_all, resolve_names
 from metrics.fit_niqe import fit_niqe
 from pipeline.progress import progress
 from preference.candidates import CandidateModel
@@ -17,34 +17,29 @@ from preference.config import PreferenceConfig
 from preference.ranking import Judge
 
 NIQE_MODEL = "niqe.safetensors"
+FITTED = "niqe_fitted"
 
 
-def make_judges(
-    config: PreferenceConfig,
-    clips: ClipFolder,
-    model: CandidateModel,
-    output: Path,
-    weights: Path | None,
-    device: str,
-) -> list[Metric]:
-    """The metrics of `config.metrics`.
-
-    Where `niqe_fitted` is one of them its model is fitted on the first HR clips and kept as
-    OUTPUT/niqe.safetensors; a model that lies there already is used.
+def open_judges(config: PreferenceConfig, weights: Path | None, device: str) -> list[Metric]:
+    """The metrics of `config.metrics` but for `niqe_fitted`, which needs HR clips: see `niqe_judge`.
 
     Raises:
-        UserError: missing weights, before any candidate is made.
+        UserError: everything that is missing, and the set that needs no weights.
     """
-    names = resolve_names(config.metrics)
-    others = [name for name in names if name != "niqe_fitted"]
-    create_all(others, MetricSettings(weights, None, device))
-    niqe = output / NIQE_MODEL
-    if "niqe_fitted" in names and not niqe.exists():
+    names = [name for name in resolve_names(config.metrics) if name != FITTED]
+    return create_all(names, MetricSettings(weights=weights, device=device))
+
+
+def niqe_judge(config: PreferenceConfig, clips: ClipFolder, model: CandidateModel, output: Path) -> Metric:
+    """`niqe_fitted` with a model fitted on the first HR clips and kept as OUTPUT/niqe.safetensors; one that
+    lies there already is used."""
+    path = output / NIQE_MODEL
+    if not path.exists():
         count = min(config.niqe_clips, len(clips))
         fitted, blocks = fit_niqe(_high_resolution(clips, model, count), config.niqe_block)
         output.mkdir(parents=True, exist_ok=True)
-        fitted.save(niqe, {"dataset": clips.fingerprint, "clips": count, "blocks": blocks})
-    return create_all(names, MetricSettings(weights, niqe, device))
+        fitted.save(path, {"dataset": clips.fingerprint, "clips": count, "blocks": blocks})
+    return create(FITTED, MetricSettings(niqe_model=path))
 
 
 def directions(judges: Iterable[Metric]) -> dict[str, Judge]:
