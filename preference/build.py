@@ -81,7 +81,7 @@ def build(
         judges = open_judges(config, weights, device)
         model = CandidateModel(model_folder, config, device)
         if FITTED in resolve_names(config.metrics):
-            judges.append(niqe_judge(config, clips, model, output))
+            judges.append(niqe_judge(config, clips, model, output, keep=bool(committed)))
         with progress(sum(map(len, spans.values())), "preference pairs", "clips") as bar:
             for index, span in spans.items():
                 samples, dropped = [], []

@@ -30,11 +30,17 @@ def open_judges(config: PreferenceConfig, weights: Path | None, device: str) -> 
     return create_all(names, MetricSettings(weights=weights, device=device))
 
 
-def niqe_judge(config: PreferenceConfig, clips: ClipFolder, model: CandidateModel, output: Path) -> Metric:
-    """`niqe_fitted` with a model fitted on the first HR clips and kept as OUTPUT/niqe.safetensors; one that
-    lies there already is used."""
+def niqe_judge(
+    config: PreferenceConfig, clips: ClipFolder, model: CandidateModel, output: Path, *, keep: bool
+) -> Metric:
+    """`niqe_fitted` with a model fitted on the first HR clips, OUTPUT/niqe.safetensors.
+
+    Args:
+        keep: use the model that lies there, because pairs were judged by it; else it may be another
+        dataset's.
+    """
     path = output / NIQE_MODEL
-    if not path.exists():
+    if not (keep and path.exists()):
         count = min(config.niqe_clips, len(clips))
         fitted, blocks = fit_niqe(_high_resolution(clips, model, count), config.niqe_block)
         output.mkdir(parents=True, exist_ok=True)
