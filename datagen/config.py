@@ -51,11 +51,11 @@ class FilterConfig(Section):
     min_height: int = Field(default=0, ge=0)
     min_width: int = Field(default=0, ge=0)
     #: mean luma, 0...255, below which a window is black
-    min_luma: float = Field(default=8.0, ge=0)
+    min_luma: float = Field(default=4.0, ge=0)
     #: standard deviation of luma, 0...255, below which it is empty
     min_contrast: float = Field(default=4.0, ge=0)
     #: mean absolute change of luma between frames, 0...255, below which it stands still; 0 = keep still ones
-    min_motion: float = Field(default=0.2, ge=0)
+    min_motion: float = Field(default=0.03, ge=0)
     #: variance of the Laplacian of luma; 0 = no floor
     min_sharpness: float = Field(default=10.0, ge=0)
     #: bits of 64 by which perceptual hashes of windows of different sources must differ; 0 = keep duplicates

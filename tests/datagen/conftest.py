@@ -1,0 +1,106 @@
+"""Small moving pictures, a random VAE and a configuration: a dataset of twelve samples in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from datagen.media import write_lossless
+from datagen.shards import Manifest, Sample, write_manifest, write_shard
+from datagen.storage import open_folder
+from pipeline.tiny_vae import TinyVideoVAE
+from safetensors.torch import save
+
+SHARD_SIZES = (5, 1, 9, 3)
+
+
+def moving_picture(frames: int, height: int, width: int, seed: int) -> np.ndarray:
+    """uint8 (F, H, W, 3): soft texture that drifts by two px a frame, so that no filter rejects it."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    texture = rng.integers(0, 256, (height // 4, (width + 2 * frames) // 4 + 1, 3)).astype(np.uint8)
+    large = cv2.resize(texture, (width + 2 * frames, height), interpolation=cv2.INTER_CUBIC)
+    return np.stack([large[:, 2 * index : 2 * index + width] for index in range(frames)])
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four readable videos of three windows each, and a text file that calls itself a video."""
+    folder = tmp_path_factory.mktemp("videos")
+    for index in range(4):
+        write_lossless(folder / f"sub/video{index}.mkv", moving_picture(27, 80, 96, index))
+    (folder / "text.mp4").write_text("this is no video\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Crops of 64 x 64, windows of 9, shards of 4; the VAE is small and random."""
+    folder = tmp_path_factory.mktemp("config")
+    torch.manual_seed(0)
+    TinyVideoVAE(z_dim=8, hidden_dim=16, num_blocks=1).save_pretrained(folder / "vae")
+    document = {
+        "model": {"vae": str(folder / "vae"), "prompts": "nowhere"},
+        "datagen": {
+            "clip": {"frames": 9, "crop": [64, 64]},
+            "samples_per_shard": 4,
+            "degradation": {"weights": {"realbasicvsr": 1.0, "mild": 1.0}},
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def build_command(config: Path, videos: Path | str, output: Path | str, *more: str) -> list[str]:
+    """The command as a user types it."""
+    command = [sys.executable, "-m", "datagen.build_shards", "--config", str(config)]
+    return command + ["--input", str(videos), "--output", str(output), *more]
+
+
+def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, **environment: str) -> str:
+    """Run the command to its end; its stderr, or a failed assertion."""
+    done = subprocess.run(
+        build_command(config, videos, output, *more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset of 18 numbered samples in shards of very different sizes, without building one."""
+    return write_numbered(tmp_path / "dataset")
+
+
+def write_numbered(path: Path) -> Path:
+    folder = open_folder(path)
+    shards, number = [], 0
+    for index, size in enumerate(SHARD_SIZES):
+        samples = []
+        for _ in range(size):
+            latent = torch.full((2, 1, 4, 4), number, dtype=torch.bfloat16)
+            members = {
+                "latents.safetensors": save({"z_hr": latent, "z_lr": latent + 1}),
+                "json": json.dumps({"number": number, "caption": "", "seed": number}).encode(),
+            }
+            samples.append(Sample(f"key{number:03d}", members))
+            number += 1
+        shards.append(write_shard(folder, index, samples))
+    manifest: Manifest = write_manifest(folder, "clips", shards)
+    assert manifest.samples == sum(SHARD_SIZES)
+    return path

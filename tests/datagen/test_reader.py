@@ -1,0 +1,125 @@
+"""The reader: one order for any number of ranks, exact positions, damage that all ranks see alike."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from datagen.reader import ShardReader
+from datagen.shards import read_sidecar, shard_name
+from datagen.storage import open_folder
+from pipeline.errors import UserError
+from tests.datagen.conftest import SHARD_SIZES
+
+SAMPLES = sum(SHARD_SIZES)
+
+
+def numbers(reader: ShardReader, batches: int) -> list[list[int]]:
+    return [[row["number"] for row in batch.metadata] for batch in itertools.islice(reader, batches)]
+
+
+def global_batches(dataset: Path, world_size: int, batches: int, **more: object) -> list[list[int]]:
+    """Global batches put together from those of all ranks."""
+    ranks = [
+        numbers(
+            ShardReader(dataset, seed=5, global_batch_size=4, rank=rank, world_size=world_size, **more),  # type: ignore[arg-type]
+            batches,
+        )
+        for rank in range(world_size)
+    ]
+    return [sum(parts, []) for parts in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_sample_once_per_epoch_for_any_number_of_ranks(dataset: Path, world_size: int) -> None:
+    stream = sum(global_batches(dataset, world_size, 2 * SAMPLES // 4), [])
+    assert sorted(stream[:SAMPLES]) == sorted(stream[SAMPLES:]) == list(range(SAMPLES))
+    assert stream[:SAMPLES] != stream[SAMPLES:]
+    assert stream == sum(global_batches(dataset, 1, 2 * SAMPLES // 4), [])
+
+
+def test_the_seed_decides_the_order(dataset: Path) -> None:
+    one = numbers(ShardReader(dataset, seed=1, global_batch_size=6), 3)
+    assert one == numbers(ShardReader(dataset, seed=1, global_batch_size=6), 3)
+    assert one != numbers(ShardReader(dataset, seed=2, global_batch_size=6), 3)
+
+
+def test_tensors_belong_to_their_metadata(dataset: Path) -> None:
+    batch = next(iter(ShardReader(dataset, seed=0, global_batch_size=3)))
+    assert batch.tensors["z_hr"].shape == (3, 2, 1, 4, 4)
+    for index, row in enumerate(batch.metadata):
+        assert (batch.tensors["z_hr"][index] == row["number"]).all()
+        assert batch.keys[index] == f"key{row['number']:03d}"
+
+
+def test_a_dataset_smaller_than_the_batch_goes_round(dataset: Path) -> None:
+    first = numbers(ShardReader(dataset, seed=0, global_batch_size=2 * SAMPLES), 1)[0]
+    assert sorted(first) == sorted(2 * list(range(SAMPLES)))
+
+
+@pytest.mark.parametrize("consumed", [1, 4, 7])
+def test_a_position_resumes_exactly_on_another_number_of_ranks(dataset: Path, consumed: int) -> None:
+    whole = global_batches(dataset, 1, 10)
+    writer = ShardReader(dataset, seed=5, global_batch_size=4, rank=1, world_size=2)
+    iterator = iter(writer)
+    for _ in range(consumed):
+        next(iterator)
+    state = writer.state_dict()
+    resumed = []
+    for rank in range(4):
+        reader = ShardReader(dataset, seed=5, global_batch_size=4, rank=rank, world_size=4)
+        reader.load_state_dict(state)
+        resumed.append(numbers(reader, 10 - consumed))
+    assert [sum(parts, []) for parts in zip(*resumed, strict=True)] == whole[consumed:]
+
+
+def test_a_position_of_another_order_is_refused(dataset: Path) -> None:
+    state = ShardReader(dataset, seed=1, global_batch_size=2).state_dict()
+    with pytest.raises(UserError, match="seed 1"):
+        ShardReader(dataset, seed=2, global_batch_size=2).load_state_dict(state)
+    with pytest.raises(UserError, match="another dataset"):
+        ShardReader(dataset, seed=1, global_batch_size=2).load_state_dict(state | {"dataset": "0"})
+
+
+def cut_shard(dataset: Path) -> None:
+    path = dataset / shard_name(0)
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def test_a_cut_shard_is_left_out_identically_on_all_ranks(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cut_shard(dataset)
+    left = list(range(SHARD_SIZES[0], SAMPLES))
+    stream = sum(global_batches(dataset, 2, len(left)), [])
+    assert sorted(stream[: len(left)]) == left
+    assert stream == sum(global_batches(dataset, 1, len(left)), [])
+    assert "shard-000000.tar has 700 of" in caplog.text
+
+
+def test_a_changed_sample_is_replaced_identically_on_all_ranks(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    span = read_sidecar(open_folder(dataset), shard_name(2)).members[3]["latents.safetensors"]
+    path = dataset / shard_name(2)
+    content = bytearray(path.read_bytes())
+    content[span.offset + span.length - 1] ^= 1
+    path.write_bytes(content)
+    damaged = SHARD_SIZES[0] + SHARD_SIZES[1] + 3
+    stream = sum(global_batches(dataset, 4, 2 * SAMPLES // 4), [])
+    assert stream == sum(global_batches(dataset, 1, 2 * SAMPLES // 4), [])
+    assert set(stream) == set(range(SAMPLES)) - {damaged}
+    assert "has changed since it was written" in caplog.text
+
+
+def test_damage_can_be_an_error(dataset: Path) -> None:
+    cut_shard(dataset)
+    with pytest.raises(UserError, match="has 700 of"):
+        ShardReader(dataset, seed=0, global_batch_size=1, damaged="error")
+
+
+def test_bad_arguments_are_named(dataset: Path) -> None:
+    with pytest.raises(UserError, match="multiple of the 2 ranks"):
+        ShardReader(dataset, seed=0, global_batch_size=3, world_size=2)
+    with pytest.raises(UserError, match="no member 'hr'"):
+        next(iter(ShardReader(dataset, members=("hr",), seed=0, global_batch_size=1)))

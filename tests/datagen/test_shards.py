@@ -1,0 +1,58 @@
+"""The shard format: plain WebDataset tars, whole or absent, byte-identical."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from datagen.shards import Sample, read_manifest, read_sidecar, shard_name, write_shard
+from datagen.storage import LocalFolder, open_folder
+from pipeline.errors import UserError
+from tests.datagen.conftest import SHARD_SIZES, write_numbered
+
+
+def test_plain_webdataset_reads_every_sample(dataset: Path) -> None:
+    urls = sorted(str(path) for path in (dataset / "shards").glob("*.tar"))
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"key{number:03d}" for number in range(sum(SHARD_SIZES))]
+    assert [sample["json"]["number"] for sample in samples] == list(range(sum(SHARD_SIZES)))
+
+
+def test_members_lie_where_the_sidecar_says(dataset: Path) -> None:
+    folder = open_folder(dataset)
+    sidecar = read_sidecar(folder, shard_name(2))
+    span = sidecar.members[4]["json"]
+    content = (dataset / sidecar.name).read_bytes()[span.offset : span.offset + span.length]
+    assert json.loads(content)["number"] == SHARD_SIZES[0] + SHARD_SIZES[1] + 4
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = write_numbered(tmp_path / "a"), write_numbered(tmp_path / "b")
+    for path in sorted(first.rglob("*")):
+        if path.is_file():
+            assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def samples() -> Iterator[Sample]:
+        yield Sample("a", {"json": b"{}"})
+        raise RuntimeError("the machine is on fire")
+
+    with pytest.raises(RuntimeError):
+        write_shard(tmp_path, 0, samples())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("keys", [["a.b"], ["a/b"], ["a", "a"]])
+def test_keys_that_webdataset_would_confuse_are_refused(tmp_path: Path, keys: list[str]) -> None:
+    with pytest.raises(ValueError, match="key"):
+        write_shard(tmp_path, 0, [Sample(key, {"json": b"{}"}) for key in keys])
+
+
+def test_a_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json does not exist"):
+        read_manifest(LocalFolder(str(tmp_path)))
