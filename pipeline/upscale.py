@@ -23,7 +23,7 @@ from pipeline.attention import set_attention
 from pipeline.errors import UserError, run_command
 from pipeline.progress import progress
 from pipeline.text import DEFAULT_PROMPT
-from pipeline.vae import SCALE
+from pipeline.vae import SCALE, to_frames, upsample_low_resolution
 from pipeline.video import VideoWriter, probe, read_frames
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
@@ -89,6 +89,36 @@ def upscale_film(
         yield tail
 
 
+def model_film(
+    frames: Iterator[np.ndarray], arguments: argparse.Namespace, statistics: dict[str, float]
+) -> Iterator[np.ndarray]:
+    """`upscale_film` with the command's options; the model is opened before anything is returned."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    pipeline = open_pipeline(arguments.model, arguments.device, dtype)
+    set_attention(pipeline.transformer, arguments.attention)
+    return upscale_film(
+        pipeline,
+        frames,
+        window=arguments.window,
+        overlap=arguments.overlap,
+        statistics=statistics,
+        prompt=arguments.prompt,
+        seed=arguments.seed,
+        num_inference_steps=arguments.steps,
+        guidance_weight=arguments.guidance,
+        colour_fix=arguments.colour_fix,
+        tiling=Tiling(None, 0, arguments.tile, arguments.vae_tile, arguments.tile_overlap),
+    )
+
+
+def bicubic_film(
+    frames: Iterator[np.ndarray], arguments: argparse.Namespace, statistics: dict[str, float]
+) -> Iterator[np.ndarray]:
+    """Frames enlarged as for z_LR, one by one."""
+    statistics["dit_evaluations"] = 0
+    return (to_frames(upsample_low_resolution(frame[None])).numpy() for frame in frames)
+
+
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
     rows = np.linspace(0, frame.shape[0], 17, dtype=int)[:-1]
     columns = np.linspace(0, frame.shape[1], 17, dtype=int)[:-1]
@@ -102,22 +132,13 @@ def main() -> None:
     info = probe(arguments.input)
     if arguments.window < 5 or not 0 <= arguments.overlap < arguments.window:
         raise UserError("--window must be at least 5 frames and --overlap less than --window")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    pipeline = open_pipeline(arguments.model, arguments.device, dtype)
-    set_attention(pipeline.transformer, arguments.attention)
+    enlarge = bicubic_film if arguments.bicubic else model_film
     statistics: dict[str, float] = {}
     began = time.perf_counter()
     written = 0
-    options = {
-        "prompt": arguments.prompt,
-        "seed": arguments.seed,
-        "num_inference_steps": arguments.steps,
-        "guidance_weight": arguments.guidance,
-        "colour_fix": arguments.colour_fix,
-        "tiling": Tiling(None, 0, arguments.tile, arguments.vae_tile, arguments.tile_overlap),
-    }
     frames = read_frames(arguments.input, arguments.start, arguments.frames)
     total = arguments.frames or (info.frames - arguments.start if info.frames else None)
+    clips = enlarge(frames, arguments, statistics)  # opens the model, so before the file
     with (
         VideoWriter(
             arguments.output,
@@ -131,20 +152,13 @@ def main() -> None:
         ) as writer,
         progress(total, "upscaling", "frame") as bar,
     ):
-        for clip in upscale_film(
-            pipeline,
-            frames,
-            window=arguments.window,
-            overlap=arguments.overlap,
-            statistics=statistics,
-            **options,
-        ):
+        for clip in clips:
             writer.write(clip)
             written += len(clip)
             bar.advance(len(clip))
     record = {
         "input": str(arguments.input),
-        "model": str(arguments.model),
+        "model": "bicubic" if arguments.bicubic else str(arguments.model),
         "seed": arguments.seed,
         "frames": written,
         "width": info.width * SCALE,
@@ -165,7 +179,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--model", type=Path, required=True, help="model folder (what training exports)")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="model folder (what training exports)")
+    model.add_argument("--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")

