@@ -15,10 +15,12 @@ import importlib.metadata
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,7 +34,7 @@ from pipeline.progress import progress
 DEFAULT_METRICS = "psnr,ssim"
 
 #: columns of published tables that are no metric of ours
-_OTHER_LABELS = {"seconds": "s (21 f, 1080p)", "parameters_b": "params (B)"}
+_OTHER_LABELS = {"seconds": "s", "parameters_b": "B"}
 
 
 def score(video: Tensor, reference: Tensor | None, metrics: list[Metric]) -> dict[str, float]:
@@ -106,8 +108,16 @@ def _column(name: str) -> str:
     return f"{entry.label} {'↓' if entry.lower_is_better else '↑'}"
 
 
+def _table(title: str, rows_are: str, metrics: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    table.add_column(rows_are, no_wrap=True)
+    for name in metrics:
+        table.add_column(_column(name), justify="right", no_wrap=True)
+    return table
+
+
 def _print_scores(console: Console, scores: dict[str, dict[str, float]], means: dict[str, float]) -> None:
-    table = Table("clip", *(_column(name) for name in means), title="measured")
+    table = _table("measured", "clip", means)
     for clip, values in scores.items():
         table.add_row(clip, *(f"{values[name]:.4f}" for name in means))
     if len(scores) > 1:
@@ -120,7 +130,7 @@ def _print_published(console: Console) -> None:
     published = load_published()
     for printed in published.tables:
         columns = list(next(iter(printed.rows.values())))
-        table = Table("method", *(_column(name) for name in columns), title=printed.title)
+        table = _table(printed.title, "method", columns)
         for method, values in printed.rows.items():
             table.add_row(method, *(f"{values[name]:g}" for name in columns))
         console.print(table)
