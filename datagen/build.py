@@ -85,6 +85,12 @@ def build(
         except UserError:
             _clean_up_if_empty(folder)
             raise
+        except ray.exceptions.RayError as error:
+            mendable = _user_error_within(error)
+            if mendable is None:
+                raise
+            _clean_up_if_empty(folder)
+            raise mendable from None
         finally:
             ray.shutdown()
         faults += [fault for shard in shards for fault in shard.extra["failed"]]
@@ -247,6 +253,17 @@ def _committed(folder: Folder, plan: Plan, count: int) -> dict[int, Sidecar]:
         if sidecar.extra.get("plan") == plan.hash and sizes.get(sidecar.name) == sidecar.bytes:
             found[index] = sidecar
     return found
+
+
+def _user_error_within(error: BaseException | None) -> UserError | None:
+    """The UserError that a worker raised, out of Ray's wrapping."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, UserError):
+            return UserError(str(error).splitlines()[-1].removeprefix("pipeline.errors.UserError: "))
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 def _clean_up_if_empty(folder: Folder) -> None:
