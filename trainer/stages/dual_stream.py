@@ -4,27 +4,24 @@ Per step: N auxiliary updates of the critic (fake score θ_F by L_Diff, heads φ
 student θ_S by L_S = λ_DMD·L_DMD + λ_GAN·L_G + λ_FM·L_FM. The real score θ_R is frozen. S marks what comes
 from the student's sample, HR what comes from the data.
 
-The student's loss depends on its parameters only through ẑ0. So ẑ0 is cut off into a leaf, the gradient of L_S
-is taken down to that leaf network by network, and the student's engine is given (ẑ0·grad).sum(), whose gradient
-is the same. No autograd graph spans two engines, which ZeRO-3 would not survive.
+The student's loss depends on its parameters only through ẑ0. So ẑ0 is cut off into a leaf, the gradient of
+L_S is taken down to that leaf network by network, and the student's engine is given (ẑ0·grad).sum(), whose
+gradient is the same. No autograd graph spans two engines, which ZeRO-3 would not survive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from pipeline.config import Section
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.sampling import one_step
 from pipeline.transformer import VSRTransformer, tapped_layers
-from trainer.discriminator import Critic, HeadConfig, Tapped, features_of, velocity_and_features
+from trainer.discriminator import Critic, features_of, velocity_and_features
 from trainer.losses import (
-    GanLoss,
     discriminator_loss,
     dmd_gradient,
     dmd_loss,
@@ -32,71 +29,31 @@ from trainer.losses import (
     generator_loss,
     velocity_loss,
 )
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.networks import DeepSpeedConfig, Network
 from trainer.stage import Draws, Meter
+from trainer.stages.dual_stream_config import DualStreamConfig
 
 if TYPE_CHECKING:
     from datagen.reader import Batch
 
+__all__ = ["DualStream", "DualStreamConfig", "Sample"]
 
-class DualStreamConfig(Section):
-    """All numbers of Stage II. The paper's ablations are settings of these fields (configs/ablations/)."""
 
-    #: N: auxiliary updates before each student update [paper]
-    auxiliary_updates: int = Field(default=3, ge=1)
-    #: λ_DMD; 0 is the ablation "RFS-GAN only" [note]
-    dmd_weight: float = Field(default=1.0, ge=0)
-    #: λ_GAN; 0 together with λ_FM is the ablation "DMD only" [note]
-    gan_weight: float = Field(default=0.1, ge=0)
-    #: λ_FM [note]
-    feature_matching_weight: float = Field(default=0.05, ge=0)
-    #: joint [paper]; sequential: DMD alone for `sequential_dmd_steps`, then GAN and FM alone (ablation)
-    schedule: Literal["joint", "sequential"] = "joint"
-    sequential_dmd_steps: int = Field(default=0, ge=0)
-    #: first steps in which the heads learn but the student doesn't hear them yet (λ_GAN = λ_FM = 0) [ours]
-    heads_warmup_steps: int = Field(default=0, ge=0)
+class Sample(NamedTuple):
+    """Algorithm 1's "Sample (z^LR, z^HR, c), t, ε" for one micro-batch; latents (B, C, T, H, W), float32.
 
-    gan_loss: GanLoss = "hinge"  # [paper]
-    #: tapped layers as fractions of the depth: 9, 18, 27 of 30 [paper]
-    tap_fractions: tuple[float, ...] = (0.3, 0.6, 0.9)
-    #: score models that are the discriminator's backbones; both [paper, Tab. 5]
-    tapped: Tapped = "both"
-    head: HeadConfig = HeadConfig()
-    #: noised [paper]; clean is the SeedVR2 way: unstable, grid artefacts, two forwards more (ablation)
-    discriminator_input: Literal["noised", "clean"] = "noised"
-    #: S and HR are diffused with the same ε [ours]: else feature matching compares noise
-    shared_noise: bool = True
+    The generator's ε (`noise_s`) and q_t's (`noise`) are drawn apart: with one ε for both, z_t^S would lie
+    on the very line the student has just walked. HR is diffused with q_t's ε too, or feature matching would
+    compare noise.
+    """
 
-    #: w of v(c) + w·(v(c) − v(∅)) for θ_R; 0: θ_R is the CFG-distilled teacher and takes one forward [paper]
-    real_score_guidance: float = Field(default=0.0, ge=0)
-    #: t ~ U(0, 1), shifted, clamped [peer: shift 5, 0.02…0.98]
-    time_shift: float = Field(default=5.0, gt=0)
-    time_range: tuple[float, float] = (0.02, 0.98)
-
-    student: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer]
-    fake_score: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer: 4e-7…2e-6]
-    heads_learning_rate: float = Field(default=1e-5, gt=0)  # [peer]
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [peer]
-    #: t at which the previews of the two score models look at the student's sample [ours]
-    preview_time: float = Field(default=0.5, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> DualStreamConfig:
-        low, high = self.time_range
-        if not 0 < low <= high <= 1:
-            raise ValueError("time_range must be 0 < low <= high <= 1")
-        if self.dmd_weight == self.gan_weight == self.feature_matching_weight == 0:
-            raise ValueError("all of dmd_weight, gan_weight, feature_matching_weight are 0: nothing to learn")
-        if self.schedule == "sequential" and not (self.sequential_dmd_steps and self.dmd_weight and self.gan):
-            raise ValueError("schedule: sequential needs sequential_dmd_steps and weights for DMD and GAN")
-        if self.gan and not self.tap_fractions:
-            raise ValueError("tap_fractions is empty: the GAN stream needs tapped layers")
-        return self
-
-    @property
-    def gan(self) -> bool:
-        """Whether there is a GAN stream, hence heads and passes over HR latents."""
-        return self.gan_weight > 0 or self.feature_matching_weight > 0
+    z_lr: Tensor
+    z_hr: Tensor
+    prompt: Tensor
+    t: Tensor
+    noise_s: Tensor
+    noise: Tensor
+    noise_hr: Tensor
 
 
 class DualStream:
@@ -233,8 +190,7 @@ class DualStream:
         with self.student.updating():
             for batch in batches:
                 s = self._sample(batch, step, self.config.auxiliary_updates)
-                # The generator always sits at t = 1 (one_step sees to it); Algorithm 1's t belongs to q_t
-                # alone.
+                # The generator always sits at t = 1, see one_step; Algorithm 1's t belongs to q_t alone.
                 z0 = one_step(_velocity_of(self.student), s.noise_s, s.z_lr, s.prompt)
                 leaf = z0.detach().requires_grad_()
                 gradient = self.student_gradient(step, leaf, s, meter)
@@ -281,7 +237,8 @@ class DualStream:
             )
         loss = z0.new_zeros(())
         if dmd:
-            z0_fake = x0_from_velocity(z_t, out.velocity, s.t)
+            z0_fake = x0_from_velocity(z_t, out.velocity, s.t).detach()
+            out = out._replace(velocity=None)
             gradient, normaliser = dmd_gradient(z0, z0_real, z0_fake)
             loss_dmd = dmd_loss(z0, gradient)
             loss = loss + dmd_weight * loss_dmd
@@ -294,12 +251,11 @@ class DualStream:
         meter.add(loss_student=loss)
         del out
 
-        at_z0, *at_real = torch.autograd.grad(
-            loss, [z0, *real_leaves], allow_unused=True
-        )  # through θ_F and φ
+        # Through φ and θ_F first, down to ẑ0 and θ_R's features; then, θ_F's activations gone, through θ_R.
+        at_z0, *at_real = torch.autograd.grad(loss, [z0, *real_leaves], allow_unused=True)
         total = torch.zeros_like(z0) if at_z0 is None else at_z0
         if real_s:
-            total = total + torch.autograd.grad(real_s, z0, at_real)[0]  # and on through θ_R
+            total = total + torch.autograd.grad(real_s, z0, at_real)[0]
         return total
 
     def weights(self, step: int) -> tuple[float, float, float]:
@@ -401,23 +357,6 @@ class DualStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
-
-
-class Sample(NamedTuple):
-    """Algorithm 1's "Sample (z^LR, z^HR, c), t, ε" for one micro-batch; latents (B, C, T, H, W), float32.
-
-    The generator's ε (`noise_s`) and q_t's (`noise`) are drawn apart: with one ε for both, z_t^S would lie
-    on the very line the student has just walked. HR is diffused with q_t's ε too, or feature matching would
-    compare noise.
-    """
-
-    z_lr: Tensor
-    z_hr: Tensor
-    prompt: Tensor
-    t: Tensor
-    noise_s: Tensor
-    noise: Tensor
-    noise_hr: Tensor
 
 
 def _velocity_of(call: Callable[..., Any]) -> Callable[..., Tensor]:
