@@ -1,0 +1,154 @@
+"""The DiT: diffusers' names and shapes, diffusers' numbers, features as outputs."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from pipeline.config import TransformerConfig
+from pipeline.errors import UserError
+from pipeline.transformer import VSRTransformer, tapped_layers
+from pipeline.weights import ORIGINAL_NAMES, load_transformer, rename_original
+
+TINY = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32, "text_dim": 8, "num_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    z_t, z_lr = torch.randn(2, 2, 4, 3, 4, 6, generator=generator).unbind(0)
+    return z_t, torch.tensor([0.3, 1.0]), z_lr, torch.randn(2, 5, 8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return VSRTransformer(latent_channels=4, **TINY).eval()
+
+
+def test_full_size_has_the_public_names_and_shapes_but_for_the_patch_embedding():
+    with torch.device("meta"):
+        ours = VSRTransformer(**TransformerConfig().model_dump())
+        theirs = WanTransformer3DModel(
+            num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
+            freq_dim=256, ffn_dim=8960, num_layers=30,
+        )  # fmt: skip
+    shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    public = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
+    assert shapes.pop("patch_embedding.weight") == (1536, 32, 1, 2, 2)
+    assert public.pop("patch_embedding.weight") == (1536, 16, 1, 2, 2)
+    assert shapes == public
+    assert 1.3e9 <= sum(p.numel() for p in ours.parameters()) <= 1.5e9
+
+
+def test_with_a_zero_low_resolution_half_it_is_diffusers_model(model, inputs, tmp_path):
+    z_t, t, z_lr, prompt = inputs
+    torch.manual_seed(1)
+    public = WanTransformer3DModel(in_channels=4, out_channels=4, **TINY).eval()
+    public.save_pretrained(tmp_path / "transformer")
+    config = TransformerConfig(latent_channels=4, **TINY)
+    widened = load_transformer(tmp_path, config).eval()
+    with torch.no_grad():
+        expected = public(z_t, t * 1000, prompt).sample
+        assert torch.allclose(widened(z_t, t, z_lr, prompt).velocity, expected, atol=1e-6)
+        assert torch.allclose(widened(z_t, t, 2 * z_lr, prompt).velocity, expected, atol=1e-6)
+
+
+def test_early_exit_gives_the_features_of_the_full_pass(model, inputs):
+    with torch.no_grad():
+        full = model(*inputs, feature_layers=(1, 2))
+        early = model(*inputs, feature_layers=(1, 2), features_only=True)
+    assert early.velocity is None and full.velocity.shape == inputs[0].shape
+    assert len(full.features) == 2
+    for a, b in zip(full.features, early.features, strict=True):
+        assert a.shape == (2, 3 * 2 * 3, 48) and torch.equal(a, b)
+
+
+def test_early_exit_runs_no_block_after_the_last_tap(model, inputs):
+    ran = []
+    handles = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(model.blocks, 1)]
+    model(*inputs, feature_layers=(1,), features_only=True)
+    for handle in handles:
+        handle.remove()
+    assert ran == [1]
+
+
+def test_low_resolution_skip_starts_as_z_lr(inputs):
+    from pipeline.sampling import one_step
+    from pipeline.weights import build_transformer
+
+    z_t, _, z_lr, prompt = inputs
+    network = build_transformer(TransformerConfig(latent_channels=4, low_resolution_skip=True, **TINY))
+    z0 = one_step(lambda *x: network(*x).velocity, z_t, z_lr, prompt)
+    assert torch.allclose(z0, z_lr, atol=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(30, (9, 18, 27)), (10, (3, 6, 9)), (6, (2, 4, 5)), (1, (1,))])
+def test_taps_follow_the_depth(depth, layers):
+    assert tapped_layers(depth) == layers
+
+
+@pytest.mark.parametrize(
+    "bad", [{"feature_layers": (2, 1)}, {"feature_layers": (4,)}, {"features_only": True}], ids=str
+)
+def test_wrong_taps_are_refused(model, inputs, bad):
+    with pytest.raises(ValueError, match="feature"):
+        model(*inputs, **bad)
+
+
+def test_sizes_must_fit(model, inputs):
+    z_t, t, z_lr, prompt = inputs
+    with pytest.raises(ValueError, match="patch size"):
+        model(z_t[..., :5], t, z_lr[..., :5], prompt)
+    with pytest.raises(ValueError, match="must be equal"):
+        model(z_t, t, z_lr[:, :2], prompt)
+
+
+def test_original_layout_loads_to_the_same_weights(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(2)
+    public = WanTransformer3DModel(in_channels=4, out_channels=4, **TINY)
+    original = {to_original(name): tensor.contiguous() for name, tensor in public.state_dict().items()}
+    assert all(rename_original(to_original(name)) == name for name in public.state_dict())
+    save_file(original, tmp_path / "wan.safetensors")
+    loaded = load_transformer(tmp_path / "wan.safetensors", TransformerConfig(latent_channels=4, **TINY))
+    for name, tensor in public.state_dict().items():
+        if name != "patch_embedding.weight":
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert len(ORIGINAL_NAMES) > 10
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path):
+    public = WanTransformer3DModel(in_channels=4, out_channels=4, **TINY)
+    public.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(UserError, match=r"ffn\.net\.0\.proj\.weight is \(64, 48\), not \(96, 48\)"):
+        load_transformer(tmp_path, TransformerConfig(latent_channels=4, **(TINY | {"ffn_dim": 96})))
+    with pytest.raises(UserError, match="another VAE"):
+        load_transformer(tmp_path, TransformerConfig(latent_channels=6, **TINY))
+    with pytest.raises(UserError, match="no model folder"):
+        load_transformer(tmp_path / "nowhere", TransformerConfig())
+
+
+def to_original(name: str) -> str:
+    """The published Wan2.1 spelling, written down independently of pipeline/weights.py."""
+    if not name.startswith("blocks."):
+        for ours, theirs in {
+            "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+            "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+            "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+            "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+            "condition_embedder.time_proj": "time_projection.1",
+            "scale_shift_table": "head.modulation",
+            "proj_out": "head.head",
+        }.items():
+            if name.startswith(ours):
+                return name.replace(ours, theirs)
+        return name
+    _, number, part = name.split(".", 2)
+    part = part.replace("scale_shift_table", "modulation").replace("norm2.", "norm3.")
+    part = part.replace("ffn.net.0.proj", "ffn.0").replace("ffn.net.2", "ffn.2")
+    for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn")):
+        for projection in "qkv":
+            part = part.replace(f"{ours}.to_{projection}.", f"{theirs}.{projection}.")
+        part = part.replace(f"{ours}.to_out.0.", f"{theirs}.o.").replace(f"{ours}.norm_", f"{theirs}.norm_")
+    return f"blocks.{number}.{part}"

