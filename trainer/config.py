@@ -74,8 +74,10 @@ class TrainerConfig(Section):
     #: torch.compile the transformer blocks; pays on GPUs for long runs
     compile_blocks: bool = False
     keep_checkpoints: int = Field(default=3, ge=1)
-    #: updates skipped in a row for a gradient that is not finite, after which the run stops [ours]
-    max_skipped_updates: int = Field(default=10, ge=1)
+    #: bad steps in a row (numbers not finite, an exploded gradient norm) after which the run stops [ours]
+    max_bad_steps: int = Field(default=10, ge=1)
+    #: a gradient norm so many times its running mean has exploded [ours]
+    explosion_factor: float = Field(default=1000.0, gt=1)
     #: clips of the fixed validation batch, per rank
     validation_clips: int = Field(default=4, ge=1)
     #: what to do about damaged samples (datagen/reader.py)

@@ -6,7 +6,8 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from datagen.reader import Batch, ShardReader
 from pipeline.errors import UserError
-from pipeline.progress import progress
+from pipeline.progress import Counter, progress
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import ScheduleConfig, TrainerConfig
 from trainer.networks import World
@@ -41,6 +42,8 @@ class Run:
     world: World
     settings: dict[str, Any]
     validation: Validation | None = None
+    #: the last validation's numbers
+    metrics: dict[str, float] = field(default_factory=dict)
     #: stop after this many steps of this process (saving first), as if preempted; None = run to the end
     stop_after: int | None = None
 
@@ -58,60 +61,89 @@ def train(run: Run) -> bool:
     Raises:
         UserError: the checkpoint does not fit, cannot be written, or too many updates were skipped.
     """
-    start = _resume(run)
-    tracker = Tracker(run.config.tracking, run.output, run.output.name, run.settings, start) if _first(run) else None
+    document = _resume(run)
+    start = int(document.get("step", 0))
+    tracker = (
+        Tracker(run.config.tracking, run.output, run.output.name, run.settings, start)
+        if _first(run)
+        else None
+    )
     stop = StopSignal()
-    skips = _SkipWatch(run)
+    watch = DivergenceWatch(run.config.max_bad_steps, run.config.explosion_factor)
+    watch.load_state_dict(document.get("watch", {}))
     batches = iter(run.reader)
-    saved = start
     try:
-        with progress(run.steps, run.stage.name, "step", start=start) as bar:
+        with _bar(run, start) as bar:
             for step in range(start, run.steps):
                 _set_learning_rates(run, step)
-                values = _step(run, step, batches, skips)
+                values = _step(run, step, batches, watch)
                 done = step + 1
                 if tracker and (done % run.config.tracking.log_every == 0 or done in (1, run.steps)):
                     tracker.log(step, values)
-                bar.advance(1, **_shown(values))
-                if run.validation and run.schedule.validate_every and done % run.schedule.validate_every == 0:
-                    run.validation.look(run.stage, step, tracker)
+                if bar:
+                    bar.advance(1, **_shown(values))
+                if run.validation and (done % run.schedule.validate_every == 0 or done == run.steps):
+                    run.metrics = run.validation.look(run.stage, step, tracker)
                 preempted = stop.requested(run.world) or done - start == run.stop_after
                 if done % run.schedule.checkpoint_every == 0 or done == run.steps or preempted:
-                    _save(run, done)
-                    saved = done
+                    _save(run, done, watch)
                 if preempted and done < run.steps:
                     return False
     finally:
         stop.restore()
         if tracker:
             tracker.close()
-    if saved < run.steps and start < run.steps:
-        _save(run, run.steps)
     return True
 
 
-def _resume(run: Run) -> int:
+def _bar(run: Run, start: int) -> AbstractContextManager[Counter | None]:
+    return progress(run.steps, run.stage.name, "step", start=start) if _first(run) else nullcontext()
+
+
+def _resume(run: Run) -> dict[str, Any]:
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is None:
-        return 0
+        return {}
     document = load_checkpoint(checkpoint, run.stage)
     run.reader.load_state_dict(document["reader"])
     if _first(run):
         print(f"going on from {checkpoint}", flush=True)
-    return int(document["step"])
+        for change in changes(document["settings"], run.settings):
+            print(f"changed since then: {change}", flush=True)
+    run.metrics = document["metrics"]
+    return document
 
 
-def _save(run: Run, step: int) -> None:
-    state = {"reader": run.reader.state_dict(), "world_size": run.world.size, "settings": run.settings}
+def changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """What differs between two nested configurations, one line per value."""
+    lines = []
+    for name in sorted({*before, *now}):
+        old, new, where = before.get(name), now.get(name), f"{path}{name}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{where}.")
+        elif old != new:
+            lines.append(f"{where}: {old} -> {new}")
+    return lines
+
+
+def _save(run: Run, step: int, watch: DivergenceWatch) -> None:
+    state = {
+        "reader": run.reader.state_dict(),
+        "world_size": run.world.size,
+        "watch": watch.state_dict(),
+        "metrics": run.metrics,
+        "settings": run.settings,
+    }
     save_checkpoint(run.checkpoints, step, run.stage, state, run.config.keep_checkpoints)
 
 
-def _step(run: Run, step: int, batches: Iterator[Batch], skips: _SkipWatch) -> dict[str, float]:
+def _step(run: Run, step: int, batches: Iterator[Batch], watch: DivergenceWatch) -> dict[str, float]:
     began = time.perf_counter()
     local = [next(batches) for _ in range(run.stage.batches_per_step)]
     waited = time.perf_counter() - began
     values = run.stage.train_step(step, local)
-    skips.check(step, local, values)
+    _check(run, step, local, watch.observe(values), watch)
+    values["bad_steps"] = float(watch.total)
     values["seconds_per_step"] = time.perf_counter() - began
     values["data_wait_fraction"] = waited / values["seconds_per_step"]
     values["epoch"] = run.reader.epoch
@@ -137,29 +169,74 @@ def _first(run: Run) -> bool:
     return run.world.rank == 0
 
 
-class _SkipWatch:
-    """Counts updates that were skipped for gradients that are not finite; the engines decide that collectively."""
+def _check(run: Run, step: int, batches: list[Batch], fault: str | None, watch: DivergenceWatch) -> None:
+    if fault is None:
+        return
+    keys = " ".join(key for batch in batches for key in batch.keys)
+    path = run.output / f"bad-steps-rank-{run.world.rank}.txt"
+    with path.open("a") as file:
+        file.write(f"step {step}: {fault}: {keys}\n")
+    if watch.in_a_row >= watch.limit:
+        last = latest_checkpoint(run.checkpoints)
+        raise UserError(
+            f"{watch.in_a_row} bad steps in a row, the last one step {step} ({fault}) with {keys}; last good checkpoint: "
+            f"{last or 'none'}; all bad steps: {path}. Lower the learning rate or look at these samples"
+        )
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._in_a_row = 0
-        self._before = self._total()
 
-    def check(self, step: int, batches: list[Batch], values: dict[str, float]) -> None:
-        total = self._total()
-        self._in_a_row = self._in_a_row + 1 if total > self._before else 0
-        self._before = total
-        values["skipped_updates"] = float(total)
-        if self._in_a_row >= self._run.config.max_skipped_updates:
-            keys = ", ".join(key for batch in batches for key in batch.keys[:4])
-            last = latest_checkpoint(self._run.checkpoints)
-            raise UserError(
-                f"{self._in_a_row} updates in a row had gradients that are not finite, the last at step {step} with "
-                f"{keys}, …; last good checkpoint: {last or 'none'}. Lower the learning rate or look at these samples"
-            )
+class DivergenceWatch:
+    """Counts steps whose numbers are not finite or whose gradient norm exploded.
 
-    def _total(self) -> int:
-        return sum(network.skipped for network in self._run.stage.networks.values())
+    The engines have skipped an update that was not finite, and clipped an exploded one; what is left to do is to
+    notice when it does not pass. The numbers are means over the ranks, so every rank decides alike.
+    """
+
+    #: steps seen before a norm can count as exploded
+    SETTLING_STEPS = 20
+
+    def __init__(self, limit: int, factor: float) -> None:
+        """
+        Args:
+            limit: bad steps in a row that end the run.
+            factor: a norm so many times its running mean has exploded.
+        """
+        self.limit, self.factor = limit, factor
+        self.in_a_row = self.total = self.seen = 0
+        self._usual: dict[str, float] = {}
+
+    def observe(self, values: dict[str, float]) -> str | None:
+        """What is wrong with a step's numbers, or None."""
+        fault = self._fault(values)
+        self.seen += 1
+        if fault is not None:
+            self.in_a_row += 1
+            self.total += 1
+            return fault
+        self.in_a_row = 0
+        for name, norm in _norms(values).items():
+            self._usual[name] = 0.95 * self._usual.get(name, norm) + 0.05 * norm
+        return None
+
+    def _fault(self, values: dict[str, float]) -> str | None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                return f"{name} is {value}"
+        for name, norm in _norms(values).items() if self.seen >= self.SETTLING_STEPS else ():
+            if norm > self.factor * self._usual.get(name, math.inf):
+                return f"{name} is {norm:.3g}, usually {self._usual[name]:.3g}"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row, "total": self.total, "seen": self.seen, "usual": self._usual}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.in_a_row, self.total, self.seen = state["in_a_row"], state["total"], state["seen"]
+            self._usual = dict(state["usual"])
+
+
+def _norms(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name.startswith("gradient_norm")}
 
 
 class StopSignal:
@@ -167,7 +244,9 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

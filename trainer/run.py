@@ -91,16 +91,22 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
         "stage": stage_name,
         "model": model.model_dump(mode="json"),
         "trainer": config.model_dump(mode="json"),
-        "data": {"folder": str(arguments.data), "samples": len(training_reader)},
+        "data": {
+            "folder": str(arguments.data),
+            **training_reader.manifest.model_dump(mode="json", exclude={"shards"}),
+        },
+        "parents": {
+            name: str(folder) for name in ("init", "teacher") if (folder := getattr(arguments, name))
+        },
         "code": code_version(),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    def export(name: str, state: dict[str, Any], steps: int) -> None:
+    def export(name: str, state: dict[str, Any], steps: int, metrics: dict[str, float] | None = None) -> None:
         if world.rank == 0:
             export_model(
                 arguments.output / name, state, model, vae, prompts,
-                steps=steps, dtype=_dtype(config.export_precision), card=settings,
+                steps=steps, dtype=_dtype(config.export_precision), card={**settings, "metrics": metrics or {}},
             )  # fmt: skip
 
     stage = build_stage(
@@ -132,7 +138,7 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     if not train(run):
         return False
     state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
-    export("model", state, model.base_steps if stage_name == "base" else 1)
+    export("model", state, model.base_steps if stage_name == "base" else 1, run.metrics)
     if world.rank == 0:
         print(f"model: {arguments.output / 'model'}", flush=True)
     return True
@@ -156,20 +162,37 @@ def _leave(status: int) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True, help="preset, for instance configs/tiny.yaml")
-    parser.add_argument("--stage", required=True, choices=("base", "progressive", "dual_stream", "preference"))
+    parser.add_argument(
+        "--stage", required=True, choices=("base", "progressive", "dual_stream", "preference")
+    )
     parser.add_argument("--data", help="dataset folder or s3:// prefix (pairs for --stage preference)")
-    parser.add_argument("--output", type=Path, help="folder of the run; existing checkpoints there are resumed")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the run; existing checkpoints there are resumed"
+    )
     parser.add_argument("--init", type=Path, help="model folder the student starts from")
     parser.add_argument("--teacher", type=Path, help="model folder of the real score (--stage dual_stream)")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override a value"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="override a value",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; needs no GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, sizes and memory; needs no GPU"
+    )
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that --dry-run reckons with")
-    parser.add_argument("--stop-after", type=int, help="save and leave after this many steps, as if preempted")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "--stop-after", type=int, help="save and leave after this many steps, as if preempted"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
     return parser.parse_args()
 
 

@@ -26,25 +26,32 @@ class Validation:
         """
         Args:
             batch: the same size on every rank; rank 0's first clip is the one shown.
-            vae: on rank 0; other ranks only take part in the forwards.
+            vae: on rank 0, which decodes; other ranks only take part in the forwards.
         """
         self._batch, self._vae = batch, vae
-        self._target = batch.tensors.get("z_hr", batch.tensors.get("z_win"))
+        self._target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
 
-    def look(self, stage: Stage, step: int, tracker: Tracker | None) -> None:
-        """Log latent errors and a picture. Collective."""
+    def look(self, stage: Stage, step: int, tracker: Tracker | None) -> dict[str, float]:
+        """Log latent errors over all ranks' clips, PSNR over rank 0's and a picture; returns the numbers. Collective."""
         shown = stage.previews(self._batch)
         values = self._errors(shown)
         if tracker is None or self._vae is None:
-            return
+            return values
+        columns = {"z_lr": self._batch.tensors["z_lr"], **shown, "target": self._target}
+        decoded = {name: self._decode(latents) for name, latents in columns.items()}
+        for name in ("z_lr", *shown):
+            values[f"validation/{name}/psnr"] = psnr(decoded[name], decoded["target"])
         tracker.log(step, values)
-        columns = {"z_LR": self._batch.tensors["z_lr"], **shown, "target": self._target}
-        tracker.picture(step, "previews", self._picture({k: v for k, v in columns.items() if v is not None}))
+        tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
+        return values
+
+    def _decode(self, latents: Tensor) -> list[Tensor]:
+        """One (3, F, H, W) in [-1, 1] per clip; one at a time, as the VAE needs far more memory than the DiT."""
+        assert self._vae is not None
+        return [decode_latents(self._vae, clip[None].float().cpu())[0] for clip in latents]
 
     def _errors(self, shown: dict[str, Tensor]) -> dict[str, float]:
         """Latent MSE against the target, mean and deviation of each preview, over all ranks."""
-        if self._target is None:
-            return {}
         values: dict[str, Tensor] = {}
         for name, latents in shown.items():
             target = self._target.to(latents.device, torch.float32)
@@ -55,18 +62,24 @@ class Validation:
         dist.all_reduce(means)
         return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))
 
-    def _picture(self, columns: dict[str, Tensor]) -> Image.Image:
-        """The middle frame of the first clip, one column per latent."""
-        assert self._vae is not None
-        tiles = []
-        for name, latents in columns.items():
-            frames = to_frames(decode_latents(self._vae, latents[:1].float().cpu())[0])
-            frame = frames[len(frames) // 2].numpy()
-            tile = Image.new("RGB", (frame.shape[1], frame.shape[0] + LABEL_HEIGHT_PX), "white")
-            ImageDraw.Draw(tile).text((2, 1), name, fill="black")
-            tile.paste(Image.fromarray(frame), (0, LABEL_HEIGHT_PX))
-            tiles.append(np.asarray(tile))
-        return Image.fromarray(np.concatenate(tiles, axis=1))
+
+def psnr(clips: list[Tensor], targets: list[Tensor]) -> float:
+    """Mean over clips in [-1, 1] of the PSNR over all of a clip's values, dB."""
+    pairs = zip(clips, targets, strict=True)
+    errors = torch.stack([((clip - target) / 2).square().mean() for clip, target in pairs])
+    return float((-10 * errors.clamp_min(1e-10).log10()).mean())
+
+
+def picture(columns: dict[str, Tensor]) -> Image.Image:
+    """The middle frame of each clip (3, F, H, W) in [-1, 1], side by side under their names."""
+    tiles = []
+    for name, clip in columns.items():
+        frame = to_frames(clip)[clip.shape[1] // 2].numpy()
+        tile = Image.new("RGB", (frame.shape[1], frame.shape[0] + LABEL_HEIGHT_PX), "white")
+        ImageDraw.Draw(tile).text((2, 1), name, fill="black")
+        tile.paste(Image.fromarray(frame), (0, LABEL_HEIGHT_PX))
+        tiles.append(np.asarray(tile))
+    return Image.fromarray(np.concatenate(tiles, axis=1))
 
 
 def fixed_batch(reader: Any) -> Batch:

@@ -1,0 +1,162 @@
+"""A preset small enough to train every stage in seconds: datasets of random latents, a VAE, prompts, a YAML file.
+
+Everything on disk is what the commands read and write; only the sizes are toys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+
+from datagen.shards import Sample, write_manifest, write_shard
+from datagen.storage import open_folder
+from pipeline.seeding import seeded_noise
+from pipeline.text import DEFAULT_PROMPT, placeholder_cache
+from pipeline.tiny_vae import TinyVideoVAE
+
+ROOT = Path(__file__).resolve().parents[2]
+LATENT = (4, 2, 4, 4)  # C, T, h, w
+CLIPS = 12
+
+TRANSFORMER = {
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "ffn_dim": 48,
+    "freq_dim": 16,
+    "text_dim": 8,
+    "latent_channels": LATENT[0],
+}
+ADAM = {"learning_rate": 1e-3, "betas": [0.9, 0.99]}
+SCHEDULE = {"global_batch_size": 4, "checkpoint_every": 2, "validate_every": 0}
+TRAINER: dict[str, Any] = {
+    "seed": 3,
+    "engine": {"zero_stage": 1, "precision": "fp32", "persistence_threshold": 0},
+    "attention": "native",
+    "validation_clips": 2,
+    "tracking": {"wandb": "off", "log_every": 1},
+    "schedules": {
+        "base": SCHEDULE | {"steps": 5},
+        "progressive": SCHEDULE,
+        "dual_stream": SCHEDULE | {"steps": 5},
+        "preference": SCHEDULE | {"steps": 5},
+    },
+    "base": {"optimizer": ADAM | {"warmup_updates": 3}, "ema_decay": 0.9},
+    "progressive": {
+        "guidance_iterations": 2,
+        "schedule": [2, 1],
+        "iterations_per_halving": 2,
+        "optimizer": ADAM,
+    },
+    "dual_stream": {
+        "auxiliary_updates": 2,
+        "student": ADAM,
+        "fake_score": ADAM,
+        "heads_learning_rate": 3e-3,
+        "head": {"hidden_channels": 4},
+    },
+    "preference": {"optimizer": ADAM},
+}
+
+
+def write_preset(folder: Path) -> Path:
+    """preset.yaml, vae/, prompts/, clips/ and pairs/ in `folder`; returns the YAML file."""
+    torch.manual_seed(0)
+    TinyVideoVAE(z_dim=LATENT[0], hidden_dim=8, num_blocks=1).save_pretrained(folder / "vae")
+    placeholder_cache(TRANSFORMER["text_dim"], 4).save_pretrained(folder / "prompts")
+    _dataset(folder / "clips", "clips", _clip)
+    _dataset(folder / "pairs", "pairs", _pair)
+    preset = {
+        "model": {
+            "transformer": TRANSFORMER,
+            "vae": str(folder / "vae"),
+            "prompts": str(folder / "prompts"),
+            "base_steps": 4,
+        },
+        "trainer": TRAINER,
+    }
+    path = folder / "preset.yaml"
+    path.write_text(yaml.safe_dump(preset, sort_keys=False))
+    return path
+
+
+def run_command(*arguments: object, ranks: int | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
+    """`python trainer/run.py …`, or through the deepspeed launcher with `ranks`; from a foreign folder.
+
+    Args:
+        limit: a shell command to run first (`ulimit …`).
+    """
+    started = start_command(*arguments, ranks=ranks, limit=limit)
+    output, errors = started.communicate(timeout=300)
+    return subprocess.CompletedProcess(started.args, started.returncode, output, errors)
+
+
+def start_command(*arguments: object, ranks: int | None = None, limit: str = "") -> subprocess.Popen[str]:
+    """The same in the background."""
+    script = [str(ROOT / "trainer" / "run.py"), *map(str, arguments)]
+    if ranks is None:
+        command = [sys.executable, *script]
+    else:
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+        command = [*launcher, "--master_port", str(29600 + os.getpid() % 300), *script]
+    if limit:
+        command = ["bash", "-c", f'{limit} && exec "$0" "$@"', *command]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd="/", env=environment, **pipes)  # type: ignore[call-overload]
+
+
+def signal_after(process: subprocess.Popen[str], log: Path, lines: int, number: signal.Signals) -> None:
+    """Send a signal once `log` has `lines` lines."""
+    while process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= lines:
+            process.send_signal(number)
+            return
+        time.sleep(0.02)
+
+
+def losses(output: Path) -> list[dict[str, float]]:
+    """What metrics.jsonl says of each step, without clocks."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    timed = ("seconds", "data_wait", "memory", "tokens", "samples_per")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
+
+
+def _dataset(path: Path, kind: str, make: Any) -> None:
+    folder = open_folder(path)
+    half = CLIPS // 2
+    sidecars = [write_shard(folder, shard, [make(half * shard + i) for i in range(half)]) for shard in range(2)]
+    write_manifest(folder, kind, sidecars, {"recipe": "toy"})
+
+
+def _latent(*parts: object) -> torch.Tensor:
+    return seeded_noise(LATENT, *parts)
+
+
+def _clip(index: int) -> Sample:
+    z_hr = _latent("hr", index)
+    tensors = {"z_hr": z_hr, "z_lr": z_hr + 0.3 * _latent("lr", index)}
+    return _sample(f"clip-{index:03d}", "latents", tensors, {"caption": DEFAULT_PROMPT})
+
+
+def _pair(index: int) -> Sample:
+    z_lr = _latent("lr", index)
+    tensors = {"z_win": z_lr + 0.1 * _latent("w", index), "z_lose": z_lr + 0.5 * _latent("l", index), "z_lr": z_lr}
+    noises = {"noise_win": ["toy", index, 0], "noise_lose": ["toy", index, 1]}
+    return _sample(f"pair-{index:03d}", "pair", tensors, {"caption": DEFAULT_PROMPT, **noises})
+
+
+def _sample(key: str, member: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Sample:
+    content = save({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()})
+    return Sample(key, {f"{member}.safetensors": content, "json": json.dumps(metadata).encode()})
