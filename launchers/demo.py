@@ -57,7 +57,11 @@ def main() -> None:
         (output / "report.json").write_text(json.dumps(description, indent=2) + "\n")
         report = output / "report.html"
         runner.run(
-            Step("report", "report", python("metrics.report", "--description", output / "report.json", "--output", report))
+            Step(
+                "report",
+                "report",
+                python("metrics.report", "--description", output / "report.json", "--output", report),
+            )
         )
     except StepFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,7 +86,9 @@ def collect_clips(folder: Path) -> None:
 def training_steps(output: Path, config: str) -> list[Step]:
     """From clips to the four models."""
     shards, pairs = output / "shards", output / "pairs"
-    built = python("datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards)
+    built = python(
+        "datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards
+    )
     judge = python(
         "metrics.fit_niqe", "--input", output / "clips/train", "--output", output / "niqe.safetensors",
         "--block", 32, "--frame-step", 8,
@@ -122,12 +128,27 @@ def result_steps(output: Path) -> list[Step]:
     for seed in DEGRADATION_SEEDS:
         low, high = output / f"test/low/seed-{seed}.mkv", output / f"test/reference/seed-{seed}.mkv"
         command = python(
-            "datagen.degrade", source, low, "--preset", "mixture", "--seed", seed, *HELD_OUT, "--hr-output", high
+            "datagen.degrade",
+            source,
+            low,
+            "--preset",
+            "mixture",
+            "--seed",
+            seed,
+            *HELD_OUT,
+            "--hr-output",
+            high,
         )
         steps.append(Step(f"degrade-{seed}", f"degrading the held-out clip, seed {seed}", command))
     for method in ("bicubic", *MODELS):
         for seed in DEGRADATION_SEEDS:
-            steps.append(Step(f"upscale-{method}-{seed}", f"upscaling: {method}, seed {seed}", upscale(output, method, seed)))
+            steps.append(
+                Step(
+                    f"upscale-{method}-{seed}",
+                    f"upscaling: {method}, seed {seed}",
+                    upscale(output, method, seed),
+                )
+            )
         command = python(
             "metrics.evaluate", "--video", output / f"test/{method}", "--reference", output / "test/reference",
             "--metrics", METRICS, "--niqe-model", output / "niqe.safetensors",
@@ -156,7 +177,8 @@ def collect_metrics(output: Path, runner: StepRunner) -> dict[str, Any]:
     for method in ("bicubic", *MODELS):
         scores = json.loads((output / f"test/{method}.json").read_text())
         statistics = [
-            json.loads((output / f"test/{method}/seed-{seed}.stats.json").read_text()) for seed in DEGRADATION_SEEDS
+            json.loads((output / f"test/{method}/seed-{seed}.stats.json").read_text())
+            for seed in DEGRADATION_SEEDS
         ]
         methods[method] = {
             **{name: round(value, 4) for name, value in scores["metrics"].items()},
@@ -171,7 +193,11 @@ def collect_metrics(output: Path, runner: StepRunner) -> dict[str, Any]:
         "held_out": {"clip": HELD_OUT_CLIP, "window": " ".join(HELD_OUT)},
         "seconds": {name: round(value, 1) for name, value in runner.seconds.items()},
         "commands": runner.commands,
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "system": platform.platform(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
     }
 
 

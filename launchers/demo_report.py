@@ -54,7 +54,9 @@ def describe(output: Path, metrics: dict[str, Any], clip: str) -> dict[str, Any]
                 "title": f"A clip it has never seen ({clip})",
                 "caption": f"Degraded once with seed {SHOWN_SEED}; frame {SHOWN_FRAME + 1} of 17. One step means one evaluation "
                 "of the transformer for the whole clip.",
-                "frames": [{"label": label, "image": str(path.relative_to(output))} for label, path in frames.items()],
+                "frames": [
+                    {"label": label, "image": str(path.relative_to(output))} for label, path in frames.items()
+                ],
                 "crops": [list(crop) for crop in CROPS],
                 "compare": [LABELS["bicubic"], LABELS["preference"]],
             }
@@ -80,7 +82,9 @@ def curve(stage: str, series: dict[str, str]) -> dict[str, Any]:
     return {
         "title": stage.replace("_", " "),
         "log_y": stage in ("base", "progressive"),
-        "series": [{"label": label, "file": f"{stage}/metrics.jsonl", "y": key} for key, label in series.items()],
+        "series": [
+            {"label": label, "file": f"{stage}/metrics.jsonl", "y": key} for key, label in series.items()
+        ],
     }
 
 

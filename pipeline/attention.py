@@ -30,8 +30,8 @@ def set_attention(transformer: VSRTransformer, attention: Attention = "auto") ->
         UserError: the package of an explicit choice is not installed, or it needs a GPU.
     """
     if attention == "auto":
-        candidates = ("flash3", "flash") if torch.cuda.is_available() else ()
-        attention = next((name for name in candidates if _installed(name)), "native")  # type: ignore[assignment]
+        candidates: tuple[Attention, ...] = ("flash3", "flash") if torch.cuda.is_available() else ()
+        attention = next((name for name in candidates if _installed(name)), "native")
     backend, package = BACKENDS[attention]
     if package is not None:
         if not _installed(attention):

@@ -31,7 +31,9 @@ from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 CUT_THRESHOLD = 40.0
 
 
-def split_film(frames: Iterator[np.ndarray], window: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
+def split_film(
+    frames: Iterator[np.ndarray], window: int, overlap: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
     """Cut a stream of frames into clips for the model.
 
     Yields:
@@ -170,7 +172,9 @@ def main() -> None:
     if arguments.stats:
         arguments.stats.parent.mkdir(parents=True, exist_ok=True)
         arguments.stats.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{arguments.output}: {written} frames of {record['width']}x{record['height']} in {record['seconds']} s")
+    print(
+        f"{arguments.output}: {written} frames of {record['width']}x{record['height']} in {record['seconds']} s"
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -181,7 +185,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("output", type=Path)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, help="model folder (what training exports)")
-    model.add_argument("--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on")
+    model.add_argument(
+        "--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on"
+    )
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
@@ -198,8 +204,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
     parser.add_argument("--bit-depth", type=int, choices=(8, 10), default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
-    parser.add_argument("--attention", choices=("auto", "flash", "flash3", "xformers", "native"), default="auto")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32"
+    )
+    parser.add_argument(
+        "--attention", choices=("auto", "flash", "flash3", "xformers", "native"), default="auto"
+    )
     parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")
     return parser.parse_args()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.tiny_vae import TinyVideoVAE
 
-VAE = AutoencoderKLWan | TinyVideoVAE
+VAE: TypeAlias = AutoencoderKLWan | TinyVideoVAE
 
 #: ×4 super-resolution [paper]
 SCALE = 4
@@ -35,10 +36,14 @@ def load_vae(folder: str | Path) -> VAE:
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
     except FileNotFoundError:
-        raise UserError(f"no VAE in {folder}: config.json is missing; give a folder saved by diffusers") from None
+        raise UserError(
+            f"no VAE in {folder}: config.json is missing; give a folder saved by diffusers"
+        ) from None
     except (json.JSONDecodeError, KeyError):
-        raise UserError(f"{folder / 'config.json'} is not a diffusers configuration with _class_name") from None
-    classes: dict[str, type[VAE]] = {"AutoencoderKLWan": AutoencoderKLWan, "TinyVideoVAE": TinyVideoVAE}
+        raise UserError(
+            f"{folder / 'config.json'} is not a diffusers configuration with _class_name"
+        ) from None
+    classes: dict[str, type[AutoencoderKLWan] | type[TinyVideoVAE]] = {"AutoencoderKLWan": AutoencoderKLWan, "TinyVideoVAE": TinyVideoVAE}
     if name not in classes:
         raise UserError(f"{folder} holds a {name}; known VAEs: {', '.join(classes)}")
     try:

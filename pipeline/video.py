@@ -62,10 +62,16 @@ def probe(path: str | Path) -> VideoInfo:
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.base_rate or Fraction(25)
             return VideoInfo(
-                stream.width, stream.height, Fraction(rate), stream.frames or None, bool(container.streams.audio)
+                stream.width,
+                stream.height,
+                Fraction(rate),
+                stream.frames or None,
+                bool(container.streams.audio),
             )
     except FFmpegError as error:
-        raise UserError(f"{path} is not a readable video ({error.strerror}); convert it or leave it out") from None
+        raise UserError(
+            f"{path} is not a readable video ({error.strerror}); convert it or leave it out"
+        ) from None
 
 
 def read_frames(path: str | Path, start: int = 0, frames: int | None = None) -> Iterator[np.ndarray]:

@@ -103,7 +103,7 @@ class VSRPipeline(DiffusionPipeline):
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_weight: float | None = None,
-        tiling: Tiling = Tiling(),  # noqa: B008 (frozen)
+        tiling: Tiling = Tiling(),
         colour_fix: ColourFix = "none",
         first_frame: int = 0,
         on_step: Callable[[int], None] | None = None,
@@ -133,7 +133,9 @@ class VSRPipeline(DiffusionPipeline):
         )
         count = len(frames)
         windows = list(spans(count, tiling.window_frames, tiling.window_overlap_frames))
-        parts = ((span, run.window(frames[span.start : span.stop], first_frame + span.start)) for span in windows)
+        parts = (
+            (span, run.window(frames[span.start : span.stop], first_frame + span.start)) for span in windows
+        )
         enlarged = blend_windows(parts, count, axis=1)
         if colour_fix != "none":
             enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
@@ -265,10 +267,14 @@ def open_pipeline(
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
+        raise UserError(
+            f"no model in {folder}: model_index.json is missing; give a folder that training exported"
+        )
     for part in ("transformer", "vae", "prompts"):
         if not list((folder / part).glob("*.safetensors")):
-            raise UserError(f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again")
+            raise UserError(
+                f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again"
+            )
     pipeline = VSRPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     for component in (pipeline.transformer, pipeline.vae, pipeline.prompts):

@@ -77,7 +77,9 @@ def load_transformer(folder: str | Path, config: TransformerConfig) -> VSRTransf
     if "patch_embedding.weight" not in state:
         raise UserError(f"{folder} holds no DiT: patch_embedding.weight is missing in {files[0].name}")
     _require_same_kind(folder, config)
-    state["patch_embedding.weight"] = widen_patch_embedding(state["patch_embedding.weight"], config.latent_channels)
+    state["patch_embedding.weight"] = widen_patch_embedding(
+        state["patch_embedding.weight"], config.latent_channels
+    )
     with torch.device("meta"):
         model = VSRTransformer(**config.model_dump())
     _require_same_shapes(folder, state, model)
@@ -103,7 +105,9 @@ def _weight_files(folder: Path) -> list[Path]:
             return files
     if not folder.exists():
         raise UserError(f"no model folder {folder}")
-    raise UserError(f"{folder} holds no DiT weights (*.safetensors, in transformer/ or directly); .pth files are not read")
+    raise UserError(
+        f"{folder} holds no DiT weights (*.safetensors, in transformer/ or directly); .pth files are not read"
+    )
 
 
 def _require_same_kind(folder: Path, config: TransformerConfig) -> None:
@@ -126,7 +130,9 @@ def _require_same_shapes(folder: Path, state: dict[str, Tensor], model: VSRTrans
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is unknown" for name in found if name not in wanted]
     faults += [
-        f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if name in found and found[name] != shape
+        f"{name} is {found[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
     ]
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")

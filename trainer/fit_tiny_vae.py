@@ -60,7 +60,11 @@ def load_clips(folders: list[Path], density: float, generator: np.random.Generat
 def _videos(entry: Path) -> list[Path]:
     if not entry.exists():
         raise UserError(f"--input {entry} does not exist")
-    return [path for path in entry.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES] if entry.is_dir() else [entry]
+    return (
+        [path for path in entry.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES]
+        if entry.is_dir()
+        else [entry]
+    )
 
 
 def to_pixels(clips: Tensor) -> Tensor:
@@ -129,14 +133,18 @@ def train(vae: TinyVideoVAE, clips: Tensor, seconds: float, seed: int) -> int:
     network = [p for name, p in vae.named_parameters() if name.startswith("refine")]
     rates = (1e-4, 1e-3)
     optimizer = torch.optim.AdamW(
-        [{"params": linear, "lr": rates[0]}, {"params": network, "lr": rates[1]}], betas=(0.9, 0.99), weight_decay=0
+        [{"params": linear, "lr": rates[0]}, {"params": network, "lr": rates[1]}],
+        betas=(0.9, 0.99),
+        weight_decay=0,
     )
     started, steps = time.monotonic(), 0
     with progress(int(seconds), "fitting", "s") as bar:
         done = 0
         while (elapsed := time.monotonic() - started) < seconds:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1, (steps + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * elapsed / seconds))
+                group["lr"] = (
+                    rate * min(1, (steps + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * elapsed / seconds))
+                )
             chosen = torch.randint(len(clips), (8,), generator=generator)
             # Random offsets, so that block borders fall everywhere.
             top, left = torch.randint(0, 9, (2,), generator=generator).tolist()
@@ -153,7 +161,9 @@ def train(vae: TinyVideoVAE, clips: Tensor, seconds: float, seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--input", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, required=True, help="a video that is not in --input")
     parser.add_argument("--output", type=Path, required=True)

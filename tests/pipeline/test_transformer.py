@@ -9,7 +9,14 @@ from pipeline.errors import UserError
 from pipeline.transformer import VSRTransformer, tapped_layers
 from pipeline.weights import ORIGINAL_NAMES, load_transformer, rename_original
 
-TINY = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "freq_dim": 32, "text_dim": 8, "num_layers": 3}
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "ffn_dim": 64,
+    "freq_dim": 32,
+    "text_dim": 8,
+    "num_layers": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,9 @@ def test_early_exit_gives_the_features_of_the_full_pass(model, inputs):
 
 def test_early_exit_runs_no_block_after_the_last_tap(model, inputs):
     ran = []
-    handles = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(model.blocks, 1)]
+    handles = [
+        block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(model.blocks, 1)
+    ]
     model(*inputs, feature_layers=(1,), features_only=True)
     for handle in handles:
         handle.remove()

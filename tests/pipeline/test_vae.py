@@ -11,7 +11,15 @@ from diffusers import AutoencoderKLWan
 
 from pipeline.errors import UserError
 from pipeline.tiny_vae import TinyVideoVAE
-from pipeline.vae import decode_latents, encode_video, latent_shape, load_vae, to_frames, to_pixels, upsample_low_resolution
+from pipeline.vae import (
+    decode_latents,
+    encode_video,
+    latent_shape,
+    load_vae,
+    to_frames,
+    to_pixels,
+    upsample_low_resolution,
+)
 from pipeline.video import read_video
 
 ASSETS = Path(__file__).parents[2] / "assets/tiny/vae"

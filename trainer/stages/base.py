@@ -1,6 +1,6 @@
 """The multi-step base model: flow matching on (z_LR, z_HR) pairs.
 
-    z_t = (1 - t)·z0 + t·ε,    v = ε - z0,    L = mean‖v_θ(z_t, t, z_LR, c) - v‖²
+z_t = (1 - t)·z0 + t·ε,    v = ε - z0,    L = mean‖v_θ(z_t, t, z_LR, c) - v‖²
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class BaseConfig(Section):
     """Numbers of the base model's training."""
 
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100)  # [ours]
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100
+    )  # [ours]
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # [ours]
     #: s of t' = s·t / (1 + (s - 1)·t) [peer: Wan2.1]
     time_shift: float = Field(default=5.0, gt=0)
@@ -121,7 +123,9 @@ class Base:
         for time in (1.0, 0.5):
             t = torch.full((len(batch.keys),), time, device=self._device)
             z_t = q_t(z_hr, noise, t)
-            shown[f"x0_at_t_{time}"] = x0_from_velocity(z_t, self.student.frozen(z_t, t, z_lr, prompt).velocity, t)
+            shown[f"x0_at_t_{time}"] = x0_from_velocity(
+                z_t, self.student.frozen(z_t, t, z_lr, prompt).velocity, t
+            )
         return shown
 
     def state_dict(self) -> dict[str, Any]:

@@ -79,7 +79,11 @@ class Preference:
         """
         self.config = config
         self.student = Network(
-            "student", student, deepspeed=engines["student"], optimizer=config.optimizer, ema_decay=config.ema_decay
+            "student",
+            student,
+            deepspeed=engines["student"],
+            optimizer=config.optimizer,
+            ema_decay=config.ema_decay,
         )
         self.reference = Network("reference", reference, deepspeed=engines["reference"])
         self.networks = {"student": self.student, "reference": self.reference}
@@ -131,7 +135,9 @@ class Preference:
         prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device)
         noise = torch.stack([seeded_noise(z_lr.shape[1:], *entry["noise_win"]) for entry in batch.metadata])
         return {
-            name: one_step(lambda *x, call=network.frozen: call(*x).velocity, noise.to(self._device), z_lr, prompt)
+            name: one_step(
+                lambda *x, call=network.frozen: call(*x).velocity, noise.to(self._device), z_lr, prompt
+            )
             for name, network in self.networks.items()
         }
 

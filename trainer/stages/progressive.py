@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,7 +51,7 @@ class ProgressiveConfig(Section):
     @field_validator("schedule")
     @classmethod
     def _halves_down_to_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or value[-1] != 1 or any(a != 2 * b for a, b in zip(value, value[1:], strict=False)):
+        if not value or value[-1] != 1 or any(a != 2 * b for a, b in itertools.pairwise(value)):
             raise ValueError("must halve at every entry and end with 1, for instance 32, 16, 8, 4, 2, 1")
         return value
 
@@ -96,7 +97,11 @@ class Progressive:
         self.config = config
         teacher = copy.deepcopy(student)
         self.student = Network(
-            "student", student, deepspeed=engines["student"], optimizer=config.optimizer, ema_decay=config.ema_decay
+            "student",
+            student,
+            deepspeed=engines["student"],
+            optimizer=config.optimizer,
+            ema_decay=config.ema_decay,
         )
         # The teacher has an optimizer that never steps: it gives the teacher masters, so that it is saved, loaded and
         # overwritten shard by shard like everything else.
@@ -130,7 +135,9 @@ class Progressive:
     def _guided(self, s: ProgressiveSample) -> Tensor:
         """v_cfg = v(c) + w·(v(c) - v(∅)) of the teacher."""
         null = self._embed([NULL_PROMPT] * len(s.t)).to(self._device)
-        return guided_velocity(self._teacher_velocity, s.z_t, s.t, s.z_lr, s.prompt, null, self.config.guidance_weight)
+        return guided_velocity(
+            self._teacher_velocity, s.z_t, s.t, s.z_lr, s.prompt, null, self.config.guidance_weight
+        )
 
     @torch.no_grad()
     def _halved(self, s: ProgressiveSample) -> Tensor:
@@ -166,7 +173,9 @@ class Progressive:
         z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
         prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device)
         noise = draws.noise("diffusion", z_lr)
-        return {"student": one_step(lambda *inputs: self.student.frozen(*inputs).velocity, noise, z_lr, prompt)}
+        return {
+            "student": one_step(lambda *inputs: self.student.frozen(*inputs).velocity, noise, z_lr, prompt)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the phase is a function of the step, and the teacher is one of the networks."""
