@@ -90,7 +90,9 @@ def write_preset(folder: Path) -> Path:
     return path
 
 
-def run_command(*arguments: object, ranks: int | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
+def run_command(
+    *arguments: object, ranks: int | None = None, limit: str = ""
+) -> subprocess.CompletedProcess[str]:
     """`python trainer/run.py …`, or through the deepspeed launcher with `ranks`; from a foreign folder.
 
     Args:
@@ -111,7 +113,9 @@ def start_command(*arguments: object, ranks: int | None = None, limit: str = "")
         command = [*launcher, "--master_port", str(29600 + os.getpid() % 300), *script]
     if limit:
         command = ["bash", "-c", f'{limit} && exec "$0" "$@"', *command]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd="/", env=environment, **pipes)  # type: ignore[call-overload]
@@ -136,7 +140,9 @@ def losses(output: Path) -> list[dict[str, float]]:
 def _dataset(path: Path, kind: str, make: Any) -> None:
     folder = open_folder(path)
     half = CLIPS // 2
-    sidecars = [write_shard(folder, shard, [make(half * shard + i) for i in range(half)]) for shard in range(2)]
+    sidecars = [
+        write_shard(folder, shard, [make(half * shard + i) for i in range(half)]) for shard in range(2)
+    ]
     write_manifest(folder, kind, sidecars, {"recipe": "toy"})
 
 
@@ -152,7 +158,11 @@ def _clip(index: int) -> Sample:
 
 def _pair(index: int) -> Sample:
     z_lr = _latent("lr", index)
-    tensors = {"z_win": z_lr + 0.1 * _latent("w", index), "z_lose": z_lr + 0.5 * _latent("l", index), "z_lr": z_lr}
+    tensors = {
+        "z_win": z_lr + 0.1 * _latent("w", index),
+        "z_lose": z_lr + 0.5 * _latent("l", index),
+        "z_lr": z_lr,
+    }
     noises = {"noise_win": ["toy", index, 0], "noise_lose": ["toy", index, 1]}
     return _sample(f"pair-{index:03d}", "pair", tensors, {"caption": DEFAULT_PROMPT, **noises})
 
