@@ -1,0 +1,192 @@
+"""From a small film to an upscaled one: sound, frames, windows, tiles, cuts, and what happens on bad days."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import ffmpeg
+import numpy as np
+import pytest
+import torch
+
+from pipeline.text import PromptCache, load_prompts, placeholder_cache
+from pipeline.tiling import blend_windows, spans
+from pipeline.tiny_vae import TinyVideoVAE
+from pipeline.transformer import VSRTransformer
+from pipeline.upscale import split_film, upscale_film
+from pipeline.video import VideoWriter, ffmpeg_binary, probe, read_video
+from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    transformer = VSRTransformer(
+        latent_channels=8, num_attention_heads=2, attention_head_dim=24, text_dim=8, ffn_dim=64, num_layers=2,
+        freq_dim=32, low_resolution_skip=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    VSRPipeline(transformer, TinyVideoVAE(z_dim=8), placeholder_cache(8, 4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder):
+    return open_pipeline(model_folder)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """30 frames of 48x32 at 24000/1001 fps with a tone."""
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    picture = ffmpeg.input("testsrc=size=48x32:rate=24000/1001:duration=1.2512", f="lavfi")
+    tone = ffmpeg.input("sine=duration=1.25", f="lavfi")
+    ffmpeg.output(picture, tone, str(path), loglevel="error").run(cmd=ffmpeg_binary())
+    return path
+
+
+def frames(count: int, height: int = 24, width: int = 40, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def upscale(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pipeline.upscale", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_saved_and_opened_pipeline_gives_the_same_frames(pipeline, model_folder):
+    clip = frames(5)
+    first = pipeline(clip, seed=3)
+    assert first.frames.shape == (5, 96, 160, 3) and first.frames.dtype == np.uint8
+    assert first.dit_evaluations == 1
+    assert np.array_equal(VSRPipeline.from_pretrained(model_folder)(clip, seed=3).frames, first.frames)
+    assert not np.array_equal(pipeline(clip, seed=4).frames, first.frames)
+
+
+def test_steps_and_guidance_cost_what_they_should(pipeline):
+    assert pipeline(frames(5), num_inference_steps=3).dit_evaluations == 3
+    assert pipeline(frames(5), num_inference_steps=3, guidance_weight=2.0).dit_evaluations == 6
+
+
+@pytest.mark.parametrize("count", [1, 4, 6, 9])
+def test_any_number_of_frames_and_odd_sizes(pipeline, count):
+    assert pipeline(frames(count, 17, 23)).frames.shape == (count, 68, 92, 3)
+
+
+def test_windows_and_tiles_agree_with_the_whole_where_the_model_is_local(pipeline):
+    """With the DiT's output at zero the pipeline is the VAE's round trip, whose reach is shorter than the overlap."""
+    weight = pipeline.transformer.proj_out.weight.clone(), pipeline.transformer.proj_out.bias.clone()
+    pipeline.transformer.proj_out.weight.data.zero_()
+    pipeline.transformer.proj_out.bias.data.zero_()
+    try:
+        clip = frames(13, 32, 48)
+        whole = pipeline(clip, tiling=Tiling(window_frames=None)).frames
+        parts = pipeline(
+            clip, tiling=Tiling(None, 0, transformer_tile_px=96, vae_tile_px=96, overlap_px=64)
+        ).frames
+    finally:
+        pipeline.transformer.proj_out.weight.data.copy_(weight[0])
+        pipeline.transformer.proj_out.bias.data.copy_(weight[1])
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "overlap"), [(10, None, 2), (10, 4, 1), (11, 4, 2), (21, 21, 4), (5, 9, 4)]
+)
+def test_spans_cover_everything_and_blending_identical_windows_changes_nothing(length, window, overlap):
+    signal_ = torch.arange(length, dtype=torch.float64)
+    parts = [(span, signal_[span.start : span.stop].clone()) for span in spans(length, window, overlap)]
+    assert torch.allclose(blend_windows(parts, length, 0), signal_)
+    borders = [(a, b) for (a, _), (b, _) in zip(parts, parts[1:], strict=False)]
+    assert all(a.stop - b.start >= overlap for a, b in borders)
+
+
+def test_film_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
+    dark, bright = np.full((7, 24, 40, 3), 20, np.uint8), np.full((8, 24, 40, 3), 220, np.uint8)
+    film = np.concatenate([dark, bright])
+    clips = list(split_film(iter(film), window=5, overlap=2))
+    assert [(start, shared, len(clip)) for start, shared, clip in clips] == [
+        (0, 0, 5), (3, 2, 4), (7, 0, 5), (10, 2, 5),
+    ]  # fmt: skip
+    for _, _, clip in clips:
+        assert clip.min() == clip.max(), "a clip holds two scenes"
+    statistics: dict[str, float] = {}
+    result = np.concatenate(
+        list(upscale_film(pipeline, iter(film), window=5, overlap=2, statistics=statistics))
+    )
+    assert result.shape == (15, 96, 160, 3) and statistics["dit_evaluations"] == 4
+
+
+def test_command_keeps_sound_frame_count_and_rate(model_folder, film, tmp_path):
+    output, stats = tmp_path / "out.mp4", tmp_path / "out.json"
+    done = upscale(film, output, "--model", model_folder, "--window", 9, "--overlap", 2, "--stats", stats)
+    assert done.returncode == 0, done.stderr
+    before, after = probe(film), probe(output)
+    assert (after.width, after.height) == (192, 128)
+    assert after.has_audio and after.frame_rate == before.frame_rate == Fraction(24000, 1001)
+    assert len(read_video(output)) == len(read_video(film)) == json.loads(stats.read_text())["frames"]
+
+
+def test_lossless_output_is_what_the_pipeline_returned(pipeline, tmp_path):
+    result = pipeline(frames(5)).frames
+    with VideoWriter(
+        tmp_path / "x.mkv", width=160, height=96, frame_rate=Fraction(24), quality="lossless"
+    ) as writer:
+        writer.write(result)
+    assert np.array_equal(read_video(tmp_path / "x.mkv"), result)
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(model_folder, film, tmp_path):
+    text = tmp_path / "text.mp4"
+    text.write_text("not a video")
+    output = tmp_path / "out" / "out.mp4"
+    for arguments, words in (
+        ((film, output, "--model", tmp_path / "none"), "no model in"),
+        ((text, output, "--model", model_folder), "not a readable video"),
+        ((tmp_path / "none.mp4", output, "--model", model_folder), "no video file"),
+        ((film, output, "--model", model_folder, "--prompt", "a cat"), "not in the prompt cache"),
+    ):
+        done = upscale(*arguments)
+        assert done.returncode == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and words in last and "Traceback" not in done.stderr
+        assert not output.parent.exists() or not list(output.parent.iterdir())
+
+
+def test_terminated_command_leaves_nothing_half_written(model_folder, tmp_path):
+    source = tmp_path / "long.mkv"
+    with VideoWriter(source, width=40, height=24, frame_rate=Fraction(24), quality="lossless") as writer:
+        for seed in range(40):
+            writer.write(frames(50, seed=seed))
+    output = tmp_path / "out" / "out.mp4"
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.upscale",
+        str(source),
+        str(output),
+        "--model",
+        str(model_folder),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (output.parent.exists() and list(output.parent.iterdir())):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert list(output.parent.iterdir()) == []
+
+
+def test_prompt_cache_round_trip_and_unknown_prompt(tmp_path):
+    cache = PromptCache.from_embeddings({"": torch.zeros(1, 3), "a b": torch.arange(6.0).reshape(2, 3)}, 4)
+    cache.save_pretrained(tmp_path)
+    embedded = load_prompts(tmp_path).embed(["a b", ""])
+    assert embedded.shape == (2, 4, 3)
+    assert (
+        torch.equal(embedded[0, :2].flatten(), torch.arange(6.0))
+        and not embedded[0, 2:].any()
+        and not embedded[1].any()
+    )
