@@ -16,7 +16,9 @@ from trainer.config import TrackingConfig
 class Tracker:
     """Rank 0's log; other ranks have none."""
 
-    def __init__(self, config: TrackingConfig, output: Path, name: str, settings: dict[str, Any], start: int) -> None:
+    def __init__(
+        self, config: TrackingConfig, output: Path, name: str, settings: dict[str, Any], start: int
+    ) -> None:
         """
         Args:
             output: folder of the run.
@@ -62,7 +64,7 @@ class Tracker:
     def close(self) -> None:
         self._file.close()
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
 
     def _keep_before(self, start: int) -> None:
         if not self._path.exists():
