@@ -1,7 +1,7 @@
 """Give the result the colours of its source: diffusion models drift in tone, and a film must not.
 
-`adain` matches mean and deviation per frame and channel; `wavelet` takes the low frequencies from the source and the high
-ones from the result. Both in float32: in bf16 the wavelet's differences turn into stripes.
+`adain` matches mean and deviation per frame and channel; `wavelet` takes the low frequencies from the source and the
+high ones from the result. Both in float32: in bf16 the wavelet's differences turn into stripes.
 """
 
 from __future__ import annotations

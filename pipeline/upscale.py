@@ -2,18 +2,20 @@
 
     python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR
 
-The film streams through in windows that overlap and are blended, cut at scene changes, so memory stays bounded and no scene
-bleeds into the next. Sound and frame rate are kept. The output appears under its name only when it is whole.
+The film streams through in windows that overlap and are blended, cut at scene changes, so memory stays bounded and no
+scene bleeds into the next. Sound and frame rate are kept. The output appears under its name only when it is whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +71,10 @@ def upscale_film(
     statistics: dict[str, float],
     **options: object,
 ) -> Iterator[np.ndarray]:
-    """Upscaled clips in order, uint8 (F, 4h, 4w, 3), cross-faded where they overlapped."""
+    """Upscaled clips in order, (F, 4h, 4w, 3), cross-faded where they overlapped: every frame of the film once.
+
+    `overlap` is at most half of `window`, so that no frame lies in three windows. `options` are the pipeline's.
+    """
     tail: np.ndarray | None = None
     for start, shared, clip in split_film(frames, window, overlap):
         result = pipeline(clip, first_frame=start, **options)  # type: ignore[arg-type]
@@ -81,7 +86,7 @@ def upscale_film(
             if shared:
                 ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / shared)[:, None, None, None]
                 mixed = tail * (1 - ramp) + upscaled[:shared] * ramp
-                tail, upscaled = np.rint(mixed).astype(np.uint8), upscaled[shared:]
+                tail, upscaled = np.rint(mixed).astype(upscaled.dtype), upscaled[shared:]
             yield tail
         keep = min(overlap, len(upscaled))
         if len(upscaled) > keep:
@@ -109,7 +114,8 @@ def model_film(
         num_inference_steps=arguments.steps,
         guidance_weight=arguments.guidance,
         colour_fix=arguments.colour_fix,
-        tiling=Tiling(None, 0, arguments.tile, arguments.vae_tile, arguments.tile_overlap),
+        bit_depth=arguments.bit_depth,
+        tiling=replace(arguments.tiling, window_frames=None),  # the film is split here, not there
     )
 
 
@@ -118,7 +124,7 @@ def bicubic_film(
 ) -> Iterator[np.ndarray]:
     """Frames enlarged as for z_LR, one by one."""
     statistics["dit_evaluations"] = 0
-    return (to_frames(upsample_low_resolution(frame[None])).numpy() for frame in frames)
+    return (to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy() for frame in frames)
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -132,14 +138,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the partial file is removed
     arguments = _arguments()
     info = probe(arguments.input)
-    if arguments.window < 5 or not 0 <= arguments.overlap < arguments.window:
-        raise UserError("--window must be at least 5 frames and --overlap less than --window")
+    arguments.tiling = Tiling(
+        arguments.window,
+        arguments.overlap,
+        transformer_tile_px=arguments.tile,
+        vae_tile_px=arguments.vae_tile,
+        decode_tile_px=arguments.decode_tile,
+        overlap_px=arguments.tile_overlap,
+    )
     enlarge = bicubic_film if arguments.bicubic else model_film
     statistics: dict[str, float] = {}
     began = time.perf_counter()
     written = 0
     frames = read_frames(arguments.input, arguments.start, arguments.frames)
-    total = arguments.frames or (info.frames - arguments.start if info.frames else None)
+    total = info.estimated_frames and max(info.estimated_frames - arguments.start, 0)
+    if arguments.frames:
+        total = min(arguments.frames, total or arguments.frames)
     clips = enlarge(frames, arguments, statistics)  # opens the model, so before the file
     with (
         VideoWriter(
@@ -151,13 +165,19 @@ def main() -> None:
             quality="lossless" if arguments.lossless else "lossy",
             crf=arguments.crf,
             bit_depth=arguments.bit_depth,
+            sample_aspect_ratio=info.sample_aspect_ratio,
         ) as writer,
         progress(total, "upscaling", "frame") as bar,
     ):
-        for clip in clips:
-            writer.write(clip)
-            written += len(clip)
-            bar.advance(len(clip))
+        try:
+            for clip in clips:
+                writer.write(clip)
+                written += len(clip)
+                bar.advance(len(clip))
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory is full; try --decode-tile 512, then --vae-tile 768 or a smaller --window"
+            ) from None
     record = {
         "input": str(arguments.input),
         "model": "bicubic" if arguments.bicubic else str(arguments.model),
@@ -171,7 +191,9 @@ def main() -> None:
     }
     if arguments.stats:
         arguments.stats.parent.mkdir(parents=True, exist_ok=True)
-        arguments.stats.write_text(json.dumps(record, indent=2) + "\n")
+        temporary = arguments.stats.with_name(f".{arguments.stats.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(temporary, arguments.stats)
     print(
         f"{arguments.output}: {written} frames of {record['width']}x{record['height']} in {record['seconds']} s"
     )
@@ -193,9 +215,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
     parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
     parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
-    parser.add_argument("--overlap", type=int, default=4, help="frames that consecutive windows share")
+    parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
     parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: whole frames")
     parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: whole frames")
+    parser.add_argument("--decode-tile", type=int, help="VAE decoder tile; default: as --vae-tile")
     parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
     parser.add_argument("--colour-fix", choices=("none", "wavelet", "adain"), default="none")
     parser.add_argument("--start", type=int, default=0, help="first frame")

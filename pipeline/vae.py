@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -43,7 +43,10 @@ def load_vae(folder: str | Path) -> VAE:
         raise UserError(
             f"{folder / 'config.json'} is not a diffusers configuration with _class_name"
         ) from None
-    classes: dict[str, type[AutoencoderKLWan] | type[TinyVideoVAE]] = {"AutoencoderKLWan": AutoencoderKLWan, "TinyVideoVAE": TinyVideoVAE}
+    classes: dict[str, type[AutoencoderKLWan] | type[TinyVideoVAE]] = {
+        "AutoencoderKLWan": AutoencoderKLWan,
+        "TinyVideoVAE": TinyVideoVAE,
+    }
     if name not in classes:
         raise UserError(f"{folder} holds a {name}; known VAEs: {', '.join(classes)}")
     try:
@@ -109,9 +112,10 @@ def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
     return tensor.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def to_frames(pixels: Tensor) -> Tensor:
-    """float (3, F, H, W) in [-1, 1] to uint8 (F, H, W, 3), rounded."""
-    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+def to_frames(pixels: Tensor, bit_depth: Literal[8, 10] = 8) -> Tensor:
+    """float (3, F, H, W) in [-1, 1] to (F, H, W, 3), rounded: uint8, or uint16 in 0…1023 for 10 bits."""
+    white, dtype = (255, torch.uint8) if bit_depth == 8 else (1023, torch.uint16)
+    return ((pixels.float() + 1) * (white / 2)).round().clamp(0, white).to(dtype).permute(1, 2, 3, 0)
 
 
 def _normalisation(vae: VAE, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Frames are uint8 RGB. The FFmpeg used is the system's, or the binary in the whee
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -25,6 +26,14 @@ from av.error import FFmpegError
 
 from pipeline.errors import UserError
 
+MP4_AUDIO = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"})
+#: sound that a container takes unchanged; any other is encoded anew
+COPIED_AUDIO = {
+    ".mp4": MP4_AUDIO,
+    ".m4v": MP4_AUDIO,
+    ".mov": MP4_AUDIO,
+    ".webm": frozenset({"opus", "vorbis"}),
+}
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
 Quality = Literal["lossy", "lossless"]
@@ -39,7 +48,23 @@ class VideoInfo:
     frame_rate: Fraction
     #: None where the container does not say
     frames: int | None
-    has_audio: bool
+    #: None where the container does not say
+    duration_s: float | None
+    #: of one pixel; not 1 for most DVDs
+    sample_aspect_ratio: Fraction
+    #: codec of each sound track
+    audio_codecs: tuple[str, ...]
+
+    @property
+    def has_audio(self) -> bool:
+        return bool(self.audio_codecs)
+
+    @property
+    def estimated_frames(self) -> int | None:
+        """For progress bars: what the header says, or duration times rate."""
+        if self.frames or self.duration_s is None:
+            return self.frames
+        return round(self.duration_s * self.frame_rate)
 
 
 def ffmpeg_binary() -> str:
@@ -48,7 +73,7 @@ def ffmpeg_binary() -> str:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Read the header.
+    """Read the header and the first frame; width and height are those of the picture turned upright.
 
     Raises:
         UserError: no such file, or not a video.
@@ -61,12 +86,22 @@ def probe(path: str | Path) -> VideoInfo:
                 raise UserError(f"{path} holds no video stream")
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.base_rate or Fraction(25)
+            audio_codecs = tuple(track.codec_context.name for track in container.streams.audio)
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise UserError(f"{path} holds no frame that can be decoded; convert it or leave it out")
+            # FFmpeg turns what a phone recorded on its side, and swaps the sides with it.
+            width, height = (
+                (first.width, first.height) if first.rotation % 180 == 0 else (first.height, first.width)
+            )
             return VideoInfo(
-                stream.width,
-                stream.height,
+                width,
+                height,
                 Fraction(rate),
                 stream.frames or None,
-                bool(container.streams.audio),
+                container.duration / av.time_base if container.duration else None,
+                Fraction(stream.sample_aspect_ratio or 1),
+                audio_codecs,
             )
     except FFmpegError as error:
         raise UserError(
@@ -103,7 +138,9 @@ def read_frames(path: str | Path, start: int = 0, frames: int | None = None) -> 
             process.stdout.close()
         log.seek(0)
         message = " ".join(log.read().decode(errors="replace").split())[:300]
-        if not finished or (count == 0 and frames != 0):
+        whole = start == 0 and frames is None
+        lost = bool(message) and whole and info.frames is not None and count < info.frames
+        if not finished or lost or (count == 0 and frames != 0):
             raise UserError(f"{path} breaks off after {count} frames: {message or 'no more frames'}")
 
 
@@ -129,16 +166,22 @@ class VideoWriter:
         quality: Quality = "lossy",
         crf: int = 15,
         bit_depth: Literal[8, 10] = 8,
+        sample_aspect_ratio: Fraction = Fraction(1),
         codec: str = "libx264",
         preset: str = "medium",
     ) -> None:
         """
         Args:
-            audio_from: file whose sound tracks are copied.
+            audio_from: file whose sound tracks are kept: copied where the new container takes them, else encoded anew.
             quality: lossless is x264 RGB at quantiser 0.
             crf: constant rate factor of lossy files; 15 is visually lossless.
             bit_depth: 10 writes yuv420p10 and takes uint16 frames holding 10-bit values as well as uint8.
+
+        Raises:
+            UserError: lossless 10-bit, which x264 cannot write.
         """
+        if quality == "lossless" and bit_depth == 10:
+            raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
@@ -157,10 +200,14 @@ class VideoWriter:
             source = source.filter("scale", out_color_matrix="bt709", out_range="tv")
             if width % 2 or height % 2:  # 4:2:0 needs even sides
                 source = source.filter("pad", width + width % 2, height + height % 2)
+        if sample_aspect_ratio != 1:
+            source = source.filter("setsar", str(sample_aspect_ratio))
         streams = [source]
-        if audio_from is not None and probe(audio_from).has_audio:
+        tracks = probe(audio_from).audio_codecs if audio_from is not None else ()
+        if tracks:
             streams.append(ffmpeg.input(str(audio_from)).audio)
-            options["acodec"] = "copy"
+            if set(tracks) <= COPIED_AUDIO.get(self.path.suffix.lower(), frozenset(tracks)):
+                options["acodec"] = "copy"
         if self.path.suffix.lower() in (".mp4", ".mov", ".m4v"):
             options["movflags"] = "+faststart"
         output = ffmpeg.output(*streams, str(self._temporary), **options).overwrite_output()
@@ -173,8 +220,9 @@ class VideoWriter:
         if frames.shape[1:] != self._shape:
             raise ValueError(f"frames of shape {frames.shape[1:]} for a file of {self._shape}")
         if self._wide:
-            scale = 257 if frames.dtype == np.uint8 else 64
-            frames = frames.astype(np.uint16) * scale
+            bits = 8 if frames.dtype == np.uint8 else 10
+            wide = frames.astype(np.uint16)
+            frames = (wide << (16 - bits)) | (wide >> (2 * bits - 16))  # white stays white
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(np.ascontiguousarray(frames).tobytes())
@@ -188,10 +236,8 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # the process is gone; its exit status says so
             self._process.stdin.close()
-        except OSError:
-            pass  # the process is gone; its exit status says so
         if kind is not None:
             self._process.kill()
         failed = self._process.wait() != 0

@@ -3,9 +3,9 @@
     pipeline = VSRPipeline.from_pretrained("runs/demo/preference/model")
     frames = pipeline(low_resolution, seed=0).frames
 
-A diffusers pipeline of three components (transformer, vae, prompts). Long clips go through in overlapping windows, large
-ones in overlapping tiles; both are blended with smooth weights, and the noise belongs to the place in the film, not to the
-window, so that neighbours agree where they overlap.
+A diffusers pipeline of three components (transformer, vae, prompts). Long clips go through in overlapping windows,
+large ones in overlapping tiles; both are blended with smooth weights, and the noise belongs to the place in the film,
+not to the window, so that neighbours agree where they overlap.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from pipeline.vae import (
 class VSRResult:
     """What one call returns."""
 
-    #: uint8 (F, 4h, 4w, 3) RGB
+    #: (F, 4h, 4w, 3) RGB: uint8, or uint16 holding 10-bit values if those were asked for
     frames: np.ndarray
     #: forwards of the DiT: one per window and tile for a one-step model
     dit_evaluations: int
@@ -52,19 +53,43 @@ class VSRResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+#: by which a tile must exceed its overlap: one row of DiT tokens, and the same again for rounding
+MINIMAL_STRIDE_PX = 32
+
+
 @dataclass(frozen=True)
 class Tiling:
     """Sizes in pixels of the output and in frames; None = never split.
 
-    Overlaps of at least 128 px leave no seams [peer: SeedVR2 users]; DiT tiles are separate from VAE tiles because the
-    VAE's convolutions need far more memory per pixel.
+    Overlaps of at least 128 px leave no seams [peer: SeedVR2 users]. The DiT's tiles are separate from the VAE's, whose
+    convolutions need far more memory per pixel; `decode_tile_px` splits the decoder further, which needs most.
+    Consecutive windows draw the same noise where they overlap if they start a multiple of 4 frames apart.
+
+    Raises:
+        UserError: an overlap that leaves no room between tiles or windows.
     """
 
     window_frames: int | None = 21
-    window_overlap_frames: int = 4
+    window_overlap_frames: int = 5
     transformer_tile_px: int | None = None
     vae_tile_px: int | None = None
+    #: None = as `vae_tile_px`
+    decode_tile_px: int | None = None
     overlap_px: int = 128
+
+    def __post_init__(self) -> None:
+        for tile in (self.transformer_tile_px, self.vae_tile_px, self.decode_tile_px):
+            if tile is not None and not 0 <= self.overlap_px <= tile - MINIMAL_STRIDE_PX:
+                raise UserError(
+                    f"a tile of {tile} px with an overlap of {self.overlap_px} px: the tile must be at least "
+                    f"{MINIMAL_STRIDE_PX} px larger"
+                )
+        window, overlap = self.window_frames, self.window_overlap_frames
+        if window is not None and not (window >= 5 and 0 <= 2 * overlap <= window):
+            raise UserError(
+                f"a window of {window} frames with an overlap of {overlap}: "
+                "it must have at least 5 frames and at least twice its overlap"
+            )
 
 
 class VSRPipeline(DiffusionPipeline):
@@ -105,6 +130,7 @@ class VSRPipeline(DiffusionPipeline):
         guidance_weight: float | None = None,
         tiling: Tiling = Tiling(),
         colour_fix: ColourFix = "none",
+        bit_depth: Literal[8, 10] = 8,
         first_frame: int = 0,
         on_step: Callable[[int], None] | None = None,
     ) -> VSRResult:
@@ -131,15 +157,15 @@ class VSRPipeline(DiffusionPipeline):
             tiling,
             on_step,
         )
-        count = len(frames)
-        windows = list(spans(count, tiling.window_frames, tiling.window_overlap_frames))
+        padded = _repeat_last(frames)
+        windows = spans(len(padded), tiling.window_frames, tiling.window_overlap_frames)
         parts = (
-            (span, run.window(frames[span.start : span.stop], first_frame + span.start)) for span in windows
+            (span, run.window(padded[span.start : span.stop], first_frame + span.start)) for span in windows
         )
-        enlarged = blend_windows(parts, count, axis=1)
+        enlarged = blend_windows(parts, len(padded), axis=1)[:, : len(frames)]
         if colour_fix != "none":
             enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
-        return VSRResult(to_frames(enlarged).numpy(), run.dit_evaluations, run.seconds)
+        return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
 
 
 class _Run:
@@ -166,9 +192,9 @@ class _Run:
     def window(self, frames: Tensor, first_frame: int) -> Tensor:
         """uint8 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
         count = len(frames)
-        pixels = upsample_low_resolution(frames)
+        pixels = upsample_low_resolution(_repeat_last(frames))
         height, width = pixels.shape[2:]
-        pixels = _pad(pixels, self._multiple())
+        pixels = _mirror(pixels, self._multiple())
         began = time.perf_counter()
         z_lr = self._encode(pixels[None])
         began = self._lap("encode", began)
@@ -201,12 +227,13 @@ class _Run:
     def _decode(self, z: Tensor) -> Tensor:
         frames = (z.shape[2] - 1) * TEMPORAL_FACTOR + 1
         shape = (3, frames, z.shape[3] * SPATIAL_FACTOR, z.shape[4] * SPATIAL_FACTOR)
-        tile, overlap = self._tiling.vae_tile_px, self._tiling.overlap_px
+        tile = self._tile(self._tiling.decode_tile_px or self._tiling.vae_tile_px)
+        tile_px = None if tile is None else tile * SPATIAL_FACTOR
 
         def decode(rows: slice, columns: slice) -> Tensor:
             return decode_latents(self._pipeline.vae, z[..., _latent(rows), _latent(columns)])
 
-        return _tiled(shape, tile, overlap, decode)
+        return _tiled(shape, tile_px, self._overlap() * SPATIAL_FACTOR, decode)
 
     def _transform(self, z_lr: Tensor, first_frame: int) -> Tensor:
         noise = self._noise(z_lr.shape[1:], first_frame).to(z_lr.device)
@@ -250,6 +277,7 @@ class _Run:
         return max(multiple, pixels // multiple * multiple) // SPATIAL_FACTOR
 
     def _overlap(self) -> int:
+        """In latent cells, a multiple of the patch, not less than asked for."""
         multiple = self._multiple()
         return -(-self._tiling.overlap_px // multiple) * multiple // SPATIAL_FACTOR
 
@@ -266,6 +294,8 @@ def open_pipeline(
         UserError: no model folder there, or one that lacks a part.
     """
     folder = Path(folder)
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch sees no GPU here; choose --device cpu")
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"no model in {folder}: model_index.json is missing; give a folder that training exported"
@@ -282,22 +312,25 @@ def open_pipeline(
     return pipeline.to(device)
 
 
-def _pad(pixels: Tensor, multiple: int) -> Tensor:
-    """(3, F, H, W) to 4k + 1 frames (the last one repeated) and sides that are multiples (mirrored)."""
-    missing = -(pixels.shape[1] - 1) % TEMPORAL_FACTOR
-    if missing:
-        pixels = torch.cat([pixels, pixels[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+def _repeat_last(frames: Tensor) -> Tensor:
+    """(F, h, w, 3) to 4k + 1 frames."""
+    missing = -(len(frames) - 1) % TEMPORAL_FACTOR
+    return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
+
+
+def _mirror(pixels: Tensor, multiple: int) -> Tensor:
+    """(3, F, H, W) to sides that are multiples."""
     bottom, right = -pixels.shape[2] % multiple, -pixels.shape[3] % multiple
-    if bottom or right:
-        mode = "reflect" if bottom < pixels.shape[2] and right < pixels.shape[3] else "replicate"
-        pixels = F.pad(pixels, (0, right, 0, bottom), mode=mode)
-    return pixels
+    if not (bottom or right):
+        return pixels
+    mode = "reflect" if bottom < pixels.shape[2] and right < pixels.shape[3] else "replicate"
+    return F.pad(pixels, (0, right, 0, bottom), mode=mode)
 
 
 def _tiled(
     shape: tuple[int, ...], tile: int | None, overlap: int, compute: Callable[[slice, slice], Tensor]
 ) -> Tensor:
-    """Run `compute` on spatial tiles of an output of `shape` (C, T, h, w) and blend; the whole at once without tiles."""
+    """Run `compute` on spatial tiles of an output of `shape` (C, T, h, w) and blend; all at once without tiles."""
     height, width = shape[2:]
 
     def row(rows: range) -> Iterator[tuple[range, Tensor]]:

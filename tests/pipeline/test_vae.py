@@ -118,7 +118,7 @@ def test_upsampling_keeps_flat_frames_flat_and_range():
 def test_wrong_sizes_and_folders_are_refused(wan, tmp_path):
     with pytest.raises(ValueError, match="4k \\+ 1"):
         encode_video(wan, pixels(4))
-    with pytest.raises(UserError, match="config.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         load_vae(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UserError, match="known VAEs"):

@@ -1,0 +1,114 @@
+"""Video files in and out: what other people's films do to a reader and a writer."""
+
+from fractions import Fraction
+
+import ffmpeg
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.video import VideoWriter, ffmpeg_binary, probe, read_frames, read_video
+
+
+def make(path, *, size="48x32", seconds=0.5, audio=None, **options):
+    """A test pattern with FFmpeg alone, without our writer."""
+    streams = [ffmpeg.input(f"testsrc=size={size}:rate=24:duration={seconds}", f="lavfi")]
+    if audio:
+        streams.append(ffmpeg.input(f"sine=duration={seconds}", f="lavfi"))
+        options["acodec"] = audio
+    ffmpeg.output(*streams, str(path), loglevel="error", **options).run(cmd=ffmpeg_binary())
+    return path
+
+
+def write(path, frames, **options):
+    height, width = frames.shape[1:3]
+    with VideoWriter(path, width=width, height=height, frame_rate=Fraction(24), **options) as writer:
+        writer.write(frames)
+    return path
+
+
+def gradient(count=3, height=32, width=48) -> np.ndarray:
+    ramp = np.linspace(0, 255, width).astype(np.uint8)
+    return np.broadcast_to(ramp[None, None, :, None], (count, height, width, 3)).copy()
+
+
+def test_a_part_is_that_part(tmp_path):
+    path = make(tmp_path / "film.mp4")
+    whole = read_video(path)
+    assert len(whole) == 12 and np.array_equal(read_video(path, 3, 4), whole[3:7])
+
+
+def test_lossy_file_keeps_colours(tmp_path):
+    frames = gradient()
+    error = np.abs(read_video(write(tmp_path / "x.mp4", frames)).astype(int) - frames)
+    assert error.mean() < 3
+
+
+def test_ten_bits_are_written(tmp_path):
+    frames = np.tile(np.linspace(0, 1023, 48).astype(np.uint16)[None, None, :, None], (2, 32, 1, 3))
+    path = write(tmp_path / "x.mkv", frames, bit_depth=10, crf=1)
+    raw, _ = (
+        ffmpeg.input(str(path))
+        .output("pipe:", format="rawvideo", pix_fmt="gray10le", loglevel="error")
+        .run(cmd=ffmpeg_binary(), capture_stdout=True)
+    )
+    luma = np.frombuffer(raw, np.uint16).reshape(2, 32, 48)
+    assert len(np.unique(luma % 4)) == 4, "the two low bits are empty"
+
+
+def test_a_film_recorded_on_its_side_comes_out_upright(tmp_path):
+    flat = make(tmp_path / "flat.mp4")
+    turned = tmp_path / "turned.mp4"
+    source = ffmpeg.input(str(flat), display_rotation=90)
+    ffmpeg.output(source, str(turned), c="copy", loglevel="error").run(cmd=ffmpeg_binary())
+    assert (probe(turned).width, probe(turned).height) == (32, 48)
+    upright = np.rot90(read_video(flat), axes=(1, 2))
+    assert np.array_equal(read_video(turned), upright)
+
+
+def test_pixels_that_are_not_square_stay_so(tmp_path):
+    path = make(tmp_path / "dvd.mp4", vf="setsar=16/15")
+    ratio = probe(path).sample_aspect_ratio
+    assert ratio == Fraction(16, 15)
+    assert (
+        probe(write(tmp_path / "x.mp4", gradient(), sample_aspect_ratio=ratio)).sample_aspect_ratio == ratio
+    )
+
+
+@pytest.mark.parametrize(("codec", "suffix", "kept"), [("aac", "mp4", "aac"), ("pcm_s16le", "mp4", "aac")])
+def test_sound_is_copied_or_encoded_for_containers_that_refuse_it(tmp_path, codec, suffix, kept):
+    source = make(tmp_path / "in.mkv", audio=codec)
+    result = write(tmp_path / f"out.{suffix}", gradient(12), audio_from=source)
+    assert probe(result).audio_codecs == (kept,)
+
+
+def test_frames_are_estimated_where_the_header_does_not_count(tmp_path):
+    info = probe(make(tmp_path / "x.mkv", seconds=2))
+    assert info.frames is None and info.estimated_frames == 48
+
+
+def test_a_file_that_breaks_off_is_refused(tmp_path):
+    path = make(tmp_path / "whole.mp4", seconds=4, movflags="faststart", g=6)
+    half = tmp_path / "half.mp4"
+    half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"half\.mp4 breaks off after \d+ frames"):
+        list(read_frames(half))
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    path = tmp_path / "song.m4a"
+    ffmpeg.input("sine=duration=0.2", f="lavfi").output(str(path), loglevel="error").run(cmd=ffmpeg_binary())
+    with pytest.raises(UserError, match="no video stream"):
+        probe(path)
+
+
+def test_an_error_while_writing_leaves_neither_file(tmp_path):
+    with (
+        pytest.raises(RuntimeError),
+        VideoWriter(tmp_path / "x.mp4", width=48, height=32, frame_rate=Fraction(24)) as writer,
+    ):
+        writer.write(gradient())
+        raise RuntimeError
+    with pytest.raises(UserError, match="cannot write"):
+        write(tmp_path / "x.nonsense", gradient())
+    assert list(tmp_path.iterdir()) == []
