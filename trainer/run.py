@@ -24,8 +24,8 @@ if "DS_ACCELERATOR" not in os.environ:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
 
-from pipeline.config import ModelConfig, load_section  # noqa: E402
-from pipeline.errors import UserError, run_command  # noqa: E402
+from pipeline.config import ModelConfig, load_section
+from pipeline.errors import UserError, run_command
 
 
 def main() -> None:
@@ -132,8 +132,8 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
         arguments.output,
         world,
         settings,
-        validation,
-        arguments.stop_after,
+        validation=validation,
+        stop_after=arguments.stop_after,
     )
     if not train(run):
         return False

@@ -1,0 +1,50 @@
+"""One `Run` of each stage in this process, on the toy preset: for tests of the loop and its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datagen.reader import ShardReader
+from pipeline.config import ModelConfig
+from pipeline.text import load_prompts
+from tests.trainer.presets import TRAINER
+from trainer.build import build_stage
+from trainer.config import TrainerConfig
+from trainer.loop import Run
+from trainer.networks import World
+
+STAGES = ("base", "progressive", "dual_stream", "preference")
+
+
+def make_run(preset: Path, stage: str, output: Path, world: World, **changes: Any) -> Run:
+    """As trainer/run.py makes it, all models being random.
+
+    Args:
+        changes: fields of `Run` (stop_after) or of the `trainer` section.
+    """
+    output.mkdir(exist_ok=True)
+    stop_after = changes.pop("stop_after", None)
+    model = ModelConfig(**yaml.safe_load(preset.read_text())["model"])
+    config = TrainerConfig(**(TRAINER | changes))
+    schedule = config.schedule_of(stage)  # type: ignore[arg-type]
+    reader = ShardReader(
+        preset.parent / ("pairs" if stage == "preference" else "clips"),
+        members=("pair",) if stage == "preference" else ("latents",),
+        seed=config.seed,
+        global_batch_size=schedule.global_batch_size,
+    )
+    built = build_stage(
+        stage,  # type: ignore[arg-type]
+        config,
+        model,
+        init=None,
+        teacher=None,
+        embed=load_prompts(model.prompts).embed,
+        world=world,
+    )
+    settings = {"trainer": config.model_dump(mode="json")}
+    steps = config.steps_of(stage)  # type: ignore[arg-type]
+    return Run(built, reader, config, schedule, steps, output, world, settings, stop_after=stop_after)
