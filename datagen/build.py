@@ -71,7 +71,7 @@ def build(
     folder = open_folder(output, config.storage)
     with _only_writer(folder):
         try:
-            start_ray(address, workers)
+            start_ray(address, workers, config)
             surveys = _survey(folder, sources, config)
             faults = [
                 {"kind": "unreadable", "source": s["source"], "reason": s["error"]}

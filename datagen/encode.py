@@ -59,7 +59,8 @@ class Encoder:
         upsampled = torch.stack([upsample_low_resolution(clip) for clip in lr])
         z_hr, z_lr = self._encode(pixels), self._encode(upsampled)
         return [
-            save({"z_hr": high.contiguous(), "z_lr": low.contiguous()}) for high, low in zip(z_hr, z_lr, strict=True)
+            save({"z_hr": high.contiguous(), "z_lr": low.contiguous()})
+            for high, low in zip(z_hr, z_lr, strict=True)
         ]
 
     @torch.no_grad()

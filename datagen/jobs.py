@@ -33,8 +33,11 @@ from pipeline.errors import UserError
 MAX_RETRIES = 3
 
 
-def start_ray(address: str | None, workers: int | None) -> None:
-    """Connect to the cluster at `address`, or start Ray on this machine with `workers` CPUs (default: all)."""
+def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
+    """Connect to the cluster at `address`, or start Ray on this machine with `workers` CPUs (default: all).
+
+    Where the VAE actors need CPUs, Ray gets one more than they hold, or decoding would wait for ever.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
@@ -42,11 +45,11 @@ def start_ray(address: str | None, workers: int | None) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # the environment reaches the workers: one thread per task, cores are for other tasks
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
-    start = (
-        {"address": address}
-        if address
-        else {"address": "local", "num_cpus": workers, "include_dashboard": False}
-    )
+    start: dict[str, Any] = {"address": address}
+    if not address:
+        held = (config.encode.actors or 1) * config.encode.cpus
+        cpus = max(workers or os.cpu_count() or 1, held + 1)
+        start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     with _silent_stderr():
         ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
     context = DataContext.get_current()

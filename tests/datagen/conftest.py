@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save
 
 from datagen.media import write_lossless
 from datagen.shards import Manifest, Sample, write_manifest, write_shard
 from datagen.storage import open_folder
 from pipeline.tiny_vae import TinyVideoVAE
-from safetensors.torch import save
 
 SHARD_SIZES = (5, 1, 9, 3)
 

@@ -57,7 +57,9 @@ def test_x264_does_not_depend_on_what_memory_held(tmp_path: Path) -> None:
     streams = set()
     for garbage in ("0", "85", "170"):
         environment = os.environ | {"MALLOC_PERTURB_": garbage, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+        )
         streams.add(done.stdout)
     assert len(streams) == 1
 
@@ -69,7 +71,9 @@ def test_draws_stay_in_their_ranges_and_walk_in_small_steps() -> None:
         operations = draw_operations(recipe, (30, 256, 256, 3), seed)
         names = [operation["op"] for operation in operations]
         seen.update(names)
-        assert names[0] == "sharpen" and names.count("noise") == names.count("jpeg") == names.count("codec") == 2
+        assert (
+            names[0] == "sharpen" and names.count("noise") == names.count("jpeg") == names.count("codec") == 2
+        )
         assert set(names[-3:]) >= {"codec", "resize_to_target"}
         noises = [operation for operation in operations if operation["op"] == "noise"]
         for noise, stage in zip(noises, (recipe.first, recipe.second), strict=True):
@@ -147,7 +151,9 @@ def test_black_stays_black_under_poisson_noise() -> None:
     assert not add_poisson(np.zeros((64, 64, 3), np.uint8), 3.0, False, rng()).any()
 
 
-@pytest.mark.parametrize("kind", ["iso", "aniso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"])
+@pytest.mark.parametrize(
+    "kind", ["iso", "aniso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"]
+)
 @pytest.mark.parametrize("size", [7, 21])
 def test_separable_parts_give_the_kernels_result(hr: np.ndarray, kind: str, size: int) -> None:
     one = np.ones(1)
@@ -186,7 +192,12 @@ def test_codecs_take_odd_sizes_and_sizes_that_change(codec: str) -> None:
 def test_more_bits_mean_less_damage(hr: np.ndarray) -> None:
     clip = list(hr)
     psnr = [
-        np.mean([cv2.PSNR(a, b) for a, b in zip(through_codec(clip, "libx264", bits, "superfast"), clip, strict=True)])
+        np.mean(
+            [
+                cv2.PSNR(a, b)
+                for a, b in zip(through_codec(clip, "libx264", bits, "superfast"), clip, strict=True)
+            ]
+        )
         for bits in (2_000, 20_000, 200_000)
     ]
     assert psnr[0] < psnr[1] < psnr[2]

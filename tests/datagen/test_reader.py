@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ def numbers(reader: ShardReader, batches: int) -> list[list[int]]:
     return [[row["number"] for row in batch.metadata] for batch in itertools.islice(reader, batches)]
 
 
+def joined(parts: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 def global_batches(dataset: Path, world_size: int, batches: int, **more: object) -> list[list[int]]:
     """Global batches put together from those of all ranks."""
     ranks = [
@@ -29,15 +34,15 @@ def global_batches(dataset: Path, world_size: int, batches: int, **more: object)
         )
         for rank in range(world_size)
     ]
-    return [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    return [joined(parts) for parts in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_sample_once_per_epoch_for_any_number_of_ranks(dataset: Path, world_size: int) -> None:
-    stream = sum(global_batches(dataset, world_size, 2 * SAMPLES // 4), [])
+    stream = joined(global_batches(dataset, world_size, 2 * SAMPLES // 4))
     assert sorted(stream[:SAMPLES]) == sorted(stream[SAMPLES:]) == list(range(SAMPLES))
     assert stream[:SAMPLES] != stream[SAMPLES:]
-    assert stream == sum(global_batches(dataset, 1, 2 * SAMPLES // 4), [])
+    assert stream == joined(global_batches(dataset, 1, 2 * SAMPLES // 4))
 
 
 def test_the_seed_decides_the_order(dataset: Path) -> None:
@@ -72,7 +77,7 @@ def test_a_position_resumes_exactly_on_another_number_of_ranks(dataset: Path, co
         reader = ShardReader(dataset, seed=5, global_batch_size=4, rank=rank, world_size=4)
         reader.load_state_dict(state)
         resumed.append(numbers(reader, 10 - consumed))
-    assert [sum(parts, []) for parts in zip(*resumed, strict=True)] == whole[consumed:]
+    assert [joined(parts) for parts in zip(*resumed, strict=True)] == whole[consumed:]
 
 
 def test_a_position_of_another_order_is_refused(dataset: Path) -> None:
@@ -88,12 +93,14 @@ def cut_shard(dataset: Path) -> None:
     path.write_bytes(path.read_bytes()[:700])
 
 
-def test_a_cut_shard_is_left_out_identically_on_all_ranks(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cut_shard_is_left_out_identically_on_all_ranks(
+    dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cut_shard(dataset)
     left = list(range(SHARD_SIZES[0], SAMPLES))
-    stream = sum(global_batches(dataset, 2, len(left)), [])
+    stream = joined(global_batches(dataset, 2, len(left)))
     assert sorted(stream[: len(left)]) == left
-    assert stream == sum(global_batches(dataset, 1, len(left)), [])
+    assert stream == joined(global_batches(dataset, 1, len(left)))
     assert "shard-000000.tar has 700 of" in caplog.text
 
 
@@ -106,8 +113,8 @@ def test_a_changed_sample_is_replaced_identically_on_all_ranks(
     content[span.offset + span.length - 1] ^= 1
     path.write_bytes(content)
     damaged = SHARD_SIZES[0] + SHARD_SIZES[1] + 3
-    stream = sum(global_batches(dataset, 4, 2 * SAMPLES // 4), [])
-    assert stream == sum(global_batches(dataset, 1, 2 * SAMPLES // 4), [])
+    stream = joined(global_batches(dataset, 4, 2 * SAMPLES // 4))
+    assert stream == joined(global_batches(dataset, 1, 2 * SAMPLES // 4))
     assert set(stream) == set(range(SAMPLES)) - {damaged}
     assert "has changed since it was written" in caplog.text
 

@@ -18,7 +18,9 @@ from tests.datagen.conftest import SHARD_SIZES, write_numbered
 def test_plain_webdataset_reads_every_sample(dataset: Path) -> None:
     urls = sorted(str(path) for path in (dataset / "shards").glob("*.tar"))
     samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
-    assert [sample["__key__"] for sample in samples] == [f"key{number:03d}" for number in range(sum(SHARD_SIZES))]
+    assert [sample["__key__"] for sample in samples] == [
+        f"key{number:03d}" for number in range(sum(SHARD_SIZES))
+    ]
     assert [sample["json"]["number"] for sample in samples] == list(range(sum(SHARD_SIZES)))
 
 

@@ -1,0 +1,104 @@
+"""What goes wrong at the command line: one clear line, exit status 2, nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from datagen.build import _check_limit
+from datagen.build_shards import main
+from datagen.config import DatagenConfig
+from datagen.isolated import decode_isolated, survey_isolated
+from datagen.media import UnreadableVideo, write_lossless
+from pipeline.errors import UserError, run_command
+from tests.datagen.conftest import build_command, moving_picture
+
+
+def test_an_empty_folder(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    assert "no video found" in refused(capsys, config_file, tmp_path / "in", tmp_path / "out")
+
+
+def test_an_unknown_key(
+    config_file: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, config_file, videos, tmp_path / "out", "--set", "datagen.clip.frame=9")
+    assert "unknown key datagen.clip.frame; did you mean 'frames'?" in line
+
+
+def test_a_missing_vae(
+    config_file: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, config_file, videos, tmp_path / "out", "--set", "model.vae=nowhere")
+    assert "nowhere holds no VAE" in line
+
+
+def refused(capsys: pytest.CaptureFixture[str], config: Path, videos: Path, output: Path, *more: str) -> str:
+    """The one line that the command says before it exits with status 2 and leaves nothing; without Ray."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr("sys.argv", build_command(config, videos, output, *more)[2:])
+        run_command(main)
+    assert left.value.code == 2 and not output.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_a_text_file_named_mp4_and_a_clip_shorter_than_the_window(config_file: Path, tmp_path: Path) -> None:
+    write_lossless(tmp_path / "in/short.mkv", moving_picture(8, 80, 96, 0))
+    (tmp_path / "in/text.mp4").write_text("this is no video")
+    command = build_command(config_file, tmp_path / "in", tmp_path / "out")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "out").exists(), "something was left behind"
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("survey: ")]
+    assert line.startswith("error: no window can be used")
+    assert "short.mkv: length 8 frames is below the window of 9" in line
+    assert "text.mp4: not a video" in line
+
+
+def test_too_many_unreadable_sources_stop_the_job() -> None:
+    config = DatagenConfig(max_quarantined=0.1)
+    fault = {"kind": "unreadable", "source": "a", "reason": "a: not a video"}
+    _check_limit([fault] * 10, 20, config)  # few
+    _check_limit([fault] * 20, 200, config)  # not more than a tenth
+    for number, sources in ((21, 200), (1, 1), (11, 20)):
+        with pytest.raises(UserError, match=f"{number} of {sources} sources cannot be read"):
+            _check_limit([fault] * number, sources, config)
+
+
+def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
+    write_lossless(tmp_path / "whole.mkv", moving_picture(30, 64, 64, 0))
+    content = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    config = DatagenConfig()
+    facts = survey_isolated(str(tmp_path / "cut.mkv"), "cut.mkv", config)
+    assert facts["frames"] < 30
+    with pytest.raises(UnreadableVideo, match=r"cut\.mkv"):
+        decode_isolated(str(tmp_path / "cut.mkv"), "cut.mkv", 20, None, 9, config)
+    # the child that answered is still there for the next file
+    assert decode_isolated(str(tmp_path / "whole.mkv"), "whole.mkv", 20, None, 9, config).shape == (
+        9,
+        64,
+        64,
+        3,
+    )
+
+
+def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
+    write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
+    slow = DatagenConfig(decode_timeout_s=1e-3)
+    with pytest.raises(UnreadableVideo, match=r"not decoded within 0\.001 s"):
+        decode_isolated(str(tmp_path / "a.mkv"), "a.mkv", 0, None, 9, slow)
+
+    import os
+    import signal
+
+    from datagen import isolated
+
+    child = isolated._running_child()
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    clip = decode_isolated(str(tmp_path / "a.mkv"), "a.mkv", 0, None, 9, DatagenConfig())
+    assert clip.shape == (9, 64, 64, 3)

@@ -1,0 +1,171 @@
+"""The whole job on real Ray: the same bytes whatever happens to it, and bad input said in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from datagen.reader import ShardReader
+from datagen.shards import read_manifest, shard_name
+from datagen.storage import open_folder
+from datagen.verify import faults
+from tests.datagen.conftest import build_command, run_build
+
+pytestmark = pytest.mark.distributed
+
+#: twelve windows in three variants: long enough to be killed in the middle
+VARIANTS = ("--set", "datagen.variants=3")
+SAMPLES, SHARDS = 36, 9
+
+
+def contents(dataset: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(dataset)): path.read_bytes()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted build by three workers; what the others are compared with."""
+    output = tmp_path_factory.mktemp("whole") / "dataset"
+    run_build(config_file, videos, output, "--workers", "3", *VARIANTS)
+    return output
+
+
+def test_the_dataset_is_whole_and_its_story_is_told(whole: Path) -> None:
+    folder = open_folder(whole)
+    assert list(faults(folder)) == []
+    manifest = read_manifest(folder)
+    assert manifest.samples == SAMPLES and len(manifest.shards) == SHARDS
+    assert manifest.extra["counts"] == {
+        "sources": 5,
+        "unreadable": 1,
+        "filtered": 0,
+        "planned": SAMPLES,
+        "failed": 0,
+    }
+    (line,) = [json.loads(line) for line in (whole / "quarantine.jsonl").read_text().splitlines()]
+    assert line["source"] == "text.mp4" and "not a video" in line["reason"]
+    report = (whole / "report.html").read_text()
+    assert report.count("data:image/jpeg") == 24 and "text.mp4" in report
+    batch = next(iter(ShardReader(whole, members=("latents", "lr", "hr"), seed=0, global_batch_size=2)))
+    assert batch.tensors["z_hr"].shape == batch.tensors["z_lr"].shape == (2, 8, 3, 8, 8)
+    assert batch.tensors["hr"].shape == (2, 9, 64, 64, 3) and batch.tensors["lr"].shape == (2, 9, 16, 16, 3)
+    assert "/" not in batch.metadata[0]["source"].removeprefix("sub/")  # no path of this machine
+
+
+def test_lr_is_reproducible_from_the_metadata(whole: Path) -> None:
+    from datagen.degrade import apply_operations
+
+    batch = next(iter(ShardReader(whole, members=("lr", "hr"), seed=1, global_batch_size=3)))
+    for index, metadata in enumerate(batch.metadata):
+        lr = apply_operations(batch.tensors["hr"][index].numpy(), metadata["draws"], metadata["seed"])
+        assert (lr == batch.tensors["lr"][index].numpy()).all()
+
+
+def kill_when(
+    process: subprocess.Popen[str], dataset: Path, victim: Callable[[list[psutil.Process]], int | None]
+) -> None:
+    """SIGKILL to the process that `victim` picks among the job's, once the first shard is committed."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the job ended before it could be killed"
+        if list(dataset.glob("shards/*.json")):
+            pid = victim(psutil.Process(process.pid).children(recursive=True))
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+                return
+        time.sleep(0.02)
+    raise AssertionError("nothing to kill within two minutes")
+
+
+def named(prefix: str) -> Callable[[list[psutil.Process]], int | None]:
+    def find(processes: list[psutil.Process]) -> int | None:
+        for process in processes:
+            try:
+                if " ".join(process.cmdline()).startswith(prefix):
+                    return process.pid
+            except psutil.Error:
+                continue
+        return None
+
+    return find
+
+
+def start(config_file: Path, videos: Path, output: Path) -> subprocess.Popen[str]:
+    command = build_command(config_file, videos, output, "--workers", "2", *VARIANTS)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.parametrize("victim", ["ray::MapBatches(degrade)", "ray::MapWorker"])
+def test_a_killed_worker_or_actor_costs_nothing(
+    victim: str, whole: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    process = start(config_file, videos, tmp_path / "dataset")
+    kill_when(process, tmp_path / "dataset", named(victim))
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert contents(tmp_path / "dataset") == contents(whole)
+
+
+def test_a_killed_driver_goes_on_where_it_was(
+    whole: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "dataset"
+    process = start(config_file, videos, output)
+    kill_when(process, output, lambda processes: process.pid)
+    process.communicate(timeout=60)
+    committed = {path: path.stat().st_mtime_ns for path in output.glob("shards/*.json")}
+    assert 0 < len(committed) < SHARDS and not (output / "manifest.json").exists()
+    run_build(config_file, videos, output, "--workers", "1", *VARIANTS)
+    assert contents(output) == contents(whole)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in committed.items()), (
+        "a whole shard was made again"
+    )
+
+
+def test_another_plan_in_the_same_folder_is_refused(whole: Path, videos: Path, config_file: Path) -> None:
+    before = contents(whole)
+    command = build_command(config_file, videos, whole, *VARIANTS, "--set", "datagen.seed=1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2
+    assert "was begun with another plan: config differ" in done.stderr
+    assert contents(whole) == before
+
+
+def test_verify_names_each_fault(whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole, damaged)
+    for index, change in enumerate(
+        (lambda data: data[:-2000], lambda data: data[:1000] + b"x" + data[1001:])
+    ):
+        path = damaged / shard_name(index)
+        path.write_bytes(change(path.read_bytes()))
+    (damaged / shard_name(2)).unlink()
+    (damaged / "shards/shard-000003.json").write_text("{")
+    (damaged / shard_name(99)).write_bytes(b"")
+    found = "\n".join(faults(open_folder(damaged)))
+    for expected in (
+        "shard-000099.tar: not in the manifest",
+        "shard-000000.tar: ",
+        "shard-000001.tar: sha256",
+        "shard-000001.tar: sample",
+        "shard-000002.tar: missing",
+        "shard-000003.json is damaged",
+    ):
+        assert expected in found

@@ -1,0 +1,170 @@
+"""Sources, survey and plan: what is found, where scenes are cut, what is filtered and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas
+import pytest
+from pydantic import ValidationError
+
+from datagen.config import ClipConfig, DatagenConfig, FilterConfig
+from datagen.media import UnreadableVideo, decode_from, read_window, write_lossless
+from datagen.plan import make_plan
+from datagen.sources import find_sources
+from datagen.storage import StorageConfig
+from datagen.survey import survey, window_starts
+from pipeline.errors import UserError
+from tests.datagen.conftest import moving_picture
+
+S3 = StorageConfig()
+
+
+def test_folders_globs_lists_and_tables_find_the_same_videos(videos: Path, tmp_path: Path) -> None:
+    files = sorted(str(path) for path in videos.rglob("*.mkv"))
+    (tmp_path / "list.txt").write_text("# comment\n" + "\n".join(files) + "\n")
+    table = pandas.DataFrame({"video": files, "caption": ["a cat", None, "", "a dog"]})
+    table.to_csv(tmp_path / "table.csv")
+    table.to_parquet(tmp_path / "table.parquet")
+    expected = [str(videos / f"sub/video{index}.mkv") for index in range(4)]
+    for text in (
+        str(videos / "**/*.mkv"),
+        *(str(tmp_path / name) for name in ("list.txt", "table.csv", "table.parquet")),
+    ):
+        assert [source.path for source in find_sources([text], S3)] == expected
+    assert [source.id for source in find_sources([str(videos)], S3)] == [
+        *(f"sub/video{index}.mkv" for index in range(4)),
+        "text.mp4",
+    ]
+    for name in ("table.csv", "table.parquet"):
+        captions = [source.caption for source in find_sources([str(tmp_path / name)], S3)]
+        assert captions == ["a cat", None, None, "a dog"]
+
+
+def test_bad_inputs_are_named(tmp_path: Path, videos: Path) -> None:
+    with pytest.raises(UserError, match="no video found"):
+        find_sources([str(tmp_path)], S3)
+    with pytest.raises(UserError, match="does not exist"):
+        find_sources([str(tmp_path / "nowhere")], S3)
+    (tmp_path / "table.csv").write_text("name\na.mp4\n")
+    with pytest.raises(UserError, match="no column of paths"):
+        find_sources([str(tmp_path / "table.csv")], S3)
+    for folder in ("a", "b"):
+        write_lossless(tmp_path / folder / "same.mkv", moving_picture(1, 32, 32, 0))
+    with pytest.raises(UserError, match="would both be called"):
+        find_sources([str(tmp_path / "a"), str(tmp_path / "b")], S3)
+
+
+def test_windows_do_not_cross_scenes(tmp_path: Path) -> None:
+    soft = [cv2.GaussianBlur(picture, (0, 0), 6) for picture in moving_picture(42, 96, 128, 1)]
+    film = np.stack([*soft[:20], *(picture // 4 for picture in soft[20:])])
+    path = tmp_path / "film.mkv"
+    write_lossless(path, film)
+    facts = survey(str(path), "film.mkv", ClipConfig(frames=9, crop=(64, 64)))
+    assert facts["frames"] == 42 and facts["cuts"] == [20]
+    assert [window["start"] for window in facts["windows"]] == [0, 9, 20, 29]
+    whole = survey(str(path), "film.mkv", ClipConfig(frames=9, crop=(64, 64), respect_scenes=False))
+    assert [window["start"] for window in whole["windows"]] == [0, 9, 18, 27]
+
+
+def test_window_starts() -> None:
+    assert window_starts(27, [], 9, None) == [0, 9, 18]
+    assert window_starts(27, [], 9, 5) == [0, 5, 10, 15]
+    assert window_starts(8, [], 9, None) == []
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_seeking_gives_the_frames_that_decoding_from_the_start_gives(tmp_path: Path, suffix: str) -> None:
+    import av
+
+    path = tmp_path / f"long{suffix}"
+    with av.open(str(path), "w") as container:  # B-frames, and a key frame every 12
+        stream = container.add_stream("libx264", rate=25, options={"g": "12", "bf": "3"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for picture in moving_picture(50, 64, 96, 3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    facts = survey(str(path), "long", ClipConfig(frames=5, crop=(32, 32), respect_scenes=False))
+    everything = read_window(path, 0, None)
+    for window in facts["windows"]:
+        clip = decode_from(str(path), "long", window["start"], window["pts"], 5)
+        np.testing.assert_array_equal(clip, everything[window["start"] : window["start"] + 5])
+    with pytest.raises(UnreadableVideo, match="ends 3 frames before"):
+        decode_from(str(path), "long", 48, None, 5)
+
+
+def surveyed(source: str, **changes: Any) -> dict[str, Any]:
+    """A survey of one window that passes every filter, with changes to the source or its window."""
+    window = {"start": 0, "pts": 0, "luma": 100.0, "contrast": 40.0, "motion": 2.0, "sharpness": 100.0}
+    window["hashes"] = [f"{hash((source, index)) % 2**64:016x}" for index in range(3)]
+    facts = {"source": source, "path": "/somewhere/" + source, "caption": None, "frames": 20}
+    facts |= {"width": 200, "height": 100, "frames_per_second": 25.0, "windows": [window]}
+    for name, value in changes.items():
+        (window if name in window else facts)[name] = value
+    return facts
+
+
+CONFIG = DatagenConfig(clip=ClipConfig(frames=9, crop=(64, 64)), samples_per_shard=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"luma": 1.0}, "black: luma 1.0 is below 4.0"),
+        ({"contrast": 1.0}, "empty: contrast"),
+        ({"motion": 0.0}, "static: motion"),
+        ({"sharpness": 1.0}, "blurred: sharpness"),
+        ({"height": 60}, "resolution 200x60 is below 64x64"),
+        ({"frames": 8}, "length 8 frames"),
+        ({"windows": []}, "no scene"),
+    ],
+)
+def test_rejections_are_recorded_with_their_reason(change: dict[str, Any], reason: str) -> None:
+    plan = make_plan([surveyed("good"), surveyed("bad", **change)], CONFIG, {})
+    assert [sample.source for sample in plan.samples] == ["good"]
+    assert [line["source"] for line in plan.rejected] == ["bad"]
+    assert reason in plan.rejected[0]["reason"]
+
+
+def test_duplicates_of_other_sources_are_found_within_the_distance() -> None:
+    hashes = ["0123456789abcdef", "fedcba9876543210", "00ff00ff00ff00ff"]
+    near = [f"{int(text, 16) ^ 0b1001:016x}" for text in hashes]  # two bits
+    far = [hashes[0], f"{int(hashes[1], 16) ^ 0xFF00FF:016x}", hashes[2]]
+    surveys = [surveyed("a", hashes=hashes), surveyed("b", hashes=near), surveyed("c", hashes=far)]
+    plan = make_plan(surveys, CONFIG, {})
+    assert sorted(sample.source for sample in plan.samples) == ["a", "c"]
+    assert plan.rejected[0]["reason"] == "duplicate of a at frame 0"
+    kept = CONFIG.model_copy(update={"filters": FilterConfig(duplicate_distance=0)})
+    assert len(make_plan(surveys, kept, {}).samples) == 3
+
+
+def test_the_plan_is_a_function_of_survey_and_configuration() -> None:
+    surveys = [surveyed(str(index)) for index in range(7)]
+    plan = make_plan(surveys, CONFIG, {})
+    moved = [survey | {"path": "/elsewhere"} for survey in surveys]
+    assert make_plan(moved, CONFIG, {}).hash == plan.hash  # where the inputs are mounted does not matter
+    for changed in ({"seed": 1}, {"variants": 2}, {"samples_per_shard": 3}):
+        assert make_plan(surveys, CONFIG.model_copy(update=changed), {}).hash != plan.hash
+    assert make_plan(surveys, CONFIG, {"vae": "other"}).hash != plan.hash
+    assert [len(shard) for shard in plan.shards()] == [2, 2, 2, 1]
+
+
+def test_crops_and_variants() -> None:
+    clip = CONFIG.clip.model_copy(update={"crops_per_window": 3})
+    plan = make_plan([surveyed("a")], CONFIG.model_copy(update={"clip": clip, "variants": 2}), {})
+    assert len({sample.key for sample in plan.samples}) == len({sample.seed for sample in plan.samples}) == 6
+    assert len({sample.crop for sample in plan.samples}) == len({sample.clip for sample in plan.samples}) == 3
+    for top, left, height, width in (sample.crop for sample in plan.samples):
+        assert 0 <= top <= 100 - height and 0 <= left <= 200 - width
+    center = CONFIG.clip.model_copy(update={"crop_position": "center"})
+    (sample,) = make_plan([surveyed("a")], CONFIG.model_copy(update={"clip": center}), {}).samples
+    assert sample.crop == (18, 68, 64, 64)
+
+
+@pytest.mark.parametrize("values", [{"frames": 8}, {"crop": (64, 60)}])
+def test_impossible_clips_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="must be"):
+        ClipConfig(**values)
