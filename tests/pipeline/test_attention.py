@@ -1,0 +1,49 @@
+"""The attention switch: what is installed is used, what is missing is named."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from pipeline.attention import BACKENDS, set_attention
+from pipeline.errors import UserError
+from pipeline.transformer import VSRTransformer
+
+
+@pytest.fixture
+def transformer():
+    torch.manual_seed(0)
+    return VSRTransformer(
+        latent_channels=4, num_attention_heads=2, attention_head_dim=24, ffn_dim=64, freq_dim=32, text_dim=8,
+        num_layers=1,
+    ).eval()  # fmt: skip
+
+
+def test_the_switch_reaches_every_attention_layer(transformer):
+    chosen = set_attention(transformer, "native")
+    attention = [module for name, module in transformer.named_modules() if name.endswith(("attn1", "attn2"))]
+    assert chosen == "native" and len(attention) == 2
+    assert {str(module.processor._attention_backend.value) for module in attention} == {"native"}
+
+
+def test_native_attention_gives_the_numbers_of_the_default(transformer):
+    z, prompt = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 3, 8)
+    with torch.no_grad():
+        before = transformer(z, torch.ones(1), z, prompt).velocity
+        set_attention(transformer, "native")
+        assert torch.equal(transformer(z, torch.ones(1), z, prompt).velocity, before)
+
+
+@pytest.mark.parametrize("name", ["flash", "flash3", "xformers"])
+def test_a_missing_package_is_named(transformer, name):
+    package = BACKENDS[name][1]
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(UserError, match=f"needs the package {package}.*choose native"):
+        set_attention(transformer, name)
+
+
+def test_automatic_choice_works_here(transformer):
+    assert set_attention(transformer, "auto") in BACKENDS
+    if not torch.cuda.is_available():
+        assert set_attention(transformer, "auto") == "native"
