@@ -1,0 +1,89 @@
+"""The dry run of the paper's preset: no GPU, no weights, numbers that can be checked by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import ModelConfig, load_section
+from trainer import run as command
+from trainer.config import STAGES, TrainerConfig
+from trainer.dry_run import describe, parameter_counts
+from trainer.memory import GIB, activation_memory, network_memory
+from trainer.networks import DeepSpeedConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PRESETS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_papers_preset(
+    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", str(CONFIGS / "wan-1.3b.yaml"), "--stage", stage, "--dry-run", "--gpus", "4"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *line])
+    command.main()
+    printed = capsys.readouterr().out
+    resolved, rest = printed.split("# parameters")
+    document = yaml.safe_load(resolved)
+    assert ModelConfig(**document["model"]).transformer.num_layers == 30
+    assert TrainerConfig(**document["trainer"]).dual_stream.auxiliary_updates == 3
+    assert "1419." in rest.splitlines()[1], "Wan2.1-1.3B with the widened patch embedding, in millions"
+    assert "# memory of each of 4 GPUs" in rest
+    engines = rest.split("# DeepSpeed configuration\n")[1]
+    student = json.JSONDecoder().raw_decode(engines.removeprefix("student: "))[0]
+    assert student["zero_optimization"]["stage"] == 3 and student["bf16"]["enabled"]
+
+
+def test_heads_count_with_the_critic() -> None:
+    path = CONFIGS / "wan-1.3b.yaml"
+    model, trainer = load_section(path, "model", ModelConfig), load_section(path, "trainer", TrainerConfig)
+    counts = parameter_counts("dual_stream", model, trainer)
+    assert counts["student"] == counts["real_score"] < counts["critic"]
+    no_gan = trainer.dual_stream.model_copy(update={"gan_weight": 0.0, "feature_matching_weight": 0.0})
+    without = parameter_counts("dual_stream", model, trainer.model_copy(update={"dual_stream": no_gan}))
+    assert without["critic"] == counts["student"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_resolves(path: Path) -> None:
+    model, trainer = load_section(path, "model", ModelConfig), load_section(path, "trainer", TrainerConfig)
+    for stage in STAGES:
+        assert "# DeepSpeed configuration" in describe(stage, model, trainer, gpus=8)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "gpus", "bytes_per_parameter"),
+    [
+        (1, 1, 2 + 4 + 12 + 4),
+        (1, 8, 2 + 4 + (12 + 4) / 8),
+        (2, 8, 2 + (4 + 12 + 4) / 8),
+        (3, 8, (2 + 4 + 12 + 4) / 8),
+    ],
+)
+def test_memory_of_a_trained_network(zero_stage: int, gpus: int, bytes_per_parameter: float) -> None:
+    config = DeepSpeedConfig(zero_stage=zero_stage)
+    memory = network_memory(1_000_000, config, gpus, trained=True, ema=True)
+    assert memory.total * GIB == pytest.approx(1_000_000 * bytes_per_parameter)
+    frozen = network_memory(1_000_000, config, gpus, trained=False, ema=False)
+    assert frozen.total * GIB == pytest.approx(2_000_000 / (gpus if zero_stage == 3 else 1))
+
+
+def test_offloaded_states_leave_the_gpu() -> None:
+    config = DeepSpeedConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    memory = network_memory(1_000_000, config, 1, trained=True, ema=True)
+    assert memory.optimizer == memory.ema == memory.weights == 0
+
+
+def test_checkpointing_saves_activations() -> None:
+    shape = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig).transformer
+    latent = (6, 88, 160)
+    plain, saving = (
+        activation_memory(shape, latent, 1, DeepSpeedConfig(activation_checkpointing=on))
+        for on in (False, True)
+    )
+    assert saving < 0.1 * plain

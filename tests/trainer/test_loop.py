@@ -1,0 +1,92 @@
+"""What the loop around a stage does when numbers go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from tests.trainer.presets import losses, write_preset
+from tests.trainer.stages import make_run
+from trainer.loop import DivergenceWatch, Run, changes, train
+from trainer.networks import World
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_preset(tmp_path_factory.mktemp("preset"))
+
+
+def poison(run: Run, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Put a NaN into the batches of `steps`."""
+    train_step = run.stage.train_step
+
+    def poisoned(step: int, batches: Any) -> dict[str, float]:
+        if step in steps:
+            batches[0].tensors["z_hr"][0, 0, 0, 0, 0] = torch.nan
+        return train_step(step, batches)
+
+    monkeypatch.setattr(run.stage, "train_step", poisoned)
+
+
+@pytest.mark.parametrize("stage", ["base", "dual_stream"])
+def test_a_bad_batch_is_skipped_and_named(
+    stage: str, preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(preset, stage, tmp_path / "run", world)
+    poison(run, monkeypatch, {2})
+    assert train(run)
+    rows = losses(tmp_path / "run")
+    assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 1]
+    assert all(value == value and abs(value) < 1e6 for row in rows[3:] for value in row.values())
+    for network in run.stage.networks.values():
+        assert all(torch.isfinite(parameter).all() for parameter in network.module.parameters())
+    (line,) = (tmp_path / "run" / "bad-steps-rank-0.txt").read_text().splitlines()
+    assert line.startswith("step 2: ") and "clip-0" in line
+
+
+def test_too_many_bad_steps_end_the_run(
+    preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(preset, "base", tmp_path / "run", world, max_bad_steps=2)
+    poison(run, monkeypatch, {3, 4})
+    with pytest.raises(UserError) as error:
+        train(run)
+    message = str(error.value)
+    assert "2 bad steps in a row, the last one step 4" in message
+    assert "clip-0" in message and "step-00000002" not in message and "step-00000004" in message
+
+
+def test_an_exploded_norm_is_a_bad_step() -> None:
+    watch = DivergenceWatch(limit=2, factor=10.0)
+    for step in range(30):
+        assert watch.observe({"loss": 1.0, "gradient_norm_student": 1.0 + 0.1 * (step % 2)}) is None
+    assert watch.observe({"gradient_norm_student": 9.0}) is None
+    fault = watch.observe({"gradient_norm_student": 50.0})
+    assert fault is not None and fault.startswith("gradient_norm_student is 50, usually 1.")
+    assert (watch.in_a_row, watch.total) == (1, 1)
+    again = DivergenceWatch(limit=2, factor=10.0)
+    again.load_state_dict(watch.state_dict())
+    assert again.observe({"gradient_norm_student": 50.0}) == fault and again.in_a_row == 2
+    assert again.observe({"gradient_norm_student": 1.0}) is None and again.in_a_row == 0
+
+
+def test_cosine_falls_to_a_tenth(preset: Path, tmp_path: Path, world: World) -> None:
+    schedules = {
+        "base": {"steps": 8, "global_batch_size": 4, "learning_rate_schedule": "cosine", "validate_every": 0}
+    }
+    run = make_run(preset, "base", tmp_path / "run", world, schedules=schedules)
+    assert train(run)
+    factors = [row["learning_rate_factor"] for row in losses(tmp_path / "run")]
+    assert factors[0] == 1.0 and factors == sorted(factors, reverse=True)
+    assert factors[4] == pytest.approx(0.55)
+    peak = run.config.base.optimizer.learning_rate
+    assert run.stage.exported.learning_rates == [pytest.approx(peak * factors[-1])]
+
+
+def test_changes_are_listed_by_name() -> None:
+    before, now = {"a": {"b": 1, "c": [2]}, "d": 3}, {"a": {"b": 4, "c": [2]}, "e": 5}
+    assert changes(before, now) == ["a.b: 1 -> 4", "d: 3 -> None", "e: None -> 5"]
