@@ -1,0 +1,159 @@
+"""Videos from S3, shards to S3, batches from S3, through a server that drops connections and answers 503."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datagen.reader import ShardReader
+from datagen.storage import S3Folder, StorageConfig, open_folder
+from datagen.verify import faults
+from pipeline.errors import UserError
+from tests.datagen.conftest import run_build, write_numbered
+
+pytestmark = pytest.mark.distributed
+
+#: every n-th request meets a fault
+FAULT_EVERY = 7
+
+
+class FaultyServer:
+    """moto's S3 server behind a middleware: one fault in `every` requests, 503 and a dropped connection in turn."""
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        self.every: int | None = None
+        self.faults = 0
+        self._requests = itertools.count(1)
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _answer(self, environment: dict[str, Any], start_response: Any) -> Any:
+        if self.every and next(self._requests) % self.every == 0:
+            self.faults += 1
+            if self.faults % 2:
+                start_response("503 Slow Down", [("Content-Length", "0")])
+                return [b""]
+            import socket
+
+            environment["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionError("dropped on purpose")
+        return self._app(environment, start_response)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultyServer]:
+    import logging
+
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("AWS_ACCESS_KEY_ID", "testing"), ("AWS_SECRET_ACCESS_KEY", "testing")):
+            patch.setenv(name, value)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        faulty = FaultyServer()
+        s3(faulty)._system.mkdir("bucket")
+        yield faulty
+        faulty.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_faults_at_first(server: FaultyServer) -> None:
+    server.every, server.faults = None, 0
+
+
+def storage(server: FaultyServer) -> StorageConfig:
+    return StorageConfig(endpoint_url=server.url, first_pause_s=0.01)
+
+
+def s3(server: FaultyServer, prefix: str = "") -> S3Folder:
+    folder = open_folder(f"s3://bucket/{prefix}", storage(server))
+    assert isinstance(folder, S3Folder)
+    return folder
+
+
+def upload(server: FaultyServer, local: Path, prefix: str) -> None:
+    folder = s3(server, prefix)
+    for path in sorted(local.rglob("*")):
+        if path.is_file():
+            folder.write(path.relative_to(local).as_posix(), path.read_bytes())
+
+
+def test_reads_and_writes_survive_faults(server: FaultyServer) -> None:
+    server.every = 3
+    folder = s3(server, "files")
+    for index in range(8):
+        folder.write(f"a/{index}", bytes([index]) * 1000)
+    assert folder.sizes("a/") == {f"a/{index}": 1000 for index in range(8)}
+    for index in range(8):
+        assert folder.read_range(f"a/{index}", 990, 100) == bytes([index]) * 10
+    assert server.faults >= 4
+    with pytest.raises(FileNotFoundError):
+        folder.read("a/nothing")
+
+
+def test_a_server_that_stays_away_is_named(server: FaultyServer) -> None:
+    server.every = 1
+    folder = open_folder("s3://bucket/x", StorageConfig(endpoint_url=server.url, attempts=2, first_pause_s=0.01))
+    with pytest.raises(UserError, match="s3://bucket/x: still failing after 2 attempts"):
+        folder.read("y")
+
+
+def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_path: Path) -> None:
+    local = write_numbered(tmp_path / "dataset")
+    upload(server, local, "numbered")
+    expected = [batch.keys for batch in itertools.islice(ShardReader(local, seed=3, global_batch_size=6), 6)]
+    server.every = FAULT_EVERY
+    for cache in (None, tmp_path / "cache"):
+        reader = ShardReader(
+            "s3://bucket/numbered", seed=3, global_batch_size=6, cache_dir=cache, storage=storage(server)
+        )
+        assert [batch.keys for batch in itertools.islice(reader, 6)] == expected
+    assert server.faults > 0
+    cached = sorted(path.name for path in (tmp_path / "cache").rglob("*.tar"))
+    assert cached == sorted(path.name for path in local.rglob("*.tar"))
+    # from now on whole shards come from the local disk
+    server.every = None
+    folder = s3(server, "numbered")
+    for name in folder.sizes("shards/"):
+        if name.endswith(".tar"):
+            content = folder.read(name)
+            folder.write(name, bytes(len(content)))
+    reader = ShardReader(
+        "s3://bucket/numbered", seed=3, global_batch_size=6, cache_dir=tmp_path / "cache", storage=storage(server)
+    )
+    assert [batch.keys for batch in itertools.islice(reader, 6)] == expected
+
+
+def test_a_build_from_s3_to_s3_is_the_local_one(
+    server: FaultyServer, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    run_build(config_file, videos, tmp_path / "local")
+    upload(server, videos, "videos")
+    server.every = 2 * FAULT_EVERY
+    run_build(
+        config_file,
+        "s3://bucket/videos",
+        "s3://bucket/built",
+        "--set",
+        f"datagen.storage.endpoint_url={server.url}",
+    )
+    assert server.faults > 3
+    server.every = None
+    folder = s3(server, "built")
+    assert list(faults(folder)) == []
+    local = {path.relative_to(tmp_path / "local").as_posix(): path for path in (tmp_path / "local").rglob("*")}
+    assert folder.sizes("shards/").keys() == {name for name, path in local.items() if "shards/" in name and path.is_file()}
+    for name in folder.sizes("shards/"):
+        assert folder.read(name) == local[name].read_bytes(), name
