@@ -8,6 +8,7 @@ import sys
 import time
 from fractions import Fraction
 
+import av
 import ffmpeg
 import numpy as np
 import pytest
@@ -143,6 +144,22 @@ def test_command_keeps_sound_frame_count_and_rate(upscale, model_folder, film, t
     assert (after.width, after.height) == (192, 128)
     assert after.has_audio and after.frame_rate == before.frame_rate == Fraction(24000, 1001)
     assert len(read_video(output)) == len(read_video(film)) == json.loads(stats.read_text())["frames"]
+
+
+def test_command_writes_ten_bits_in_tiles_with_the_colours_of_the_source(
+    upscale, model_folder, film, tmp_path
+):
+    output = tmp_path / "out.mkv"
+    done = upscale(
+        film, output, "--model", model_folder, "--bit-depth", 10, "--frames", 12, "--start", 6, "--tile", 96,
+        "--vae-tile", 96, "--decode-tile", 64, "--tile-overlap", 32, "--colour-fix", "wavelet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with av.open(str(output)) as container:
+        assert container.streams.video[0].pix_fmt == "yuv420p10le"
+    result, source = read_video(output), read_video(film, 6, 12)
+    assert len(result) == 12
+    assert np.abs(result.mean((0, 1, 2)) - source.mean((0, 1, 2))).max() < 8
 
 
 def test_lossless_output_is_what_the_pipeline_returned(pipeline, tmp_path):
