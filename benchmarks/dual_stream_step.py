@@ -156,23 +156,32 @@ class _NoModules(contextlib.nullcontext[None]):
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each after a warm-up round, taken in turns, and the peak memory of its rounds."""
+    """Median seconds of each after a warm-up round, taken in turns, and the peak memory of its rounds.
+
+    On a CPU also the median of the processor's own seconds, which a busy machine doesn't stretch.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
     peaks = dict.fromkeys(runs, 0)
     for index in range(rounds + 1):
         for name, run in runs.items():
             reset_peak_memory()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if index:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
+                cpu_seconds[name].append(time.process_time() - cpu_start)
                 peaks[name] = max(peaks[name], peak_memory_bytes())
-    return {
+    results = {
         name: {"seconds_per_round": statistics.median(seconds[name]), "peak_memory_gib": peaks[name] / 2**30}
         for name in runs
     }
+    if not torch.cuda.is_available():
+        for name, result in results.items():
+            result["cpu_seconds_per_round"] = statistics.median(cpu_seconds[name])
+    return results
 
 
 def reset_peak_memory() -> None:
@@ -332,8 +341,8 @@ def main() -> None:
         "device": _device_name(),
     }
     if not arguments.skip_bare:
-        seconds = {name: results[name]["seconds_per_round"] for name in ("ours", "literal")}
-        summary["seconds_ratio"] = seconds["ours"] / seconds["literal"]
+        for key in results["ours"].keys() - {"peak_memory_gib"}:
+            summary[key.replace("per_round", "ratio")] = results["ours"][key] / results["literal"][key]
     report = "\n".join([*lines, json.dumps(summary)])
     print(report)
     if arguments.output:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 300
+SECONDS = 550
 
 
 def run_on_ranks(target: str, ranks: int, **arguments: Any) -> list[dict[str, Any]]:
