@@ -105,7 +105,9 @@ def test_reads_and_writes_survive_faults(server: FaultyServer) -> None:
 
 def test_a_server_that_stays_away_is_named(server: FaultyServer) -> None:
     server.every = 1
-    folder = open_folder("s3://bucket/x", StorageConfig(endpoint_url=server.url, attempts=2, first_pause_s=0.01))
+    folder = open_folder(
+        "s3://bucket/x", StorageConfig(endpoint_url=server.url, attempts=2, first_pause_s=0.01)
+    )
     with pytest.raises(UserError, match="s3://bucket/x: still failing after 2 attempts"):
         folder.read("y")
 
@@ -131,7 +133,11 @@ def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_pat
             content = folder.read(name)
             folder.write(name, bytes(len(content)))
     reader = ShardReader(
-        "s3://bucket/numbered", seed=3, global_batch_size=6, cache_dir=tmp_path / "cache", storage=storage(server)
+        "s3://bucket/numbered",
+        seed=3,
+        global_batch_size=6,
+        cache_dir=tmp_path / "cache",
+        storage=storage(server),
     )
     assert [batch.keys for batch in itertools.islice(reader, 6)] == expected
 
@@ -153,7 +159,11 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
     server.every = None
     folder = s3(server, "built")
     assert list(faults(folder)) == []
-    local = {path.relative_to(tmp_path / "local").as_posix(): path for path in (tmp_path / "local").rglob("*")}
-    assert folder.sizes("shards/").keys() == {name for name, path in local.items() if "shards/" in name and path.is_file()}
+    local = {
+        path.relative_to(tmp_path / "local").as_posix(): path for path in (tmp_path / "local").rglob("*")
+    }
+    assert folder.sizes("shards/").keys() == {
+        name for name, path in local.items() if "shards/" in name and path.is_file()
+    }
     for name in folder.sizes("shards/"):
         assert folder.read(name) == local[name].read_bytes(), name
