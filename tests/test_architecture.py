@@ -1,6 +1,7 @@
 """The rooms of docs/architecture.md: no import points upward, no circles."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ ALLOWED = {
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     files = (path for room in ALLOWED for path in (ROOT / room).rglob("*.py"))
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}

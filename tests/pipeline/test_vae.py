@@ -65,6 +65,10 @@ def test_wan_is_causal_so_that_chunks_in_time_equal_the_whole(wan):
     for frames in (1, 5):
         beginning = encode_video(wan, x[:, :, :frames])
         assert torch.allclose(whole[:, :, : beginning.shape[2]], beginning, atol=1e-5)
+    decoded = decode_latents(wan, whole)
+    for latent_frames in (1, 2):
+        beginning = decode_latents(wan, whole[:, :, :latent_frames])
+        assert torch.allclose(decoded[:, :, : beginning.shape[2]], beginning, atol=1e-5)
 
 
 def test_wan_folder_round_trip(wan, tmp_path):
