@@ -1,0 +1,120 @@
+"""trainer/run.py as people start it: through the deepspeed launcher, on two ranks, with all its ways of refusing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.vsr_pipeline import open_pipeline
+from tests.trainer.presets import losses, run_command, write_preset
+from tests.trainer.stages import make_run
+from trainer import run as command
+from trainer.loop import EXIT_SAVED_ON_SIGNAL, train
+from trainer.networks import World
+
+ZERO_3 = ("--set", "trainer.engine.zero_stage=3")
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_preset(tmp_path_factory.mktemp("preset"))
+
+
+def arguments(preset: Path, stage: str, output: Path, *more: object) -> list[object]:
+    data = preset.parent / ("pairs" if stage == "preference" else "clips")
+    return ["--config", preset, "--stage", stage, "--data", data, "--output", output / stage, *more]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_two_ranks_at_zero_3_through_all_stages(preset: Path, tmp_path: Path, world: World) -> None:
+    models = {
+        "base": (),
+        "progressive": ("--init", tmp_path / "base/model"),
+        "dual_stream": (
+            "--init",
+            tmp_path / "progressive/model",
+            "--teacher",
+            tmp_path / "progressive/teacher",
+        ),
+        "preference": ("--init", tmp_path / "dual_stream/model"),
+    }
+    alone = make_run(preset, "base", tmp_path / "alone", world)
+    assert train(alone)
+    for stage, roles in models.items():
+        line = arguments(preset, stage, tmp_path, *roles)
+        if stage == "base":
+            # Two ranks at ZeRO-3 begin, one rank at ZeRO-1 goes on from their checkpoint.
+            begun = run_command(*line, *ZERO_3, "--stop-after", 3, ranks=2)
+            assert begun.returncode == EXIT_SAVED_ON_SIGNAL, begun.stderr
+            done = run_command(*line)
+        else:
+            done = run_command(*line, *ZERO_3, ranks=2)
+        assert done.returncode == 0, done.stderr
+        pipeline = open_pipeline(tmp_path / stage / "model")
+        assert pipeline.config.num_inference_steps == (4 if stage == "base" else 1)
+        result = pipeline(np.zeros((5, 8, 8, 3), np.uint8))
+        assert result.frames.shape == (5, 32, 32, 3)
+    for mine, theirs in zip(losses(tmp_path / "base"), losses(tmp_path / "alone"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert open_pipeline(tmp_path / "progressive/teacher").config.num_inference_steps == 4
+
+
+@pytest.mark.distributed
+def test_errors_are_one_line_and_status_2(preset: Path, tmp_path: Path) -> None:
+    result = run_command(
+        *arguments(preset, "base", tmp_path, "--set", "trainer.base.optimiser.learning_rate=1")
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [
+        f"error: {preset}: unknown key trainer.base.optimiser; did you mean 'optimizer'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "message"),
+    [
+        ("base", ["--config", "nowhere.yaml"], "no configuration file nowhere.yaml"),
+        ("base", ["--data", "nowhere"], "nowhere/manifest.json does not exist"),
+        ("base", ["--init", "nowhere"], "--init nowhere: no such model folder"),
+        ("base", ["--teacher", "."], "--teacher is only for --stage dual_stream"),
+        ("base", ["--set", "model.vae=nowhere"], "no VAE in nowhere"),
+        ("base", ["--set", "model.prompts=nowhere"], "no prompt cache in nowhere"),
+        ("base", ["--set", "model.initial_weights=nowhere"], "no model folder nowhere"),
+        ("base", ["--set", "trainer.schedules.base.global_batch_size=0"], "global_batch_size = 0"),
+        ("base", ["--set", "trainer.engines.critik={}"], "unknown network 'critik'"),
+        ("progressive", [], "starts from the base model: give its folder with --init"),
+        ("dual_stream", ["--init", "."], "needs the real score"),
+        ("preference", ["--init", "RANDOM", "--data", "CLIPS"], "samples have no member 'pair'"),
+    ],
+)
+def test_bad_input(
+    stage: str,
+    more: list[str],
+    message: str,
+    preset: Path,
+    tmp_path: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "RANDOM" in more:
+        model = make_run(preset, "base", tmp_path / "random", world).stage.exported.module
+        model.save_pretrained(tmp_path / "random" / "transformer")
+    places = {"RANDOM": str(tmp_path / "random"), "CLIPS": str(preset.parent / "clips")}
+    line = [*arguments(preset, stage, tmp_path / "out"), *(places.get(word, word) for word in more)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, line)])
+    with pytest.raises(UserError) as error:
+        command.main()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_data_and_output_are_asked_for(preset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(preset), "--stage", "base"])
+    with pytest.raises(UserError, match="--data and --output"):
+        command.main()
