@@ -16,7 +16,10 @@ first_node_address() {
   scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
 }
 
-# run_resumable SIGNAL COMMAND...: run COMMAND (a command that goes on where it stopped when it is run again).
+#: number of the step that the next srun starts
+step=0
+
+# run_resumable SIGNAL srun COMMAND...: run COMMAND (a command that goes on where it stopped when it is run again).
 # SLURM's warning before the time limit (USR1) and TERM are passed to it as SIGNAL; if it then leaves unfinished, or with
 # status 85 ("saved on a signal"), the job is put back into the queue under its own id, so that jobs waiting for it keep waiting.
 run_resumable() {
@@ -24,13 +27,14 @@ run_resumable() {
   shift
   "$@" &
   child=$!
-  trap 'asked=1; kill -s "$signal" "$child" 2>/dev/null || true' USR1 TERM
+  # through scancel: srun itself answers TERM by killing
+  trap 'asked=1; scancel --quiet --signal="$signal" "$SLURM_JOB_ID.$step"' USR1 TERM
   while :; do
     status=0
     wait "$child" || status=$?
     kill -0 "$child" 2>/dev/null || break # otherwise a signal ended the wait, not the command
   done
-  wait "$child" || status=$?
+  step=$((step + 1))
   if ((status == 85 || (asked && status != 0))) && [ "$(job_state)" = RUNNING ]; then
     echo "stopped early with status $status: requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"

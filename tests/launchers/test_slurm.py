@@ -84,20 +84,26 @@ def test_two_gpus_are_two_ranks_of_one_node(cluster: SlurmCluster, notes: Path, 
     assert (shown["NumTasks"], shown["CPUs/Task"], shown["Requeue"]) == ("2", "1", "1")
 
 
-@pytest.mark.parametrize("sent", ["USR1", "TERM"])
+@pytest.mark.parametrize(
+    ("name", "sent", "passed_on"), [("train", "USR1", "signal 10"), ("build_preference", "TERM", "signal 15")]
+)
 def test_a_warned_job_saves_is_requeued_and_goes_on(
-    cluster: SlurmCluster, notes: Path, command: str, sent: str
+    cluster: SlurmCluster, notes: Path, command: str, name: str, sent: str, passed_on: str
 ) -> None:
-    job = cluster.submit("train", "--nodes=2", "--", PYTHON=command, NOTES=str(notes), STEPS="40")
-    while counted(notes, 0) < 3 or counted(notes, 1) < 3:
+    ranks = 2 if name == "train" else 1
+    environment = {"PYTHON": command, "NOTES": str(notes), "STEPS": "40"}
+    job = cluster.submit(name, f"--nodes={ranks}", "--", **environment)
+    while min(counted(notes, rank) for rank in range(ranks)) < 3:
         assert cluster.show(job)["JobState"] in ("PENDING", "RUNNING"), cluster.log(job)
         time.sleep(0.1)
     cluster.run("scancel", "--batch", f"--signal={sent}", job)  # what --signal=B:USR1@120 and a preemption do
     cluster.wait(job, "COMPLETED")
-    assert "requeueing" in cluster.log(job)
+    log = cluster.log(job)
+    assert log.count(passed_on) == ranks
+    assert "requeueing" in log
     assert cluster.show(job)["Restarts"] == "1"
-    assert len(starts(notes)) == 4, "two ranks, started twice"
-    assert (counted(notes, 0), counted(notes, 1)) == (40, 40)
+    assert len(starts(notes)) == 2 * ranks
+    assert [counted(notes, rank) for rank in range(ranks)] == [40] * ranks
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: SlurmCluster, notes: Path, command: str) -> None:
