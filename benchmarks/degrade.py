@@ -3,8 +3,8 @@
     pip install --no-deps --no-build-isolation basicsr
     python benchmarks/degrade.py [--clips 6] [--frames 9] [--size 704x1280 ...]
 
-The reference applies each drawn operation with BasicSR's functions (kernels, noise, JPEG, unsharp mask) and mmagic's way
-through the codec (an mp4 in memory, x264 at its default preset), frame by frame on float pictures. Everything runs
+The reference applies each drawn operation with BasicSR's functions (kernels, noise, JPEG, unsharp mask) and
+mmagic's way through the codec (an mp4 in memory, x264 at its default preset), frame by frame on float pictures. Everything runs
 on one core. The last line is one JSON object.
 """
 
@@ -37,7 +37,7 @@ from pipeline.errors import UserError, run_command
 
 
 def load_basicsr() -> tuple[Any, Any]:
-    """BasicSR's degradations and its unsharp mask, by file: its package does not import beside a current torchvision."""
+    """BasicSR's degradations and unsharp mask, by file: the package does not import beside a current torchvision."""
     try:
         paths = {str(file): Path(str(file.locate())) for file in files("basicsr") or []}
     except PackageNotFoundError:
@@ -228,7 +228,7 @@ def _run(draws: list[dict[str, Any]], hr: np.ndarray, how: str, seconds: dict[st
 def _compare(
     draws: list[dict[str, Any]], hr: np.ndarray, change: dict[str, list[tuple[float, float]]]
 ) -> None:
-    """Each operation on the same input by both: the standard deviation of what it changed, 0...255, (ours, theirs)."""
+    """Each operation on the same input by both: standard deviation of what it changed, 0...255, (ours, theirs)."""
     target = (hr.shape[1] // SCALE, hr.shape[2] // SCALE)
     reference, rng = Reference(CodecRecipe().preset), np.random.Generator(np.random.SFC64(1))
     frames = [np.ascontiguousarray(frame[..., ::-1]) for frame in hr[:2]]

@@ -1,8 +1,9 @@
-"""A video codec over a clip, in memory: frames into an encoder, its packets into a decoder, no container and no files."""
+"""A video codec over a clip, in memory: frames into an encoder, its packets into a decoder, no container, no files."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import av
 import cv2
@@ -22,7 +23,7 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
     """
     height, width = frames[0].shape[:2]
     padding = (0, height % 2, 0, width % 2)
-    encoder = av.CodecContext.create(codec, "w")
+    encoder: Any = av.CodecContext.create(codec, "w")
     encoder.width, encoder.height = width + width % 2, height + height % 2
     encoder.pix_fmt = "yuv420p"
     # one frame per second, as in the reference: bits per second are bits per frame, and rate control is strict
@@ -35,7 +36,7 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
         # shows it), and the same clip gave different streams. cabac=0: entropy coding loses nothing, and arithmetic
         # coding takes half of the time at these rates
         encoder.options = {"preset": preset, "x264-params": "mbtree=0:cabac=0"}
-    decoder = av.CodecContext.create("h264" if codec == "libx264" else codec, "r")
+    decoder: Any = av.CodecContext.create("h264" if codec == "libx264" else codec, "r")
     decoder.thread_count = 1
     decoded: list[np.ndarray] = []
     try:

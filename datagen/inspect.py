@@ -53,7 +53,9 @@ def main() -> None:
 
 def _write_sheet(pictures: list[str | None], output: Path) -> None:
     decoded = [
-        cv2.imdecode(np.frombuffer(base64.b64decode(uri.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
+        np.asarray(
+            cv2.imdecode(np.frombuffer(base64.b64decode(uri.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
+        )
         for uri in pictures
         if uri
     ]

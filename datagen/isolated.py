@@ -137,7 +137,7 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview]:
         if request["do"] == "survey":
             return {"survey": survey(source, request["name"], ClipConfig(**request["clip"]))}, nothing
         window = decode_from(source, request["name"], request["start"], request["pts"], request["frames"])
-        return {"shape": window.shape}, memoryview(window).cast("B")
+        return {"shape": window.shape}, window.data.cast("B")
     except UnreadableVideo as error:
         return {"unreadable": str(error)}, nothing
     except UserError as error:

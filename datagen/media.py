@@ -159,10 +159,7 @@ def decode_bytes(content: bytes) -> np.ndarray:
 def write_lossless(path: str | os.PathLike[str], clip: np.ndarray) -> None:
     """Write a clip without loss, whole or not at all: `encode_bytes` into any of FFmpeg's names for Matroska or mp4."""
     path = Path(path)
-    if path.suffix.lower() == ".mp4":
-        content = _lossless_mp4(clip)
-    else:
-        content = encode_bytes(clip)
+    content = _lossless_mp4(clip) if path.suffix.lower() == ".mp4" else encode_bytes(clip)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)

@@ -37,7 +37,7 @@ def add_poisson(picture: np.ndarray, scale: float, grey: bool, rng: np.random.Ge
     for half in range(2):
         words = cv2.merge([np.frombuffer(rng.bytes(flat.size), np.uint8), flat]).view(np.uint16)
         halves.append(cv2.LUT(words.reshape(base.shape[0], -1), table[half]))
-    noise = cv2.add(*halves).reshape(base.shape)
+    noise = cv2.add(halves[0], halves[1]).reshape(base.shape)
     return cv2.add(picture, cv2.merge([noise] * 3) if grey else noise, dtype=cv2.CV_8U)
 
 

@@ -128,7 +128,7 @@ def _sharpen_frame(frame: np.ndarray, size: int, weight: float, threshold: float
     """Real-ESRGAN's unsharp mask: sharpened where structure is, faded in by the blurred mask of structure."""
     sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8  # OpenCV's own rule for a Gaussian given by its size
     blurred = _wide_blur(frame, sigma)
-    structure = cv2.compare(cv2.absdiff(frame, blurred), threshold, cv2.CMP_GT)
+    structure = cv2.threshold(cv2.absdiff(frame, blurred), threshold, 255, cv2.THRESH_BINARY)[1]
     fade = _wide_blur(structure, sigma)
     sharp = cv2.addWeighted(frame, 1 + weight, blurred, -weight, 0)
     change = cv2.subtract(sharp, frame, dtype=cv2.CV_16S)
@@ -195,7 +195,7 @@ def _jpeg(operation: Operation, frames: Frames, target: tuple[int, int], rng: np
     compressed = []
     for frame, quality in zip(frames, operation["quality"], strict=True):
         _, data = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        compressed.append(cv2.imdecode(data, cv2.IMREAD_COLOR))
+        compressed.append(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)))
     return compressed
 
 

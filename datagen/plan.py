@@ -1,7 +1,8 @@
 """The plan: which samples are made, from which window and crop, with which seed, into which shard.
 
-A pure function of the survey and the configuration, made before any shard: so a killed job finds the same plan again, and
-a shard is the same whichever worker makes it. The order is that of a hash of seed and clip, which mixes the sources.
+A pure function of the survey and the configuration, made before any shard: so a killed job finds the same plan
+again, and a shard is the same whichever worker makes it. The order is that of a hash of seed and clip, which mixes
+the sources.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ KERNEL_WEIGHTS: dict[Kernel, float] = {
     "plateau_aniso": 0.027,
     "sinc": 0.1,
 }
+#: RealBasicVSR draws from libx264, h264 and mpeg4; ffmpeg's h264 encoder is libx264
+CODEC_WEIGHTS: dict[Codec, float] = {"libx264": 2 / 3, "mpeg4": 1 / 3}
 
 
 class SharpenRecipe(Section):
@@ -111,8 +113,7 @@ class JpegRecipe(Section):
 class CodecRecipe(Section):
     """A video codec over the whole clip."""
 
-    #: RealBasicVSR draws from libx264, h264 and mpeg4; ffmpeg's h264 encoder is libx264
-    weights: dict[Codec, float] = Field(default_factory=lambda: {"libx264": 2 / 3, "mpeg4": 1 / 3})
+    weights: dict[Codec, float] = Field(default_factory=lambda: dict(CODEC_WEIGHTS))
     #: at an HR clip of 256 x 256 px; scaled with the pixels of the HR clip
     bits_per_frame: Range = (1e4, 1e5)
     #: x264's preset. RealBasicVSR runs `medium`; `superfast` is within 0.2 dB of it at the same bits, and six times

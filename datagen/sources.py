@@ -73,11 +73,11 @@ def _expand(text: str, storage: StorageConfig) -> Iterator[Source]:
             if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file():
                 yield Source(file.relative_to(path).as_posix(), str(file))
     elif glob.has_magic(text):
-        files = [file for file in sorted(glob.glob(text, recursive=True)) if os.path.isfile(file)]
-        root = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
-        for file in files:
-            if Path(file).suffix.lower() in VIDEO_SUFFIXES:
-                yield Source(Path(os.path.relpath(file, root)).as_posix(), file)
+        matches = [match for match in sorted(glob.glob(text, recursive=True)) if os.path.isfile(match)]
+        root = os.path.commonpath([os.path.dirname(match) for match in matches]) if matches else ""
+        for match in matches:
+            if Path(match).suffix.lower() in VIDEO_SUFFIXES:
+                yield Source(Path(os.path.relpath(match, root)).as_posix(), match)
     elif not path.exists():
         raise UserError(
             f"{text} does not exist; give a folder, a glob, a .txt list, a .csv or .parquet table, or s3://"

@@ -1,4 +1,4 @@
-"""Statistics of a dataset, gathered shard by shard while it is written, summed up for the manifest and the data card."""
+"""Statistics of a dataset, gathered shard by shard while it is written, summed for the manifest and the data card."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ does not mean decoding a million videos again.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ def window_starts(frames: int, cuts: list[int], length: int, stride: int | None)
     """First frames of windows that lie within one scene; `cuts` are the first frames of later scenes."""
     ends = [0, *cuts, frames]
     starts: list[int] = []
-    for first, after in zip(ends, ends[1:], strict=False):
+    for first, after in itertools.pairwise(ends):
         starts += range(first, after - length + 1, stride or length)
     return starts
 

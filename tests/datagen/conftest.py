@@ -20,6 +20,9 @@ from datagen.storage import open_folder
 from pipeline.tiny_vae import TinyVideoVAE
 
 SHARD_SIZES = (5, 1, 9, 3)
+#: twelve windows in three variants: long enough to be killed in the middle
+VARIANTS = ("--set", "datagen.variants=3")
+SAMPLES, SHARDS = 36, 9
 
 
 def moving_picture(frames: int, height: int, width: int, seed: int) -> np.ndarray:
@@ -79,6 +82,14 @@ def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, 
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+@pytest.fixture(scope="session")
+def whole(videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted build by three workers; what the others are compared with."""
+    output = tmp_path_factory.mktemp("whole") / "dataset"
+    run_build(config_file, videos, output, "--workers", "3", *VARIANTS)
+    return output
 
 
 @pytest.fixture

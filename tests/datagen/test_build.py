@@ -17,13 +17,9 @@ from datagen.reader import ShardReader
 from datagen.shards import read_manifest, shard_name
 from datagen.storage import open_folder
 from datagen.verify import faults
-from tests.datagen.conftest import build_command, run_build
+from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, run_build
 
 pytestmark = pytest.mark.distributed
-
-#: twelve windows in three variants: long enough to be killed in the middle
-VARIANTS = ("--set", "datagen.variants=3")
-SAMPLES, SHARDS = 36, 9
 
 
 def contents(dataset: Path) -> dict[str, bytes]:
@@ -32,14 +28,6 @@ def contents(dataset: Path) -> dict[str, bytes]:
         for path in sorted(dataset.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.fixture(scope="module")
-def whole(videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted build by three workers; what the others are compared with."""
-    output = tmp_path_factory.mktemp("whole") / "dataset"
-    run_build(config_file, videos, output, "--workers", "3", *VARIANTS)
-    return output
 
 
 def test_the_dataset_is_whole_and_its_story_is_told(whole: Path) -> None:
