@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Section
 from trainer.networks import DeepSpeedConfig
@@ -54,6 +54,12 @@ class TrackingConfig(Section):
     wandb: Literal["online", "offline", "off"] = "offline"
     project: str = "duo-vsr"
     log_every: int = Field(default=10, ge=1)
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class TrainerConfig(Section):
