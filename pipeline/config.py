@@ -5,7 +5,8 @@
     trainer:     trainer/config.py
     preference:  preference/config.py
 
-A command reads its own section and `model`; the names of the others are only checked for spelling.
+A command reads its own section and `model`; the names of the others are only checked for spelling. A file may begin with
+`extends: other.yaml` (relative to itself) and give only what differs: that is how configs/ablations/ is written.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def resolved_yaml(**sections: Section) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in extending:
+        raise UserError(f"{path} extends itself; give the preset it starts from")
     try:
         document = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -104,7 +107,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path} must hold sections ({', '.join(SECTIONS)}), not {type(document).__name__}")
-    return document
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document
+    return _merge(_read(path.parent / str(parent), (*extending, path.resolve())), document)
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """`parent` with the values of `child`; only mappings are merged, anything else is replaced."""
+    merged = dict(parent)
+    for name, value in child.items():
+        old = merged.get(name)
+        merged[name] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _apply(document: dict[str, Any], override: str) -> None:

@@ -1,0 +1,94 @@
+"""What a stage leaves behind opens as a pipeline, holds the EMA, and tells where it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline.config import ModelConfig
+from pipeline.text import DEFAULT_PROMPT, load_prompts
+from pipeline.transformer import VSRTransformer
+from pipeline.vae import load_vae
+from pipeline.vsr_pipeline import open_pipeline
+from tests.trainer.presets import write_preset
+from tests.trainer.stages import make_run
+from trainer.export import export_model
+from trainer.loop import train
+from trainer.networks import World
+
+CARD = {"stage": "base", "data": {"samples": 12}, "code": "v1", "metrics": {"validation/psnr": 30.5}}
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_preset(tmp_path_factory.mktemp("preset"))
+
+
+def model_of(preset: Path) -> ModelConfig:
+    return ModelConfig(**yaml.safe_load(preset.read_text())["model"])
+
+
+def export(preset: Path, folder: Path, state: dict[str, torch.Tensor], **changes: Any) -> None:
+    model = model_of(preset)
+    values: dict[str, Any] = {"steps": 4, "guidance_weight": 0.5, "card": CARD} | changes
+    export_model(folder, state, model, load_vae(model.vae), load_prompts(model.prompts), **values)
+
+
+def test_the_folder_holds_the_ema(preset: Path, tmp_path: Path, world: World) -> None:
+    run = make_run(preset, "base", tmp_path / "run", world)
+    assert train(run)
+    ema, last = (run.stage.exported.full_state_dict(ema=ema) for ema in (True, False))
+    export(preset, tmp_path / "model", ema)
+    pipeline = open_pipeline(tmp_path / "model")
+    found = dict(pipeline.transformer.named_parameters())
+    assert found.keys() == ema.keys()
+    assert all(torch.equal(found[name], ema[name]) for name in ema)
+    assert any(not torch.equal(found[name], last[name]) for name in ema), "the EMA lags behind the weights"
+    config = pipeline.config
+    assert (config.num_inference_steps, config.guidance_weight, config.shift) == (4, 0.5, 5.0)
+    model = model_of(preset)
+    assert all(map(torch.equal, pipeline.vae.parameters(), load_vae(model.vae).parameters()))
+    assert torch.equal(
+        pipeline.prompts.embed([DEFAULT_PROMPT]), load_prompts(model.prompts).embed([DEFAULT_PROMPT])
+    )
+
+
+def state_of(preset: Path, seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return VSRTransformer(**model_of(preset).transformer.model_dump()).state_dict()
+
+
+def test_the_card_tells_the_origin(preset: Path, tmp_path: Path) -> None:
+    export(preset, tmp_path / "model", state_of(preset, 0))
+    card = (tmp_path / "model" / "README.md").read_text()
+    for fact in ("stage base", "in 4 steps", '"samples": 12', '"code": "v1"', '"validation/psnr": 30.5'):
+        assert fact in card
+
+
+def test_an_older_model_is_replaced_and_a_failed_one_leaves_it(preset: Path, tmp_path: Path) -> None:
+    old, new = state_of(preset, 0), state_of(preset, 1)
+    export(preset, tmp_path / "model", old)
+    export(preset, tmp_path / "model", new)
+    weights = open_pipeline(tmp_path / "model").transformer.state_dict()
+    assert torch.equal(weights["proj_out.weight"], new["proj_out.weight"])
+    with pytest.raises(RuntimeError, match=r"proj_out\.weight"):
+        export(
+            preset,
+            tmp_path / "model",
+            {name: value for name, value in old.items() if name != "proj_out.weight"},
+        )
+    weights = open_pipeline(tmp_path / "model").transformer.state_dict()
+    assert torch.equal(weights["proj_out.weight"], new["proj_out.weight"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_in_bf16(preset: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    export(preset, tmp_path / "model", state_of(preset, 0), dtype=torch.bfloat16)
+    saved = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert saved["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
