@@ -5,8 +5,8 @@
     trainer:     trainer/config.py
     preference:  preference/config.py
 
-A command reads its own section and `model`; the names of the others are only checked for spelling. A file may begin with
-`extends: other.yaml` (relative to itself) and give only what differs: that is how configs/ablations/ is written.
+A command reads its own section and `model`; the names of the others are only checked for spelling. A file may
+begin with `extends: other.yaml` (relative to itself) and give only what differs, as those of configs/ablations/ do.
 """
 
 from __future__ import annotations
