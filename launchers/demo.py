@@ -2,8 +2,8 @@
 
     python -m launchers.demo --output runs/demo
 
-Every step is a command that anybody could type; `runs/demo/metrics.json` lists them. Interrupted, it goes on where it was.
-Results: `report.html` to look at, `metrics.json` to compute with.
+Every step is a command that anybody could type; `runs/demo/metrics.json` lists them. Interrupted, it goes on where it
+was. Results: `report.html` to look at, `demo.png` to show, `metrics.json` to compute with.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     try:
+        config = keep_config(Path(arguments.config), output)
         collect_clips(output / "clips")
-        steps = training_steps(output, arguments.config) + result_steps(output)
+        steps = training_steps(output, config) + result_steps(output)
         runner = StepRunner(output / "steps", len(steps) + 1)
         for step in steps:
             runner.run(step)
@@ -66,7 +67,22 @@ def main() -> None:
     except StepFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"\n{summary(metrics)}\n\nreport: {output / 'report.html'}\nfigures: {output / 'metrics.json'}")
+
+
+def keep_config(config: Path, output: Path) -> str:
+    """Copy the configuration to `output`, so that a run that is continued is continued with what it began with."""
+    kept = output / config.name
+    output.mkdir(parents=True, exist_ok=True)
+    if not config.exists():
+        raise StepFailed(f"no configuration {config}; run from the repository's root, or give --config")
+    if kept.exists() and kept.read_bytes() != config.read_bytes():
+        raise StepFailed(f"{output} was begun with another {config}: remove it, or give another --output")
+    shutil.copyfile(config, kept)
+    return str(kept)
 
 
 def collect_clips(folder: Path) -> None:
