@@ -2,8 +2,8 @@
 
     python -m datagen.photo_clips --input DIR_OR_PICTURE … --output DIR [--clips-per-photo 6] [--seed 0]
 
-For tiny models on machines without a video collection: Debian's wallpaper packages hold sharp photographs whose licences
-allow it. The motion is exact (cubic interpolation at sub-pixel positions), so there is no compression to learn.
+For tiny models on machines without a video collection: Debian's wallpaper packages hold sharp photographs whose
+licences allow it. The motion is exact (cubic interpolation at sub-pixel positions), so there is no compression to learn.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def main() -> None:
                     written += 1
             bar.advance(1, clips=written)
     print(
-        f"{written} clips from {len(photos) - skipped} photographs in {arguments.output}; {skipped} too small or unreadable"
+        f"{written} clips from {len(photos) - skipped} photographs in {arguments.output}; "
+        f"{skipped} too small or unreadable"
     )
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from datagen.build import _check_limit
+from datagen.build import _check_limit, _only_writer
 from datagen.build_shards import main
 from datagen.config import DatagenConfig
 from datagen.isolated import decode_isolated, survey_isolated
 from datagen.media import UnreadableVideo, write_lossless
+from datagen.storage import open_folder
 from pipeline.errors import UserError, run_command
 from tests.datagen.conftest import build_command, moving_picture
 
@@ -102,3 +103,14 @@ def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
     child.wait()
     clip = decode_isolated(str(tmp_path / "a.mkv"), "a.mkv", 0, None, 9, DatagenConfig())
     assert clip.shape == (9, 64, 64, 3)
+
+
+def test_a_second_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path / "out")
+    with (
+        _only_writer(folder),
+        pytest.raises(UserError, match="another job is writing here"),
+        _only_writer(open_folder(tmp_path / "out")),
+    ):
+        raise AssertionError("both were let in")
+    assert not (tmp_path / "out").exists()
