@@ -3,8 +3,9 @@
     python benchmarks/build_shards.py --config configs/tiny.yaml --input DIR [--workers 1 2] [--variants 1 4]
 
 Each run is the real command in a process of its own; memory is the sum of the proportional set sizes of that
-process and all its descendants (Ray's object store counts once). `--variants` makes the input longer without more videos: the peak
-should not follow it. The share of each step is measured apart, in one process. The last line is one JSON object.
+process and all its descendants (Ray's object store counts once). `--variants` makes the input longer without
+more videos: the peak should not follow it. The share of each step is measured apart, in one process. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

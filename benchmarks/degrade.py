@@ -1,11 +1,11 @@
-"""Degradation: our speed and our results beside the reference code of the field, on the same clips and the same draws.
+"""Degradation: our speed and results beside the reference code of the field, on the same clips and draws.
 
     pip install --no-deps --no-build-isolation basicsr
     python benchmarks/degrade.py [--clips 6] [--frames 9] [--size 704x1280 ...]
 
 The reference applies each drawn operation with BasicSR's functions (kernels, noise, JPEG, unsharp mask) and
-mmagic's way through the codec (an mp4 in memory, x264 at its default preset), frame by frame on float pictures. Everything runs
-on one core. The last line is one JSON object.
+mmagic's way through the codec (an mp4 in memory, x264 at its default preset), frame by frame on float pictures.
+Everything runs on one core. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def main() -> None:
         "per_size": per_size,
         "codec_share": round(seconds["ours"]["codec"] / total["ours"], 3),
         "psnr_to_hr_db": {name: round(float(np.mean(values)), 3) for name, values in psnr.items()},
-        "psnr_difference_db": {"mean": round(float(difference.mean()), 3), "max": round(float(abs(difference).max()), 3)},
+        "psnr_difference_db": {
+            "mean": round(float(difference.mean()), 3), "max": round(float(abs(difference).max()), 3),
+        },
         "kernel_max_difference": _kernel_difference(),
     }))  # fmt: skip
 
@@ -249,7 +251,7 @@ def _compare(
 
 
 def _kernel_difference() -> float:
-    """Largest difference between a kernel of ours and BasicSR's for equal parameters, over draws of all kinds."""
+    """Largest difference between our kernels and BasicSR's for equal parameters, over draws of all kinds."""
     reference = Reference("medium")
     largest = 0.0
     for seed in range(200):

@@ -3,7 +3,8 @@
     python -m datagen.photo_clips --input DIR_OR_PICTURE … --output DIR [--clips-per-photo 6] [--seed 0]
 
 For tiny models on machines without a video collection: Debian's wallpaper packages hold sharp photographs whose
-licences allow it. The motion is exact (cubic interpolation at sub-pixel positions), so there is no compression to learn.
+licences allow it. The motion is exact (cubic interpolation at sub-pixel positions), so there is no compression
+to learn.
 """
 
 from __future__ import annotations
