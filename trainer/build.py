@@ -5,6 +5,8 @@
     progressive  the base model                  -
     dual_stream  the Stage-I student             the CFG-distilled teacher of Stage I (θ_R, and θ_F's start)
     preference   the Stage-II student            -
+
+A teacher given to any other stage is refused.
 """
 
 from __future__ import annotations
@@ -36,11 +38,17 @@ def check_roles(stage: StageName, init: Path | None, teacher: Path | None) -> No
     Raises:
         UserError: a model that the stage needs was not given, or is not there.
     """
-    needed = {"progressive": "the base model", "dual_stream": "the Stage-I student", "preference": "the Stage-II student"}
+    needed = {
+        "progressive": "the base model",
+        "dual_stream": "the Stage-I student",
+        "preference": "the Stage-II student",
+    }
     if stage in needed and init is None:
         raise UserError(f"--stage {stage} starts from {needed[stage]}: give its folder with --init")
     if stage == "dual_stream" and teacher is None:
-        raise UserError("--stage dual_stream needs the real score: give Stage I's teacher folder with --teacher")
+        raise UserError(
+            "--stage dual_stream needs the real score: give Stage I's teacher folder with --teacher"
+        )
     if stage != "dual_stream" and teacher is not None:
         raise UserError(f"--teacher is only for --stage dual_stream, not {stage}")
     for option, folder in (("--init", init), ("--teacher", teacher)):
@@ -78,7 +86,9 @@ def build_stage(
         return Base(config.base, student=student, engine=config.engine_of("student"), **common)
     if stage == "progressive":
         engines = {name: config.engine_of(name) for name in ("student", "teacher")}
-        return Progressive(config.progressive, student=student, engines=engines, keep_teacher=keep_teacher, **common)
+        return Progressive(
+            config.progressive, student=student, engines=engines, keep_teacher=keep_teacher, **common
+        )
     if stage == "preference":
         engines = {name: config.engine_of(name) for name in ("student", "reference")}
         return Preference(

@@ -72,7 +72,9 @@ def load_checkpoint(checkpoint: Path, stage: Stage) -> dict[str, Any]:
     """
     document = read_state(checkpoint)
     if document["stage"] != stage.name:
-        raise UserError(f"{checkpoint} is of stage {document['stage']}, not {stage.name}; choose another --output")
+        raise UserError(
+            f"{checkpoint} is of stage {document['stage']}, not {stage.name}; choose another --output"
+        )
     for name, network in stage.networks.items():
         if network.fragments:
             network.load(checkpoint / name)
@@ -85,7 +87,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((checkpoint / "state.json").read_text()))
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a whole checkpoint ({error}); delete it to resume from the one before") from None
+        raise UserError(
+            f"{checkpoint} is not a whole checkpoint ({error}); delete it to resume from the one before"
+        ) from None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -24,7 +24,10 @@ def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: 
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
     lines += [f"{name:<12} {count / 1e6:12.2f} M" for name, count in counts.items()]
-    lines += ["", f"# memory of each of {gpus} GPUs, GiB (formulas: trainer/memory.py; allocator slack comes on top)"]
+    lines += [
+        "",
+        f"# memory of each of {gpus} GPUs, GiB (formulas: trainer/memory.py; allocator slack comes on top)",
+    ]
     lines += memory_table(stage, model, config, counts, gpus)
     lines += ["", "# DeepSpeed configuration"]
     for name in counts:
@@ -41,7 +44,9 @@ def parameter_counts(stage: StageName, model: ModelConfig, config: TrainerConfig
         if stage == "dual_stream" and config.dual_stream.gan:
             settings = config.dual_stream
             taps = tapped_layers(model.transformer.num_layers, settings.tap_fractions)
-            counts["critic"] = _count(Critic(transformer, taps=taps, tapped=settings.tapped, head=settings.head))
+            counts["critic"] = _count(
+                Critic(transformer, taps=taps, tapped=settings.tapped, head=settings.head)
+            )
     return counts
 
 
@@ -63,7 +68,9 @@ def memory_table(
     lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {static:8.2f}")
     for clip, latent in CLIPS.items():
         activations = activation_memory(model.transformer, latent, 1, config.engine_of("student"))
-        lines.append(f"with one clip of {clip}: activations {activations:.2f}, together {static + activations:.2f}")
+        lines.append(
+            f"with one clip of {clip}: activations {activations:.2f}, together {static + activations:.2f}"
+        )
     return lines
 
 

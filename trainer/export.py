@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.config import ModelConfig
+from pipeline.errors import UserError
 from pipeline.text import PromptCache
 from pipeline.transformer import VSRTransformer
 from pipeline.vae import VAE
@@ -38,6 +40,9 @@ def export_model(
         state: the transformer's weights, float32.
         steps: Euler steps the model is meant for.
         card: what the model card records: stage, data manifest, configuration, last numbers.
+
+    Raises:
+        UserError: it cannot be written (a full disk); an older one is untouched.
     """
     transformer = VSRTransformer(**model.transformer.model_dump())
     transformer.load_state_dict(state, strict=True)
@@ -45,10 +50,21 @@ def export_model(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline = VSRPipeline(
-        transformer, vae, prompts, num_inference_steps=steps, shift=model.shift, guidance_weight=guidance_weight
+        transformer,
+        vae,
+        prompts,
+        num_inference_steps=steps,
+        shift=model.shift,
+        guidance_weight=guidance_weight,
     )
-    pipeline.save_pretrained(partial, safe_serialization=True)
-    (partial / "README.md").write_text(model_card(steps, card))
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        (partial / "README.md").write_text(model_card(steps, card))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot write {folder}: {error}; free space and run the same command again"
+        ) from None
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)

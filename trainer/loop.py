@@ -110,7 +110,7 @@ def _resume(run: Run) -> dict[str, Any]:
         print(f"going on from {checkpoint}", flush=True)
         for change in changes(document["settings"], run.settings):
             print(f"changed since then: {change}", flush=True)
-    run.metrics = document["metrics"]
+    run.metrics = document.get("metrics", {})
     return document
 
 
@@ -179,8 +179,9 @@ def _check(run: Run, step: int, batches: list[Batch], fault: str | None, watch: 
     if watch.in_a_row >= watch.limit:
         last = latest_checkpoint(run.checkpoints)
         raise UserError(
-            f"{watch.in_a_row} bad steps in a row, the last one step {step} ({fault}) with {keys}; last good checkpoint: "
-            f"{last or 'none'}; all bad steps: {path}. Lower the learning rate or look at these samples"
+            f"{watch.in_a_row} bad steps in a row, the last one step {step} ({fault}) with {keys}; "
+            f"last good checkpoint: {last or 'none'}; all bad steps: {path}. "
+            "Lower the learning rate or look at these samples"
         )
 
 

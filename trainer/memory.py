@@ -9,7 +9,8 @@ Bytes per parameter and rank, n ranks, bf16 weights with float32 masters:
     frozen              2 (ZeRO-3: 2/n)
 
 Activations of one transformer block for S tokens of width d and FFN width f, batch b, are about
-b·S·(18·d + 2·f)·2 bytes in bf16 with fused attention; activation checkpointing keeps b·S·d·2 bytes per block and one block whole.
+b·S·(18·d + 2·f)·2 bytes in bf16 with fused attention; activation checkpointing keeps b·S·d·2 bytes per block and one
+block whole.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class NetworkMemory:
         return self.weights + self.gradients + self.optimizer + self.ema
 
 
-def network_memory(parameters: int, config: DeepSpeedConfig, gpus: int, *, trained: bool, ema: bool) -> NetworkMemory:
+def network_memory(
+    parameters: int, config: DeepSpeedConfig, gpus: int, *, trained: bool, ema: bool
+) -> NetworkMemory:
     """Static memory of one network."""
     width = 2 if config.precision == "bf16" else 4
     stage = config.zero_stage

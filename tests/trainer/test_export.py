@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 import yaml
 
 from pipeline.config import ModelConfig
+from pipeline.errors import UserError
 from pipeline.text import DEFAULT_PROMPT, load_prompts
 from pipeline.transformer import VSRTransformer
 from pipeline.vae import load_vae
@@ -83,6 +86,21 @@ def test_an_older_model_is_replaced_and_a_failed_one_leaves_it(preset: Path, tmp
         )
     weights = open_pipeline(tmp_path / "model").transformer.state_dict()
     assert torch.equal(weights["proj_out.weight"], new["proj_out.weight"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_leaves_the_older_model(preset: Path, tmp_path: Path) -> None:
+    export(preset, tmp_path / "model", state_of(preset, 0))
+    before = (tmp_path / "model" / "README.md").read_text()
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # no file may grow beyond 8 KiB
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*model.*; free space"):
+            export(preset, tmp_path / "model", state_of(preset, 1), card=CARD | {"stage": "newer"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "model" / "README.md").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
