@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: `metrics.jsonl` always, wandb if wanted, a plain console line now and then."""
+"""Where numbers and pictures of a run go: `metrics.jsonl` and `previews/` always, wandb if wanted."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Tracker:
 
             if config.wandb == "online" and wandb.api.api_key is None:
                 raise UserError(
-                    "trainer.tracking.wandb is online, but no wandb account is known here: run `wandb login`, or set it to "
-                    "offline (`wandb sync` uploads later) or off"
+                    "trainer.tracking.wandb is online, but no wandb account is known here: run `wandb login`, or set "
+                    "it to offline (`wandb sync` uploads later) or off"
                 )
             os.environ.setdefault("WANDB_SILENT", "true")
             self._run = wandb.init(

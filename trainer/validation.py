@@ -32,7 +32,7 @@ class Validation:
         self._target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
 
     def look(self, stage: Stage, step: int, tracker: Tracker | None) -> dict[str, float]:
-        """Log latent errors over all ranks' clips, PSNR over rank 0's and a picture; returns the numbers. Collective."""
+        """Log and return latent errors over all ranks' clips and PSNR over rank 0's; save a picture. Collective."""
         shown = stage.previews(self._batch)
         values = self._errors(shown)
         if tracker is None or self._vae is None:
