@@ -64,7 +64,7 @@ def apply_kernel(picture: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     kernel = _trimmed(kernel)
     columns, strengths, rows = np.linalg.svd(kernel)
     rank = _rank(kernel, columns, strengths, rows)
-    if rank * 4 >= len(kernel):  # small or far from separable: directly
+    if rank > 1 and rank * 2 > len(kernel) - 2:  # small or far from separable: directly
         return cv2.filter2D(picture, -1, kernel.astype(np.float32), borderType=cv2.BORDER_REFLECT_101)
     total = None
     for index in range(rank):
