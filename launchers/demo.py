@@ -198,7 +198,7 @@ def collect_metrics(output: Path, runner: StepRunner) -> dict[str, Any]:
         ]
         methods[method] = {
             **{name: round(value, 4) for name, value in scores["metrics"].items()},
-            "dit_evaluations": _mean([entry["dit_evaluations"] for entry in statistics]),
+            "dit_evaluations": _same([entry["dit_evaluations"] for entry in statistics]),
             "seconds": round(_mean([_model_seconds(entry) for entry in statistics]), 3),
         }
         per_seed[method] = scores["clips"]
@@ -231,6 +231,13 @@ def _model_seconds(statistics: dict[str, float]) -> float:
     parts = [statistics.get(f"{part}_s") for part in ("encode", "transformer", "decode")]
     known = [part for part in parts if part is not None]
     return sum(known) if known else statistics["seconds"]
+
+
+def _same(counts: list[int]) -> int:
+    """The count of every seed: clips of one size cost the same."""
+    if len(set(counts)) != 1:
+        raise StepFailed(f"the seeds' clips took different numbers of evaluations: {counts}")
+    return int(counts[0])
 
 
 def _mean(values: list[float]) -> float:
