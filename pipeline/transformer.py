@@ -20,6 +20,10 @@ from pipeline.errors import UserError
 __all__ = ["ModelMixin", "VSROutput", "VSRTransformer", "tapped_layers", "widen_patch_embedding"]
 
 
+#: below this time the skip stops growing as 1/t [ours]
+SKIP_TIME_FLOOR = 0.15
+
+
 class VSROutput(NamedTuple):
     """Velocity (B, C, T, H, W) or None, and one token tensor (B, N, D) per tapped layer."""
 
@@ -32,7 +36,7 @@ class VSRTransformer(WanTransformer3DModel):
 
     Arguments are those of `WanTransformer3DModel` with these changes: `latent_channels` replaces
     `in_channels` (which is twice that) and `out_channels`; `low_resolution_skip` makes the network predict
-    the difference to the velocity z_t - z_LR, so that a zero output projection means ẑ0(t=1) = z_LR. The skip
+    the difference to the velocity (z_t - z_LR)/t, so that a zero output projection means ẑ0 = z_LR. The skip
     has no parameters; it is for models trained from nothing (the tiny preset) and off for Wan weights.
     """
 
@@ -114,7 +118,7 @@ class VSRTransformer(WanTransformer3DModel):
         x = (self.norm_out(x.float()) * (1 + scale) + shift).to(dtype)
         v = self._unpatchify(self.proj_out(x), z_t.shape)
         if self.config.low_resolution_skip:
-            v = v + (z_t - z_lr)
+            v = v + (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR).view(-1, 1, 1, 1, 1)
         return VSROutput(v, tuple(features))
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
