@@ -2,8 +2,8 @@
 
     python -m trainer.fit_tiny_vae --input DIR … --held-out VIDEO --output assets/tiny/vae [--minutes 5] [--seed 0]
 
-`--input` takes folders of videos (`python -m datagen.photo_clips` makes some from photographs). The folder written holds
-the weights and `fit.json`: command, seed, data, and PSNR on the held-out video. Five minutes on two cores are enough.
+`--input` takes folders of videos (`python -m datagen.photo_clips` makes some from photographs). The folder written
+holds the weights and `fit.json`: command, seed, data, and PSNR on the held-out video. Five minutes on two cores are enough.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pipeline.tiny_vae import TinyVideoVAE
 from pipeline.video import VIDEO_SUFFIXES, read_video
 
 FRAMES, SIDE = 9, 128
-#: latents_std = deviation ** EXPONENT (times a constant): 1 would whiten, and give detail nobody sees the weight of what
-#: everybody sees; 0 would let the noise of flow matching drown the detail. Measured in between.
+#: latents_std = deviation ** EXPONENT (times a constant): 1 would whiten, and give detail nobody sees the weight of
+#: what everybody sees; 0 would let the noise of flow matching drown the detail. Measured in between.
 EXPONENT = 0.25
 
 

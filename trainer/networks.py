@@ -123,7 +123,7 @@ def start_distributed() -> World:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if backend == "gloo":
-        # Else DeepSpeed compiles a shared-memory reduction on its first start: a minute, and a C++ compiler, for nothing.
+        # Else DeepSpeed compiles a shared-memory reduction on its first start: a minute and a C++ compiler for nothing.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cpu")
