@@ -3,7 +3,8 @@
     python -m trainer.fit_tiny_vae --input DIR … --held-out VIDEO --output assets/tiny/vae [--minutes 5] [--seed 0]
 
 `--input` takes folders of videos (`python -m datagen.photo_clips` makes some from photographs). The folder written
-holds the weights and `fit.json`: command, seed, data, and PSNR on the held-out video. Five minutes on two cores are enough.
+holds the weights and `fit.json`: command, seed, data, and PSNR on the held-out video. Five minutes on two cores are
+enough.
 """
 
 from __future__ import annotations
