@@ -179,9 +179,8 @@ def _begin(
         reasons = [f"{line['source']}: {line['reason']}" for line in plan.rejected] + [
             f["reason"] for f in faults
         ]
-        raise UserError(
-            f"no window passes the filters; the first of {len(reasons)}: {reasons[0] if reasons else ''}"
-        )
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        raise UserError(f"no window can be used: {'; '.join(reasons[:3])}{more}")
     mine = {"hash": plan.hash, "samples": len(plan.samples), "config": deciding(config), "versions": versions}
     try:
         begun = json.loads(folder.read(PLAN))
