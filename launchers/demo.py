@@ -148,7 +148,7 @@ def result_steps(output: Path) -> list[Step]:
             source,
             low,
             "--preset",
-            "mixture",
+            "realbasicvsr",
             "--seed",
             seed,
             *HELD_OUT,
