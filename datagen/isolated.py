@@ -15,15 +15,17 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from datagen.config import ClipConfig, DatagenConfig
-from datagen.media import UnreadableVideo, decode_from
+from datagen.media import UnreadableVideo
 from datagen.sources import open_source
 from datagen.storage import StorageConfig
 from datagen.survey import survey
+from datagen.windows import WindowReader
 from pipeline.errors import UserError
 
 PR_SET_PDEATHSIG = 1
@@ -40,7 +42,7 @@ def survey_isolated(path: str, name: str, config: DatagenConfig) -> dict[str, An
 def decode_isolated(
     path: str, name: str, start: int, pts: int | None, frames: int, config: DatagenConfig
 ) -> np.ndarray:
-    """`decode_from` of datagen/media.py, in the child; UnreadableVideo also when it crashes or takes too long."""
+    """A window by datagen/windows.py, in the child; UnreadableVideo also when it crashes or takes too long."""
     request = {"do": "window", "path": path, "name": name, "start": start, "pts": pts, "frames": frames}
     header, content = _ask(request, config, name, patience=1)
     return np.frombuffer(content, np.uint8).reshape(header["shape"])
@@ -123,20 +125,22 @@ def _serve() -> None:
     # nothing but answers may reach the pipe
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    reader = WindowReader()
     for line in sys.stdin.buffer:
-        header, content = _answer(json.loads(line))
+        header, content = _answer(json.loads(line), reader)
         answers.write(json.dumps(header | {"bytes": len(content)}).encode() + b"\n")
         answers.write(content)
         answers.flush()
 
 
-def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview]:
+def _answer(request: dict[str, Any], reader: WindowReader) -> tuple[dict[str, Any], memoryview]:
     nothing = memoryview(b"")
     try:
-        source = open_source(request["path"], StorageConfig(**request["storage"]))
+        path, name = request["path"], request["name"]
+        source = partial(open_source, path, StorageConfig(**request["storage"]))
         if request["do"] == "survey":
-            return {"survey": survey(source, request["name"], ClipConfig(**request["clip"]))}, nothing
-        window = decode_from(source, request["name"], request["start"], request["pts"], request["frames"])
+            return {"survey": survey(source(), name, ClipConfig(**request["clip"]))}, nothing
+        window = reader.read(path, source, name, request["start"], request["pts"], request["frames"])
         return {"shape": window.shape}, window.data.cast("B")
     except UnreadableVideo as error:
         return {"unreadable": str(error)}, nothing

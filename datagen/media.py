@@ -84,41 +84,6 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
             raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
 
 
-def decode_from(source: Any, name: str, start: int, pts: int | None, frames: int) -> np.ndarray:
-    """The window whose first frame has index `start` and time stamp `pts`, uint8 (F, H, W, 3) RGB.
-
-    Seeks to the key frame before `pts`; where the container cannot, or has no time stamps, decodes from the beginning.
-
-    Raises:
-        UnreadableVideo: it ends or breaks off before the window does.
-    """
-    window: list[np.ndarray] = []
-    with opened(source, name) as container:
-        stream = container.streams.video[0]
-        try:
-            if pts is not None and start > 0:
-                container.seek(pts, stream=stream, backward=True)
-                for frame in container.decode(stream):
-                    if frame.pts is None or (frame.pts > pts and not window):
-                        break  # this container does not seek to frames
-                    if frame.pts >= pts:
-                        window.append(frame.to_ndarray(format="rgb24"))
-                    if len(window) == frames:
-                        return np.stack(window)
-                window.clear()
-                container.seek(0)
-            for index, frame in enumerate(container.decode(stream)):
-                if index >= start:
-                    window.append(frame.to_ndarray(format="rgb24"))
-                if len(window) == frames:
-                    return np.stack(window)
-        except FFmpegError as error:
-            raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
-    raise UnreadableVideo(
-        f"{name}: ends {frames - len(window)} frames before the window from frame {start} does"
-    )
-
-
 def read_window(path: str | os.PathLike[str], start: int, frames: int | None) -> np.ndarray:
     """uint8 (F, H, W, 3) RGB.
 

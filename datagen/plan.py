@@ -1,8 +1,8 @@
 """The plan: which samples are made, from which window and crop, with which seed, into which shard.
 
 A pure function of the survey and the configuration, made before any shard: so a killed job finds the same plan
-again, and a shard is the same whichever worker makes it. The order is that of a hash of seed and clip, which mixes
-the sources.
+again, and a shard is the same whichever worker makes it. The order is that of a hash of seed and stretch of
+video, which mixes the sources and keeps neighbouring windows together: a worker then decodes a stretch once.
 """
 
 from __future__ import annotations
@@ -76,8 +76,15 @@ def make_plan(surveys: Iterable[dict[str, Any]], config: DatagenConfig, versions
                 rejected.append({"source": survey["source"], "start": window["start"], "reason": reason})
                 continue
             samples += _samples_of(survey, window, config)
+    span = config.windows_together * (config.clip.stride or config.clip.frames)
     samples.sort(
-        key=lambda sample: (derive_seed(config.seed, "order", sample.clip), sample.clip, sample.variant)
+        key=lambda sample: (
+            derive_seed(config.seed, "order", sample.source, sample.start // span),
+            sample.source,
+            sample.start,
+            sample.clip,
+            sample.variant,
+        )
     )
     identity = {
         "samples": [{k: v for k, v in asdict(sample).items() if k != "path"} for sample in samples],

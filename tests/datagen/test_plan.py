@@ -12,11 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from datagen.config import ClipConfig, DatagenConfig, FilterConfig
-from datagen.media import UnreadableVideo, decode_from, read_window, write_lossless
+from datagen.media import UnreadableVideo, read_window, write_lossless
 from datagen.plan import make_plan
 from datagen.sources import find_sources
 from datagen.storage import StorageConfig
 from datagen.survey import survey, window_starts
+from datagen.windows import WindowReader
 from pipeline.errors import UserError
 from tests.datagen.conftest import moving_picture
 
@@ -89,11 +90,18 @@ def test_seeking_gives_the_frames_that_decoding_from_the_start_gives(tmp_path: P
         container.mux(stream.encode(None))
     facts = survey(str(path), "long", ClipConfig(frames=5, crop=(32, 32), respect_scenes=False))
     everything = read_window(path, 0, None)
-    for window in facts["windows"]:
-        clip = decode_from(str(path), "long", window["start"], window["pts"], 5)
-        np.testing.assert_array_equal(clip, everything[window["start"] : window["start"] + 5])
-    with pytest.raises(UnreadableVideo, match="ends 3 frames before"):
-        decode_from(str(path), "long", 48, None, 5)
+    time_stamps = {window["start"]: window["pts"] for window in facts["windows"]}
+    again, far, overlapping = [20, 20], [45, 0, 35, 5], [10, 12, 16, 11]
+    for order in (sorted(time_stamps), again, far, overlapping):
+        reader = WindowReader()
+        for start in order:
+            clip = reader.read(str(path), lambda: str(path), "long", start, time_stamps.get(start), 5)
+            np.testing.assert_array_equal(clip, everything[start : start + 5], err_msg=f"{order} at {start}")
+    reader = WindowReader()
+    for _ in range(2):
+        with pytest.raises(UnreadableVideo, match="ends 3 frames before"):
+            reader.read(str(path), lambda: str(path), "long", 48, None, 5)
+        assert len(reader.read(str(path), lambda: str(path), "long", 44, None, 5)) == 5
 
 
 def surveyed(source: str, **changes: Any) -> dict[str, Any]:
@@ -150,6 +158,21 @@ def test_the_plan_is_a_function_of_survey_and_configuration() -> None:
         assert make_plan(surveys, CONFIG.model_copy(update=changed), {}).hash != plan.hash
     assert make_plan(surveys, CONFIG, {"vae": "other"}).hash != plan.hash
     assert [len(shard) for shard in plan.shards()] == [2, 2, 2, 1]
+
+
+def test_neighbouring_windows_stay_together_and_sources_are_mixed() -> None:
+    surveys = []
+    for source in "abc":
+        windows = [{**surveyed(source)["windows"][0], "start": 9 * index} for index in range(24)]
+        surveys.append(surveyed(source) | {"windows": windows})
+    config = CONFIG.model_copy(update={"windows_together": 4})
+    samples = make_plan(surveys, config, {}).samples
+    stretches = [samples[first : first + 4] for first in range(0, len(samples), 4)]
+    assert len(samples) == 72
+    for stretch in stretches:
+        assert len({sample.source for sample in stretch}) == 1
+        assert [sample.start - stretch[0].start for sample in stretch] == [0, 9, 18, 27]
+    assert 3 < sum(a[0].source != b[0].source for a, b in zip(stretches, stretches[1:], strict=False))
 
 
 def test_crops_and_variants() -> None:
