@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, help="folder or s3:// prefix of the dataset")
     parser.add_argument("--address", help="Ray cluster to run on, for instance auto; default: this machine")
-    parser.add_argument("--workers", type=int, help="CPUs to use on this machine; default: all")
+    parser.add_argument("--workers", type=int, help="clips in the making at once; default: one per CPU")
     parser.add_argument(
         "--set",
         dest="overrides",

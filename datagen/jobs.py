@@ -34,9 +34,10 @@ MAX_RETRIES = 3
 
 
 def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
-    """Connect to the cluster at `address`, or start Ray on this machine with `workers` CPUs (default: all).
+    """Connect to the cluster at `address`, or start Ray on this machine with `workers` tasks at once (default: one
+    per CPU).
 
-    Where the VAE actors need CPUs, Ray gets one more than they hold, or decoding would wait for ever.
+    What the VAE actors hold comes on top, or they would keep the tasks waiting while they wait for clips themselves.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
@@ -48,7 +49,7 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
     start: dict[str, Any] = {"address": address}
     if not address:
         held = (config.encode.actors or 1) * config.encode.cpus
-        cpus = max(workers or os.cpu_count() or 1, held + 1)
+        cpus = (workers or os.cpu_count() or 1) + held
         start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     with _silent_stderr():
         ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
