@@ -109,6 +109,15 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
                 steps=steps, dtype=_dtype(config.export_precision), card={**settings, "metrics": metrics or {}},
             )  # fmt: skip
 
+    def keep_teacher(state: dict[str, Any]) -> None:
+        export("teacher", state, model.base_steps)
+        if world.rank == 0 and config.progressive.guidance_iterations == 0:
+            print(
+                f"{arguments.output / 'teacher'} is the base as it is, since guidance_iterations is 0; "
+                "trainer.dual_stream.real_score_guidance guides it in Stage II",
+                flush=True,
+            )
+
     stage = build_stage(
         stage_name,
         config,
@@ -117,7 +126,7 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
         teacher=arguments.teacher,
         embed=prompts.embed,
         world=world,
-        keep_teacher=lambda state: export("teacher", state, model.base_steps),
+        keep_teacher=keep_teacher,
     )
     validation = None
     if schedule.validate_every:

@@ -7,7 +7,7 @@ a sample meets the same noise on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,13 +33,23 @@ class Stage(Protocol):
     exported: Network
     #: local batches that one `train_step` consumes (updates × gradient accumulation)
     batches_per_step: int
+    #: names of what `previews` shows, the exported network's first
+    preview_names: tuple[str, ...]
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """Do all updates of step `step`; returns numbers to log, already averaged over the ranks."""
         ...
 
+    def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
+        """The forwards, backwards and optimizer steps of `train_step`, and nothing else; `meter` takes the numbers."""
+        ...
+
+    def phase(self, step: int) -> Hashable:
+        """Steps of one phase run the same passes, so they cost the same number of operations."""
+        ...
+
     def previews(self, batch: Batch) -> dict[str, Tensor]:
-        """Clean latents (B, C, T, H, W), float32, to look at: one entry per network worth seeing.
+        """Clean latents (B, C, T, H, W), float32, to look at: `preview_names`.
 
         Every rank must call it (the weights may be sharded) with a batch of the same size.
         """

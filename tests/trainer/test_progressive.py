@@ -118,6 +118,16 @@ def test_teachers_follow_the_schedule(world: World) -> None:
     assert len(kept) == 1, "the CFG-distilled teacher is kept once"
 
 
+def test_without_cfg_distillation_the_base_is_the_teacher(world: World) -> None:
+    kept: list[dict[str, Tensor]] = []
+    stage = build(kept, CONFIG.model_copy(update={"guidance_iterations": 0}))
+    base = stage.student.full_state_dict()
+    for step in range(3):
+        assert stage.train_step(step, [toys.batch(KEYS)])["student_steps"] > 0
+    (teacher,) = kept
+    assert teacher.keys() == base.keys() and all(torch.equal(teacher[name], base[name]) for name in base)
+
+
 def test_the_last_student_starts_at_pure_noise(world: World) -> None:
     s = build()._sample(toys.batch(KEYS), 7, 1)
     assert s.t.tolist() == [1.0] * len(KEYS) and s.t_end.tolist() == [0.0] * len(KEYS)

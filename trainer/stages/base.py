@@ -52,6 +52,7 @@ class Base:
     """Implements `trainer.stage.Stage`."""
 
     name = "base"
+    preview_names: tuple[str, ...] = ("x0_at_t_1.0", "x0_at_t_0.5")
 
     def __init__(
         self,
@@ -81,6 +82,11 @@ class Base:
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """One update."""
         meter = Meter(self._device)
+        self.updates(step, batches, meter)
+        return meter.means()
+
+    def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
+        """θ descends L."""
         with self.student.updating():
             for batch in batches:
                 z_t, t, z_lr, prompt, target = self.draw(step, batch)
@@ -88,7 +94,9 @@ class Base:
                 self.student.backward(loss)
                 meter.add(loss=loss)
             meter.add(gradient_norm_student=self.student.step())
-        return meter.means()
+
+    def phase(self, step: int) -> None:
+        """There is only one."""
 
     def draw(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """z_t, t, (augmented) z_LR, prompt embeddings and the target v of one micro-batch."""
@@ -103,10 +111,11 @@ class Base:
             low, high = config.low_resolution_noise
             level = (low + (high - low) * draws.uniform("low resolution level")) / 1000
             z_lr = q_t(z_lr, draws.noise("low resolution", z_lr), level)
-        dropped = draws.uniform("null prompt") < config.null_prompt_probability
+        # on the CPU: which captions are dropped is no tensor's business
+        dropped = Draws(batch.keys, self._seed, self.name, step, 0).uniform("null prompt")
         captions = [
-            NULL_PROMPT if drop else entry["caption"]
-            for entry, drop in zip(batch.metadata, dropped.tolist(), strict=True)
+            NULL_PROMPT if drawn < config.null_prompt_probability else entry["caption"]
+            for entry, drawn in zip(batch.metadata, dropped, strict=True)
         ]
         prompt = self._embed(captions).to(self._device)
         return q_t(z_hr, noise, t), t, z_lr, prompt, velocity(z_hr, noise)

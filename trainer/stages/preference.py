@@ -60,6 +60,7 @@ class Preference:
     """Implements `trainer.stage.Stage`; its batches hold the member `pair`."""
 
     name = "preference"
+    preview_names: tuple[str, ...] = ("student", "reference")
 
     def __init__(
         self,
@@ -94,6 +95,11 @@ class Preference:
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """One update."""
         meter = Meter(self._device)
+        self.updates(step, batches, meter)
+        return meter.means()
+
+    def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
+        """θ_S descends L."""
         with self.student.updating():
             for batch in batches:
                 pair = self._pair(step, batch)
@@ -109,7 +115,9 @@ class Preference:
                 meter.add(loss_dpo=loss_dpo, loss_anchor=loss_anchor)
                 meter.add(margin=margin.mean(), preferred=(margin > 0).float().mean())
             meter.add(gradient_norm_student=self.student.step())
-        return meter.means()
+
+    def phase(self, step: int) -> None:
+        """There is only one."""
 
     def _pair(self, step: int, batch: Batch) -> Pair:
         """Winner and loser as one batch (winners first): one forward of each network."""

@@ -76,6 +76,7 @@ class Progressive:
     """Implements `trainer.stage.Stage`."""
 
     name = "progressive"
+    preview_names: tuple[str, ...] = ("student",)
 
     def __init__(
         self,
@@ -92,7 +93,8 @@ class Progressive:
         Args:
             student: the base model; a copy of it is the first teacher.
             engines: how `student` and `teacher` are sharded.
-            keep_teacher: called once, on every rank, with the CFG-distilled weights (rank 0 holds them).
+            keep_teacher: called once, on every rank, with the CFG-distilled weights (rank 0 holds them); with the
+                base's as they are if there is no CFG distillation.
         """
         self.config = config
         teacher = copy.deepcopy(student)
@@ -114,7 +116,19 @@ class Progressive:
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """One update; at the end of a phase the teacher becomes the student."""
+        if step == 0 and self.config.guidance_iterations == 0 and self._keep_teacher is not None:
+            self._keep_teacher(self.teacher.full_state_dict())  # Stage II needs one all the same
         meter = Meter(self._device)
+        self.updates(step, batches, meter)
+        if self.config.new_teacher_at(step):
+            if self.config.student_steps(step) is None and self._keep_teacher is not None:
+                self._keep_teacher(self.student.full_state_dict(ema=True))
+            self.teacher.copy_weights_from(self.student)
+            self.student.restart_optimizer()
+        return meter.means()
+
+    def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
+        """The student descends the loss of its phase."""
         student_steps = self.config.student_steps(step)
         with self.student.updating():
             for batch in batches:
@@ -124,12 +138,10 @@ class Progressive:
                 self.student.backward(loss)
                 meter.add(loss=loss)
             meter.add(gradient_norm_student=self.student.step(), student_steps=float(student_steps or 0))
-        if self.config.new_teacher_at(step):
-            if student_steps is None and self._keep_teacher is not None:
-                self._keep_teacher(self.student.full_state_dict(ema=True))
-            self.teacher.copy_weights_from(self.student)
-            self.student.restart_optimizer()
-        return meter.means()
+
+    def phase(self, step: int) -> bool:
+        """Whether it is the CFG distillation; all halvings are alike."""
+        return self.config.student_steps(step) is None
 
     @torch.no_grad()
     def _guided(self, s: ProgressiveSample) -> Tensor:
