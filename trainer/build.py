@@ -100,7 +100,7 @@ def build_stage(
         config.dual_stream,
         student=student,
         real_score=real_score,
-        fake_score=copy.deepcopy(real_score),
+        fake_score=copy.deepcopy(real_score) if config.dual_stream.needs_fake_score else None,
         engines=engines,
         **common,
     )

@@ -60,24 +60,31 @@ class CriticOutput(NamedTuple):
 
 
 class Critic(nn.Module):
-    """Fake score and heads; `heads` is empty when there is no GAN stream."""
+    """Fake score and heads: `heads` is empty without a GAN stream, `transformer` None where nothing looks at it."""
 
     def __init__(
         self,
-        transformer: VSRTransformer,
+        transformer: VSRTransformer | None,
         *,
+        shape: Any = None,
         taps: tuple[int, ...] = (),
         tapped: Tapped = "both",
         head: HeadConfig | None = None,
     ) -> None:
-        """`taps` are the 1-based layers the heads look at; none means no discriminator."""
+        """
+        Args:
+            shape: configuration of the tapped models, needed where there is no `transformer`.
+            taps: the 1-based layers the heads look at; none means no discriminator.
+        """
         super().__init__()
         self.transformer = transformer
+        self.shape = shape if transformer is None else transformer.config
         self.taps = taps
         self.tapped = tapped
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.head_config = head or HeadConfig()
+        width = self.shape.num_attention_heads * self.shape.attention_head_dim
         channels = width * (2 if tapped == "both" else 1)
-        self.heads = nn.ModuleList([Head(channels, head or HeadConfig()) for _ in taps])
+        self.heads = nn.ModuleList([Head(channels, self.head_config) for _ in taps])
 
     def forward(
         self,
@@ -107,6 +114,7 @@ class Critic(nn.Module):
             judge_hr: whether the heads look at h^HR too.
         """
         if not self.heads or judged_hr is None:
+            assert self.transformer is not None
             return CriticOutput(self.transformer(z_t, t, z_lr, prompt).velocity, (), (), (), ())
         judged_t = t if clean_s is None else torch.zeros_like(t)
         taps = self.taps if self.tapped != "real" else ()
@@ -120,7 +128,7 @@ class Critic(nn.Module):
         if stop_gradient:
             features_s = tuple(feature.detach() for feature in features_s)
 
-        grid = token_grid(z_t.shape, self.transformer.config.patch_size)
+        grid = token_grid(z_t.shape, self.shape.patch_size)
         logits_s = self._judge(real_s, features_s, grid)
         logits_hr = self._judge(real_hr, features_hr, grid) if judge_hr else ()
         return CriticOutput(v, features_s, features_hr, logits_s, logits_hr)

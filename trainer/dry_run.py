@@ -44,8 +44,15 @@ def parameter_counts(stage: StageName, model: ModelConfig, config: TrainerConfig
         if stage == "dual_stream" and config.dual_stream.gan:
             settings = config.dual_stream
             taps = tapped_layers(model.transformer.num_layers, settings.tap_fractions)
+            fake_score = transformer if settings.needs_fake_score else None
             counts["critic"] = _count(
-                Critic(transformer, taps=taps, tapped=settings.tapped, head=settings.head)
+                Critic(
+                    fake_score,
+                    shape=transformer.config,
+                    taps=taps,
+                    tapped=settings.tapped,
+                    head=settings.head,
+                )
             )
     return counts
 

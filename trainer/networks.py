@@ -25,6 +25,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -225,6 +226,16 @@ class Network:
         self._backwards += 1
         if self._backwards < self.config.gradient_accumulation:
             self._engine.step()  # no update: it counts the micro-batch
+
+    def gradient_norm(self, prefix: str) -> float:
+        """Norm of the accumulated gradient of the parameters whose names begin with `prefix`. Collective.
+
+        For a few small parameters, between the last `backward()` and `step()`: each is gathered.
+        """
+        named = self.module.named_parameters()
+        gradients = [safe_get_full_grad(p) for name, p in named if name.startswith(prefix)]
+        norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def step(self) -> float:
         """Clip and update. Returns the gradient norm before clipping; inf means a skipped update.

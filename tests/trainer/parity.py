@@ -24,6 +24,8 @@ ROUNDS = 5
 GLOBAL_BATCH = 4
 LOSSES = ("loss_diffusion", "loss_discriminator", "loss_dmd", "loss_generator", "loss_feature_matching")
 NORMS = ("gradient_norm_critic", "gradient_norm_student")
+#: of gradient_norm_critic
+PARTS = ("gradient_norm_fake_score", "gradient_norm_heads")
 #: a loss may pass through zero; below this size, its deviation counts as absolute
 FLOOR = 0.05
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "parity.md"

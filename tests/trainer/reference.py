@@ -39,7 +39,9 @@ class PlainDualStream:
         self.real.requires_grad_(False)
         self.fake = self.critic.transformer
         self.optimizer_s = torch.optim.AdamW(self.student.parameters(), **_adam(config.student))
-        groups: list[dict[str, Any]] = [{"params": list(self.fake.parameters())}]
+        groups: list[dict[str, Any]] = []
+        if self.fake is not None:
+            groups.append({"params": list(self.fake.parameters())})
         if len(critic.heads):
             groups.append({"params": list(self.critic.heads.parameters()), "lr": config.heads_learning_rate})
         self.optimizer_f = torch.optim.AdamW(groups, **_adam(config.fake_score))
@@ -50,9 +52,12 @@ class PlainDualStream:
             losses = self.auxiliary_losses(self.sample(batch, step, update))
             self.optimizer_f.zero_grad()
             sum(losses.values()).backward()
+            norms = {"fake_score": _norm(self.fake), "heads": _norm(self.critic.heads)}
             norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.fake_score.gradient_clip)
             self.optimizer_f.step()
-            logs.append({k: v.item() for k, v in losses.items()} | {"gradient_norm_critic": norm.item()})
+            norms["critic"] = norm.item()
+            logs.append({k: v.item() for k, v in losses.items()})
+            logs[-1] |= {f"gradient_norm_{name}": value for name, value in norms.items()}
         log = {key: sum(entry[key] for entry in logs) / len(logs) for key in logs[0]}
         losses = self.student_losses(self.sample(batches[-1], step, len(batches) - 1))
         self.optimizer_s.zero_grad()
@@ -148,6 +153,10 @@ class PlainDualStream:
             tokens = torch.cat(normed, -1)
             maps.append(head(tokens.transpose(1, 2).reshape(len(tokens), -1, t, h // 2, w // 2)))
         return maps
+
+
+def _norm(module: nn.Module) -> float:
+    return torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm().item()
 
 
 def _adam(optimizer: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "L_FM alone": {"dmd_weight": 0.0, "gan_weight": 0.0},
     "real features": {"tapped": "real"},
     "fake features": {"tapped": "fake"},
+    "no fake score": {"dmd_weight": 0.0, "tapped": "real"},
 }
 
 
@@ -153,6 +154,39 @@ def test_each_group_learns_from_its_own_loss(world: World) -> None:
         stage.auxiliary_update(0, 0, batch, Meter("cpu"))
         losses.append(gradients)
     assert _relative(losses[0], losses[1]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2, "gradient_accumulation": 2},
+        {"zero_stage": 3, "gradient_accumulation": 2},
+        {"zero_stage": 3, "offload_optimizer": True},
+    ],
+    ids=str,
+)
+def test_the_critics_norm_is_divided_between_fake_score_and_heads(
+    world: World, engine: dict[str, Any]
+) -> None:
+    settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | engine))
+    stage = toys.dual_stream(toys.configuration(gan_weight=0.0), settings)
+    plain, meter = _plain(toys.dual_stream(toys.configuration(gan_weight=0.0))), Meter("cpu")
+    micro_batches = toys.local_batches(toys.global_batches(0, 1, 2), 0, 1, settings.gradient_accumulation)
+    stage.auxiliary_update(0, 0, micro_batches, meter)
+    sum(plain.auxiliary_losses(plain.sample(_batches(0)[0], 0, 0)).values()).backward()  # type: ignore[union-attr]
+    for name, module in (("fake_score", plain.fake), ("heads", plain.critic.heads)):
+        norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+        assert meter.means()[f"gradient_norm_{name}"] == pytest.approx(norm.item(), rel=1e-4), name
+
+
+def test_no_fake_score_where_nothing_looks_at_it(world: World) -> None:
+    stage = toys.dual_stream(toys.configuration(**VARIANTS["no fake score"]))
+    names = {name for name, _ in stage.critic.module.named_parameters()}
+    assert names and all(name.startswith("heads.") for name in names)
+    log = stage.train_step(0, _batches(0))
+    assert "loss_diffusion" not in log and log["loss_discriminator"] > 0 and log["gradient_norm_critic"] > 0
+    assert set(stage.previews(_batches(0)[0])) == {"student", "real_score"} == set(stage.preview_names)
 
 
 def test_forward_passes_are_no_more_than_the_algorithm_needs(world: World) -> None:

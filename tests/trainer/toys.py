@@ -82,7 +82,7 @@ def dual_stream(
         student=transformer(2, layers),
         real_score=real_score,
         # A fake score that has moved away from the real one, or DMD's gradient would be zero.
-        fake_score=moved(real_score),
+        fake_score=moved(real_score) if config.needs_fake_score else None,
         engines=dict.fromkeys(("student", "critic", "real_score"), engine),
         embed=embed,
         seed=seed,

@@ -60,6 +60,7 @@ class DualStream:
     """Implements `trainer.stage.Stage`."""
 
     name = "dual_stream"
+    preview_names: tuple[str, ...] = ("student", "real_score", "fake_score")
 
     def __init__(
         self,
@@ -93,6 +94,8 @@ class DualStream:
         self._embed, self._seed, self._device = embed, seed, torch.device(device)
         taps = critic.module.taps
         self._real_taps: tuple[int, ...] = taps if config.tapped != "fake" else ()
+        if not config.needs_fake_score:
+            self.preview_names = ("student", "real_score")
 
     @classmethod
     def build(
@@ -101,7 +104,7 @@ class DualStream:
         *,
         student: VSRTransformer,
         real_score: VSRTransformer,
-        fake_score: VSRTransformer,
+        fake_score: VSRTransformer | None,
         engines: dict[str, DeepSpeedConfig],
         embed: Callable[[list[str]], Tensor],
         seed: int,
@@ -112,18 +115,24 @@ class DualStream:
         Args:
             student: from Stage I.
             real_score: the multi-step teacher.
-            fake_score: a copy of `real_score`'s weights to begin with [paper].
+            fake_score: a copy of `real_score`'s weights to begin with [paper]; None where nothing asks for one
+                (`DualStreamConfig.needs_fake_score`).
             engines: how each of student, critic, real_score is sharded.
         """
-        depth = len(fake_score.blocks)
+        if (fake_score is not None) != config.needs_fake_score:
+            raise ValueError("a fake score must be given if and only if config.needs_fake_score")
+        depth = len(real_score.blocks)
         torch.manual_seed(seed)  # the heads are the only weights made here: the same on every rank
         critic = Critic(
             fake_score,
+            shape=real_score.config,
             taps=tapped_layers(depth, config.tap_fractions) if config.gan else (),
             tapped=config.tapped,
             head=config.head,
         )
-        groups: list[dict[str, Any]] = [{"params": list(fake_score.parameters())}]
+        groups: list[dict[str, Any]] = []
+        if fake_score is not None:
+            groups.append({"params": list(fake_score.parameters())})
         if config.gan:
             groups.append({"params": list(critic.heads.parameters()), "lr": config.heads_learning_rate})
         return cls(
@@ -153,11 +162,19 @@ class DualStream:
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
         """N auxiliary updates, then one student update; each on batches of its own."""
         meter = Meter(self._device)
+        self.updates(step, batches, meter)
+        return meter.means()
+
+    def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
+        """θ_F and φ N times, then θ_S."""
         queue = [batches[i : i + self._accumulation] for i in range(0, len(batches), self._accumulation)]
         for update, micro_batches in enumerate(queue[:-1]):
             self.auxiliary_update(step, update, micro_batches, meter)
         self.student_update(step, queue[-1], meter)
-        return meter.means()
+
+    def phase(self, step: int) -> tuple[bool, ...]:
+        """Which of DMD, GAN and feature matching the student hears."""
+        return tuple(weight > 0 for weight in self.weights(step))
 
     def auxiliary_update(self, step: int, update: int, batches: Sequence[Batch], meter: Meter) -> None:
         """θ_F descends L_Diff; φ descends L_D."""
@@ -173,17 +190,40 @@ class DualStream:
                     real_s, real_hr = self._real_features(z_t if clean is None else clean, judged_hr, s)
                 # sg[h^S], sg[h^HR]: only L_Diff teaches the fake score, L_D teaches the heads.
                 out = self.critic(
-                    z_t, s.t, s.z_lr, s.prompt, judged_hr, clean, real_s, real_hr, stop_gradient=True
+                    z_t,
+                    s.t,
+                    s.z_lr,
+                    s.prompt,
+                    judged_hr,
+                    clean,
+                    real_s,
+                    real_hr,
+                    velocity=self.config.needs_fake_score,
+                    stop_gradient=True,
                 )
-                loss = loss_diffusion = velocity_loss(out.velocity, velocity(z0, s.noise))
-                meter.add(loss_diffusion=loss_diffusion)
+                # The terms share no parameter: descending the sum is descending each on its own.
+                loss = z0.new_zeros(())
+                if self.config.needs_fake_score:
+                    loss_diffusion = velocity_loss(out.velocity, velocity(z0, s.noise))
+                    loss = loss + loss_diffusion
+                    meter.add(loss_diffusion=loss_diffusion)
                 if self.config.gan:
                     loss_d = discriminator_loss(out.logits_hr, out.logits_s, self.config.gan_loss)
-                    # The terms share no parameter: descending the sum is descending each on its own.
-                    loss = loss_diffusion + loss_d
+                    loss = loss + loss_d
                     meter.add(loss_discriminator=loss_d, d_hr=_mean(out.logits_hr), d_s=_mean(out.logits_s))
                 self.critic.backward(loss)
+            self._critic_step(meter)
+
+    def _critic_step(self, meter: Meter) -> None:
+        """Both groups are clipped by their joint norm; the log also says how it divides."""
+        if not (self.config.gan and self.config.needs_fake_score):
             meter.add(gradient_norm_critic=self.critic.step())
+            return
+        heads = self.critic.gradient_norm("heads.")
+        joint = self.critic.step()
+        # where the heads' norm dwarfs the fake score's, the difference of squares is only good to 1e-3 of the joint
+        fake_score = max(joint**2 - heads**2, 0.0) ** 0.5
+        meter.add(gradient_norm_critic=joint, gradient_norm_heads=heads, gradient_norm_fake_score=fake_score)
 
     def student_update(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """θ_S descends L_S."""
@@ -334,7 +374,7 @@ class DualStream:
 
     @torch.no_grad()
     def previews(self, batch: Batch) -> dict[str, Tensor]:
-        """x0 predictions of the three networks, the score models looking at z_t^S at `preview_time`.
+        """x0 predictions of all networks, the score models looking at z_t^S at `preview_time`.
 
         The noise is always the same for a sample, so pictures of different steps compare. In DMD these show a
         drift before any loss does.
@@ -344,12 +384,11 @@ class DualStream:
         z0 = one_step(_velocity_of(self.student.frozen), s.noise_s, s.z_lr, s.prompt)
         z_t = q_t(z0, s.noise, t)
         v_real, _ = self._real_forward(z_t, None, s._replace(t=t), dmd=True, gan=False)
-        v_fake = self.critic.frozen(z_t, t, s.z_lr, s.prompt).velocity
-        return {
-            "student": z0,
-            "real_score": x0_from_velocity(z_t, v_real, t),
-            "fake_score": x0_from_velocity(z_t, v_fake, t),
-        }
+        shown = {"student": z0, "real_score": x0_from_velocity(z_t, v_real, t)}
+        if self.config.needs_fake_score:
+            v_fake = self.critic.frozen(z_t, t, s.z_lr, s.prompt).velocity
+            shown["fake_score"] = x0_from_velocity(z_t, v_fake, t)
+        return shown
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: draws and schedules are functions of the step."""

@@ -70,3 +70,8 @@ class DualStreamConfig(Section):
     def gan(self) -> bool:
         """Whether there is a GAN stream, hence heads and passes over HR latents."""
         return self.gan_weight > 0 or self.feature_matching_weight > 0
+
+    @property
+    def needs_fake_score(self) -> bool:
+        """Whether DMD or the discriminator looks at the fake score; if neither does, there is none."""
+        return self.dmd_weight > 0 or self.tapped != "real"
