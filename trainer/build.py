@@ -75,7 +75,7 @@ def build_stage(
             network = load_transformer(folder, model.transformer)
         else:
             network = build_transformer(model.transformer, model.initial_weights)
-        set_attention(network, config.attention)
+        set_attention(network, config.attention, config.engine_of("student").dtype)
         if config.compile_blocks:
             network.compile_repeated_blocks()
         return network
