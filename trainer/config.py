@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -86,6 +87,9 @@ class TrainerConfig(Section):
     explosion_factor: float = Field(default=1000.0, gt=1)
     #: clips of the fixed validation batch, per rank
     validation_clips: int = Field(default=4, ge=1)
+    #: folder on a local disk where shards of an s3:// dataset are kept after their first use; null = read ranges of
+    #: them over the network
+    shard_cache: Path | None = None
     #: what to do about damaged samples (datagen/reader.py)
     damaged_samples: Literal["skip", "error"] = "skip"
     #: precision of exported transformers

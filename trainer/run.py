@@ -83,6 +83,7 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
             global_batch_size=samples_per_rank * world.size,
             rank=world.rank,
             world_size=world.size,
+            cache_dir=config.shard_cache,
             damaged=config.damaged_samples,
         )
 
