@@ -132,7 +132,7 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     validation = None
     if schedule.validate_every:
         batch = fixed_batch(reader(config.validation_clips, config.seed + 1))
-        validation = Validation(batch, vae if world.rank == 0 else None)
+        validation = Validation(batch, vae if world.rank == 0 else None, world.device)
     run = Run(
         stage,
         training_reader,

@@ -22,13 +22,14 @@ LABEL_HEIGHT_PX = 14
 class Validation:
     """The fixed batch of a run."""
 
-    def __init__(self, batch: Batch, vae: VAE | None) -> None:
+    def __init__(self, batch: Batch, vae: VAE | None, device: torch.device | str = "cpu") -> None:
         """
         Args:
             batch: the same size on every rank; rank 0's first clip is the one shown.
             vae: on rank 0, which decodes; other ranks only take part in the forwards.
+            device: where the VAE goes while it decodes; between looks it makes room for the training.
         """
-        self._batch, self._vae = batch, vae
+        self._batch, self._vae, self._device = batch, vae, torch.device(device)
         self._target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
 
     def look(self, stage: Stage, step: int, tracker: Tracker | None) -> dict[str, float]:
@@ -38,17 +39,30 @@ class Validation:
         if tracker is None or self._vae is None:
             return values
         columns = {"z_lr": self._batch.tensors["z_lr"], **shown, "target": self._target}
-        decoded = {name: self._decode(latents) for name, latents in columns.items()}
+        self._vae.to(self._device)
+        decoded = {name: self._decode(self._vae, latents) for name, latents in columns.items()}
+        self._vae.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         for name in ("z_lr", *shown):
             values[f"validation/{name}/psnr"] = psnr(decoded[name], decoded["target"])
         tracker.log(step, values)
         tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
         return values
 
-    def _decode(self, latents: Tensor) -> list[Tensor]:
-        """One (3, F, H, W) in [-1, 1] per clip; one at a time, as the VAE needs far more memory than the DiT."""
-        assert self._vae is not None
-        return [decode_latents(self._vae, clip[None].float().cpu())[0] for clip in latents]
+    def _decode(self, vae: VAE, latents: Tensor) -> list[Tensor]:
+        """One (3, F, H, W) in [-1, 1] per clip, on the CPU; one at a time, as the VAE needs much more memory than the
+        DiT."""
+        clips = []
+        for latent in latents.split(1):
+            try:
+                clip = decode_latents(vae, latent)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                vae.enable_tiling()  # from now on: what did not fit beside the training will not fit later
+                clip = decode_latents(vae, latent)
+            clips.append(clip[0].cpu())
+        return clips
 
     def _errors(self, shown: dict[str, Tensor]) -> dict[str, float]:
         """Latent MSE against the target, mean and deviation of each preview, over all ranks."""
