@@ -20,7 +20,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from benchmarks.literal_dual_stream import LiteralDualStream
 from datagen.reader import Batch
 from pipeline.transformer import VSRTransformer, tapped_layers
 from trainer.discriminator import Critic, HeadConfig
+from trainer.flops import BareNetwork
 from trainer.networks import DeepSpeedConfig, start_distributed
 from trainer.stage import Meter
 from trainer.stages.dual_stream import DualStream, DualStreamConfig
+from trainer.throughput import peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wan-1.3b": {},  # VSRTransformer's defaults
@@ -49,37 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 PROMPT_TOKENS = {"wan-1.3b": 512, "tiny": 4}
-#: dense bf16 FLOP/s by NVIDIA's data sheets
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-
-
-class PlainNetwork:
-    """`trainer.networks.Network` without an engine: the same calls on a bare module, for the meta device."""
-
-    def __init__(self, module: nn.Module, optimizer: bool = True) -> None:
-        self.module = module.requires_grad_(False)
-        self.config = DeepSpeedConfig()
-        self._adam = torch.optim.AdamW(module.parameters(), 1e-6) if optimizer else None
-
-    @contextlib.contextmanager
-    def updating(self) -> Iterator[None]:
-        self.module.requires_grad_(True)
-        yield
-        self.module.requires_grad_(False)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-    frozen = __call__
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self) -> float:
-        if self._adam is not None and next(self.module.parameters()).device.type != "meta":
-            self._adam.step()
-        self.module.zero_grad()
-        return 0.0
 
 
 def build_modules(
@@ -102,7 +73,11 @@ def build_stage(
     modules: dict[str, nn.Module], shape: str, device: str, config: DualStreamConfig
 ) -> DualStream:
     """The trainer's own stage over bare modules."""
-    networks: dict[str, Any] = {name: PlainNetwork(m, name != "real_score") for name, m in modules.items()}
+    networks: dict[str, Any] = {}
+    for name, module in modules.items():
+        learns = name != "real_score" and device != "meta"
+        adam = torch.optim.AdamW(module.parameters(), 1e-6) if learns else None
+        networks[name] = BareNetwork(module, optimizer=adam)
     return DualStream(config, **networks, embed=_embedder(shape, device), seed=0, device=device)
 
 
@@ -273,8 +248,7 @@ def _add_rates(
     tokens = (config.auxiliary_updates + 1) * b * t * (h // 2) * (w // 2)
     result["tokens_per_second"] = tokens / result["seconds_per_round"]
     if torch.cuda.is_available() and arguments.shape == "wan-1.3b":
-        name = torch.cuda.get_device_name()
-        peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
+        peak = peak_flops(torch.cuda.get_device_name())
         if peak is not None:
             result["mfu"] = flops / result["seconds_per_round"] / peak
 

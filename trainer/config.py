@@ -55,6 +55,8 @@ class TrackingConfig(Section):
     wandb: Literal["online", "offline", "off"] = "offline"
     project: str = "duo-vsr"
     log_every: int = Field(default=10, ge=1)
+    #: bf16 FLOP/s of one device, of which MFU is the share that was used; null = as trainer/throughput.py knows it
+    peak_flops: float | None = Field(default=None, gt=0)
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -78,6 +80,8 @@ class TrainerConfig(Section):
     preference: PreferenceTrainingConfig = PreferenceTrainingConfig()
     #: attention kernels of the DiT; auto takes the fastest one installed (pipeline/attention.py)
     attention: Literal["auto", "flash", "flash3", "xformers", "native"] = "auto"
+    #: ranks that share the tokens of each clip, for clips too long for one GPU (pipeline/sequence_parallel.py)
+    sequence_parallel: int = Field(default=1, ge=1)
     #: torch.compile the transformer blocks; pays on GPUs for long runs
     compile_blocks: bool = False
     keep_checkpoints: int = Field(default=3, ge=1)
@@ -85,7 +89,7 @@ class TrainerConfig(Section):
     max_bad_steps: int = Field(default=10, ge=1)
     #: a gradient norm so many times its running mean has exploded [ours]
     explosion_factor: float = Field(default=1000.0, gt=1)
-    #: clips of the fixed validation batch, per rank
+    #: clips of the fixed validation batch, per rank or group of ranks that share clips
     validation_clips: int = Field(default=4, ge=1)
     #: folder on a local disk where shards of an s3:// dataset are kept after their first use; null = read ranges of
     #: them over the network

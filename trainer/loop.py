@@ -22,6 +22,7 @@ from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoi
 from trainer.config import ScheduleConfig, TrainerConfig
 from trainer.networks import World
 from trainer.stage import Stage
+from trainer.throughput import Throughput
 from trainer.tracking import Tracker
 from trainer.validation import Validation
 
@@ -71,12 +72,20 @@ def train(run: Run) -> bool:
     stop = StopSignal()
     watch = DivergenceWatch(run.config.max_bad_steps, run.config.explosion_factor)
     watch.load_state_dict(document.get("watch", {}))
+    throughput = None
+    if _first(run):
+        throughput = Throughput(
+            run.stage,
+            global_batch_size=run.schedule.global_batch_size,
+            devices=run.world.size,
+            peak=run.config.tracking.peak_flops,
+        )
     batches = iter(run.reader)
     try:
         with _bar(run, start) as bar:
             for step in range(start, run.steps):
                 _set_learning_rates(run, step)
-                values = _step(run, step, batches, watch)
+                values = _step(run, step, batches, watch, throughput)
                 done = step + 1
                 if tracker and (done % run.config.tracking.log_every == 0 or done in (1, run.steps)):
                     tracker.log(step, values)
@@ -137,7 +146,9 @@ def _save(run: Run, step: int, watch: DivergenceWatch) -> None:
     save_checkpoint(run.checkpoints, step, run.stage, state, run.config.keep_checkpoints)
 
 
-def _step(run: Run, step: int, batches: Iterator[Batch], watch: DivergenceWatch) -> dict[str, float]:
+def _step(
+    run: Run, step: int, batches: Iterator[Batch], watch: DivergenceWatch, throughput: Throughput | None
+) -> dict[str, float]:
     began = time.perf_counter()
     local = [next(batches) for _ in range(run.stage.batches_per_step)]
     waited = time.perf_counter() - began
@@ -146,6 +157,8 @@ def _step(run: Run, step: int, batches: Iterator[Batch], watch: DivergenceWatch)
     values["bad_steps"] = float(watch.total)
     values["seconds_per_step"] = time.perf_counter() - began
     values["data_wait_fraction"] = waited / values["seconds_per_step"]
+    if throughput:
+        values |= throughput.rates(step, local[-1], values["seconds_per_step"])
     values["epoch"] = run.reader.epoch
     values["learning_rate_factor"] = run.stage.exported.schedule_factor
     if torch.cuda.is_available():

@@ -263,6 +263,11 @@ class Network:
         for parameter in self._trainable:
             parameter.requires_grad_(value)
 
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that learn; none of a network without an optimizer."""
+        return frozenset(self._shapes) if self._trainable else frozenset()
+
     # --- learning rates -------------------------------------------------------------------------------
 
     @property

@@ -133,7 +133,7 @@ def signal_after(process: subprocess.Popen[str], log: Path, lines: int, number: 
 def losses(output: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says of each step, without clocks."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "data_wait", "memory", "tokens", "samples_per")
+    timed = ("seconds", "data_wait", "memory", "tokens", "samples_per", "tflops", "mfu")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 
