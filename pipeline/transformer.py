@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.sequence_parallel import ALONE, SequenceGroup, UlyssesAttention, check_heads
 
 #: DiffusionPipeline.from_pretrained looks for this name in a component's module to learn how it is loaded.
 __all__ = ["ModelMixin", "VSROutput", "VSRTransformer", "tapped_layers", "widen_patch_embedding"]
@@ -74,6 +75,20 @@ class VSRTransformer(WanTransformer3DModel):
             eps=eps,
             rope_max_seq_len=rope_max_seq_len,
         )
+        self.sequence = ALONE
+
+    def share_sequence(self, group: SequenceGroup) -> None:
+        """From now on, run on the tokens of `group` together: every rank of it makes the same calls.
+
+        Raises:
+            UserError: the attention heads cannot be divided among the ranks.
+        """
+        check_heads(self.config.num_attention_heads, group.size)
+        self.sequence = group
+        if group.size > 1:
+            for block in self.blocks:
+                backend = block.attn1.processor._attention_backend
+                block.attn1.set_processor(UlyssesAttention(group, backend))
 
     def forward(
         self,
@@ -95,10 +110,13 @@ class VSRTransformer(WanTransformer3DModel):
             features_only: stop after the last tapped block; `velocity` is then None.
         """
         self._check(z_t, z_lr, feature_layers, features_only)
+        z_t, t, z_lr, prompt = (self.sequence.enter(value) for value in (z_t, t, z_lr, prompt))
         dtype = self.patch_embedding.weight.dtype
         x = torch.cat([z_t.to(dtype), z_lr.to(dtype)], dim=1)
-        rotary = self.rope(x)
-        x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+        rotary = self.sequence.share_rotary(self.rope(x))
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        tokens = x.shape[1]
+        x = self.sequence.share(x).contiguous()
         temb, time_projection, text, _ = self.condition_embedder(t.float() * 1000, prompt.to(dtype))
         time_projection = time_projection.unflatten(1, (6, -1))
 
@@ -110,13 +128,13 @@ class VSRTransformer(WanTransformer3DModel):
             else:
                 x = block(x, text, time_projection, rotary)
             if number in feature_layers:
-                features.append(x)
+                features.append(self.sequence.whole(x, tokens))
         if features_only:
             return VSROutput(None, tuple(features))
 
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         x = (self.norm_out(x.float()) * (1 + scale) + shift).to(dtype)
-        v = self._unpatchify(self.proj_out(x), z_t.shape)
+        v = self._unpatchify(self.sequence.whole(self.proj_out(x), tokens), z_t.shape)
         if self.config.low_resolution_skip:
             v = v + (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR).view(-1, 1, 1, 1, 1)
         return VSROutput(v, tuple(features))

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.attention import set_attention
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
+from pipeline.sequence_parallel import ALONE, SequenceGroup
 from pipeline.transformer import VSRTransformer
 from pipeline.weights import build_transformer, load_transformer
 from trainer.config import StageName, TrainerConfig
@@ -66,8 +67,13 @@ def build_stage(
     embed: Callable[[list[str]], Tensor],
     world: World,
     keep_teacher: Callable[[dict[str, Tensor]], None] | None = None,
+    sequence: SequenceGroup = ALONE,
 ) -> Stage:
-    """Load the weights and wrap them in engines. Collective."""
+    """Load the weights and wrap them in engines. Collective.
+
+    Args:
+        sequence: the ranks that share a clip with this one.
+    """
 
     def load(folder: Path | None) -> VSRTransformer:
         torch.manual_seed(config.seed)  # random weights must be the same on every rank
@@ -76,6 +82,7 @@ def build_stage(
         else:
             network = build_transformer(model.transformer, model.initial_weights)
         set_attention(network, config.attention, config.engine_of("student").dtype)
+        network.share_sequence(sequence)
         if config.compile_blocks:
             network.compile_repeated_blocks()
         return network

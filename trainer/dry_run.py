@@ -74,7 +74,8 @@ def memory_table(
         )
     lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {static:8.2f}")
     for clip, latent in CLIPS.items():
-        activations = activation_memory(model.transformer, latent, 1, config.engine_of("student"))
+        engine, ranks = config.engine_of("student"), config.sequence_parallel
+        activations = activation_memory(model.transformer, latent, 1, engine, ranks)
         lines.append(
             f"with one clip of {clip}: activations {activations:.2f}, together {static + activations:.2f}"
         )

@@ -56,12 +56,17 @@ def network_memory(
 
 
 def activation_memory(
-    shape: TransformerConfig, latent: tuple[int, int, int], batch: int, config: DeepSpeedConfig
+    shape: TransformerConfig,
+    latent: tuple[int, int, int],
+    batch: int,
+    config: DeepSpeedConfig,
+    sequence_parallel: int = 1,
 ) -> float:
-    """GiB of activations of one forward with gradient, for latents of (T, h, w)."""
+    """GiB of activations of one forward with gradient, for latents of (T, h, w) shared by so many ranks."""
     tokens = 1
     for size, patch in zip(latent, shape.patch_size, strict=True):
         tokens *= size // patch
+    tokens = -(-tokens // sequence_parallel)
     width = 2 if config.precision == "bf16" else 4
     dim = shape.num_attention_heads * shape.attention_head_dim
     block = batch * tokens * (18 * dim + 2 * shape.ffn_dim) * width

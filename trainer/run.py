@@ -53,6 +53,7 @@ def main() -> None:
 def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) -> bool:
     """Everything between checked arguments and the exported model. Returns whether the stage is finished."""
     from datagen.reader import ShardReader
+    from pipeline.sequence_parallel import form_sequence_groups
     from pipeline.text import load_prompts
     from pipeline.vae import load_vae
     from trainer.build import build_stage, check_roles
@@ -65,24 +66,28 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     check_roles(stage_name, arguments.init, arguments.teacher)
     vae, prompts = load_vae(model.vae), load_prompts(model.prompts)
     world = start_distributed()
+    sequence = form_sequence_groups(config.sequence_parallel)
+    #: what reads samples of its own: a rank, or a group of ranks that share clips
+    readers = world.size // sequence.size
     schedule = config.schedule_of(stage_name)
     accumulation = config.engine_of("student").gradient_accumulation
-    micro_batch, remainder = divmod(schedule.global_batch_size, accumulation * world.size)
+    micro_batch, remainder = divmod(schedule.global_batch_size, accumulation * readers)
     if remainder or micro_batch == 0:
         raise UserError(
             f"trainer.schedules.{stage_name}.global_batch_size = {schedule.global_batch_size} is not a multiple of "
-            f"{world.size} ranks x {accumulation} accumulated micro-batches"
+            f"{readers} {'ranks' if sequence.size == 1 else 'groups of ranks'} x {accumulation} accumulated "
+            "micro-batches"
         )
     members = ("pair",) if stage_name == "preference" else ("latents",)
 
-    def reader(samples_per_rank: int, seed: int) -> ShardReader:
+    def reader(samples: int, seed: int) -> ShardReader:
         return ShardReader(
             arguments.data,
             members=members,
             seed=seed,
-            global_batch_size=samples_per_rank * world.size,
-            rank=world.rank,
-            world_size=world.size,
+            global_batch_size=samples * readers,
+            rank=world.rank // sequence.size,
+            world_size=readers,
             cache_dir=config.shard_cache,
             damaged=config.damaged_samples,
         )
@@ -128,6 +133,7 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
         embed=prompts.embed,
         world=world,
         keep_teacher=keep_teacher,
+        sequence=sequence,
     )
     validation = None
     if schedule.validate_every:

@@ -40,15 +40,19 @@ class Row:
     accumulation: int = 1
     checkpointing: bool = False
     precision: str = "fp32"
+    #: ranks that share each clip
+    sequence: int = 1
 
     @property
-    def engine(self) -> dict[str, Any]:
-        return {
+    def arguments(self) -> dict[str, Any]:
+        """Of tests/trainer/scenarios.py's `rounds`."""
+        engine = {
             "zero_stage": self.zero_stage,
             "gradient_accumulation": self.accumulation,
             "activation_checkpointing": self.checkpointing,
             "precision": self.precision,
         }
+        return {"engine": engine, "sequence_parallel": self.sequence}
 
 
 #: the page's
@@ -57,6 +61,8 @@ ROWS = [
     *(Row(ranks, stage, accumulation=2) for ranks in (1, 2) for stage in (1, 2, 3)),
     *(Row(ranks, stage, checkpointing=True) for ranks in (1, 2) for stage in (1, 3)),
     Row(2, 3, accumulation=2, checkpointing=True),
+    *(Row(2, stage, sequence=2) for stage in (1, 2, 3)),
+    Row(2, 3, accumulation=2, checkpointing=True, sequence=2),
     *(Row(2, stage, precision="bf16") for stage in (1, 3)),
 ]
 #: the test suite's: together they cover every column
@@ -67,6 +73,8 @@ TESTED = [
     Row(2, 2, accumulation=2),
     Row(2, 3),
     Row(2, 3, accumulation=2, checkpointing=True),
+    Row(2, 1, sequence=2),
+    Row(2, 3, accumulation=2, checkpointing=True, sequence=2),
     Row(2, 1, precision="bf16"),
     Row(2, 3, precision="bf16"),
 ]
@@ -87,10 +95,10 @@ def plain_logs() -> Logs:
 
 def run(world: World, rows: list[Row]) -> dict[Row, Logs]:
     """Logs of every row: rows of one rank in this process, those of two in one start of two ranks."""
-    engines = {ranks: [row.engine for row in rows if row.ranks == ranks] for ranks in (1, 2)}
+    ways = {ranks: [row.arguments for row in rows if row.ranks == ranks] for ranks in (1, 2)}
     found = {
-        1: scenarios.parity(world, rows=engines[1], count=ROUNDS),
-        2: run_on_ranks("tests.trainer.scenarios:parity", 2, rows=engines[2], count=ROUNDS)[0],
+        1: scenarios.parity(world, rows=ways[1], count=ROUNDS),
+        2: run_on_ranks("tests.trainer.scenarios:parity", 2, rows=ways[2], count=ROUNDS)[0],
     }
     queues = {ranks: iter(result["rows"]) for ranks, result in found.items()}
     return {row: next(queues[row.ranks])["logs"] for row in rows}
@@ -107,18 +115,19 @@ def deviation(logs: Logs, yardstick: Logs, names: tuple[str, ...]) -> float:
 
 def table(results: dict[Row, Logs], yardstick: Logs) -> str:
     """Markdown: the last round's numbers and the largest deviations over all rounds."""
-    head = ["ranks", "ZeRO", "accumulation", "checkpointing", "precision"]
+    head = ["ranks", "ZeRO", "accumulation", "checkpointing", "sharing a clip", "precision"]
     shown = (*LOSSES, *NORMS)
     titles = ["L_Diff", "L_D", "L_DMD", "L_G", "L_FM", "‖∇critic‖", "‖∇student‖", "worst loss", "worst norm"]
     lines = ["| " + " | ".join(head + titles) + " |", "|" + "---|" * (len(head) + len(titles))]
     values = [f"{yardstick[-1][name]:.6f}" for name in shown]
-    lines.append("| " + " | ".join(["plain PyTorch", "–", "–", "–", "fp32", *values, "–", "–"]) + " |")
+    lines.append("| " + " | ".join(["plain PyTorch", "–", "–", "–", "–", "fp32", *values, "–", "–"]) + " |")
     for row, logs in results.items():
         cells = [
             str(row.ranks),
             str(row.zero_stage),
             str(row.accumulation),
             "yes" if row.checkpointing else "no",
+            str(row.sequence),
         ]
         cells += [row.precision, *(f"{logs[-1][name]:.6f}" for name in shown)]
         cells += [f"{deviation(logs, yardstick, names):.1e}" for names in (LOSSES, NORMS)]

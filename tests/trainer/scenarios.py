@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.seeding import seeded_noise
+from pipeline.sequence_parallel import form_sequence_groups
 from tests.trainer import toys
 from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
 
@@ -21,14 +22,17 @@ def rounds(
     size: int = 4,
     engine: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    sequence_parallel: int = 1,
 ) -> dict[str, Any]:
     """`count` rounds of Stage II; logs of each, and the student's weights and EMA (rank 0) at the end."""
     settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | (engine or {})))
-    stage = toys.dual_stream(toys.configuration(**(config or {})), settings)
+    sequence = form_sequence_groups(sequence_parallel)
+    stage = toys.dual_stream(toys.configuration(**(config or {})), settings, sequence=sequence)
+    reader, readers = world.rank // sequence.size, world.size // sequence.size
     logs = []
     for step in range(count):
         keys = toys.global_batches(step, stage.config.auxiliary_updates + 1, size)
-        batches = toys.local_batches(keys, world.rank, world.size, settings.gradient_accumulation)
+        batches = toys.local_batches(keys, reader, readers, settings.gradient_accumulation)
         logs.append(stage.train_step(step, batches))
     return {
         "logs": logs,
@@ -138,4 +142,4 @@ def checkpoint(world: World, *, zero_stage: int, folder: str, save: bool) -> dic
 
 def parity(world: World, *, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
     """`rounds` for each row of the parity table, one after the other."""
-    return {"rows": [rounds(world, count=count, engine=row) for row in rows]}
+    return {"rows": [rounds(world, count=count, **row) for row in rows]}

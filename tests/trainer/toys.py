@@ -9,6 +9,7 @@ import torch
 
 from datagen.reader import Batch
 from pipeline.seeding import seeded_noise
+from pipeline.sequence_parallel import ALONE, SequenceGroup
 from pipeline.transformer import VSRTransformer
 from trainer.discriminator import HeadConfig
 from trainer.networks import DeepSpeedConfig, OptimizerConfig
@@ -73,13 +74,19 @@ def configuration(**changes: object) -> DualStreamConfig:
 
 
 def dual_stream(
-    config: DualStreamConfig, engine: DeepSpeedConfig | None = None, layers: int = 3, seed: int = 7
+    config: DualStreamConfig,
+    engine: DeepSpeedConfig | None = None,
+    layers: int = 3,
+    seed: int = 7,
+    sequence: SequenceGroup = ALONE,
 ) -> DualStream:
     engine = engine or DeepSpeedConfig(zero_stage=1, precision="fp32")
-    real_score = transformer(1, layers)
+    student, real_score = transformer(2, layers), transformer(1, layers)
+    student.share_sequence(sequence)
+    real_score.share_sequence(sequence)
     return DualStream.build(
         config,
-        student=transformer(2, layers),
+        student=student,
         real_score=real_score,
         # A fake score that has moved away from the real one, or DMD's gradient would be zero.
         fake_score=moved(real_score) if config.needs_fake_score else None,
