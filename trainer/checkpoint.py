@@ -3,6 +3,7 @@
     <output>/checkpoints/step-00001000/
         state.json                          step, reader position, stage state, configuration
         <network>/rank-00000.safetensors    masters, Adam moments, EMA of one rank
+    <output>/checkpoints/best.json          which of them is the best (trainer/best.py)
 
 Written under a temporary name, renamed when every rank is done. Any number of ranks can read what any other number
 wrote (trainer/fragments.py), so there is one kind of checkpoint.
@@ -24,13 +25,13 @@ from pipeline.errors import UserError
 from trainer.stage import Stage
 
 
-def save_checkpoint(folder: Path, step: int, stage: Stage, state: dict[str, Any], keep: int) -> Path:
-    """Save `stage` after `step` steps and delete all but the last `keep` checkpoints. Collective.
+def save_checkpoint(folder: Path, step: int, stage: Stage, state: dict[str, Any]) -> Path:
+    """Save `stage` after `step` steps. Collective.
 
     Raises:
         UserError: on every rank if any could not write (a full disk); the earlier checkpoints are untouched.
     """
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_of(folder, step)
     partial = folder / f".step-{step:08d}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -58,10 +59,16 @@ def save_checkpoint(folder: Path, step: int, stage: Stage, state: dict[str, Any]
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
+
+
+def delete_old_checkpoints(folder: Path, keep: int, best: Path | None) -> None:
+    """Delete all but the last `keep` and the best, on rank 0."""
+    if dist.get_rank() == 0:
+        for old in list_checkpoints(folder)[:-keep]:
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(checkpoint: Path, stage: Stage) -> dict[str, Any]:
@@ -90,6 +97,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint} is not a whole checkpoint ({error}); delete it to resume from the one before"
         ) from None
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return folder / f"step-{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -36,6 +36,9 @@ class ScheduleConfig(Section):
     checkpoint_every: int = Field(default=500, ge=1)
     #: 0 = never
     validate_every: int = Field(default=500, ge=0)
+    #: what makes a validation the best so far, whose checkpoint is kept beside the last ones: PSNR (highest) or error
+    #: in latents (lowest) of the exported network's preview; null = none [ours]
+    keep_best: Literal["psnr", "latent_mse"] | None = "psnr"
     #: shape of the learning rate after warm-up; cosine falls to a tenth [ours]
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from datagen.reader import Batch, ShardReader
 from pipeline.errors import UserError
 from pipeline.progress import Counter, progress
-from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.best import Best
+from trainer.checkpoint import delete_old_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import ScheduleConfig, TrainerConfig
 from trainer.networks import World
 from trainer.stage import Stage
@@ -72,6 +73,9 @@ def train(run: Run) -> bool:
     stop = StopSignal()
     watch = DivergenceWatch(run.config.max_bad_steps, run.config.explosion_factor)
     watch.load_state_dict(document.get("watch", {}))
+    best = Best(run.checkpoints, run.stage, run.schedule.keep_best)
+    best.load_state_dict(document.get("best", {}))
+    best.write()
     throughput = None
     if _first(run):
         throughput = Throughput(
@@ -91,11 +95,14 @@ def train(run: Run) -> bool:
                     tracker.log(step, values)
                 if bar:
                     bar.advance(1, **_shown(values))
+                improved = False
                 if run.validation and (done % run.schedule.validate_every == 0 or done == run.steps):
                     run.metrics = run.validation.look(run.stage, step, tracker)
+                    improved = best.improved(done, run.metrics)
                 preempted = stop.requested(run.world) or done - start == run.stop_after
-                if done % run.schedule.checkpoint_every == 0 or done == run.steps or preempted:
-                    _save(run, done, watch)
+                due = done % run.schedule.checkpoint_every == 0 or done == run.steps
+                if due or improved or preempted:
+                    _save(run, done, watch, best)
                 if preempted and done < run.steps:
                     return False
     finally:
@@ -135,15 +142,18 @@ def changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list
     return lines
 
 
-def _save(run: Run, step: int, watch: DivergenceWatch) -> None:
+def _save(run: Run, step: int, watch: DivergenceWatch, best: Best) -> None:
     state = {
         "reader": run.reader.state_dict(),
         "world_size": run.world.size,
         "watch": watch.state_dict(),
+        "best": best.state_dict(),
         "metrics": run.metrics,
         "settings": run.settings,
     }
-    save_checkpoint(run.checkpoints, step, run.stage, state, run.config.keep_checkpoints)
+    save_checkpoint(run.checkpoints, step, run.stage, state)
+    best.write()
+    delete_old_checkpoints(run.checkpoints, run.config.keep_checkpoints, best.checkpoint)
 
 
 def _step(

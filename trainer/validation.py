@@ -33,22 +33,36 @@ class Validation:
         self._target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
 
     def look(self, stage: Stage, step: int, tracker: Tracker | None) -> dict[str, float]:
-        """Log and return latent errors over all ranks' clips and PSNR over rank 0's; save a picture. Collective."""
+        """Log and return latent errors over all ranks' clips and PSNR over rank 0's; save a picture. Collective.
+
+        Every rank returns the same.
+        """
         shown = stage.previews(self._batch)
         values = self._errors(shown)
-        if tracker is None or self._vae is None:
-            return values
-        columns = {"z_lr": self._batch.tensors["z_lr"], **shown, "target": self._target}
+        names = ("z_lr", *shown)
+        psnrs = torch.zeros(len(names), dtype=torch.float64, device=next(iter(shown.values())).device)
+        if tracker is not None and self._vae is not None:
+            decoded = self._decode_all({"z_lr": self._batch.tensors["z_lr"], **shown, "target": self._target})
+            measured = [psnr(decoded[name], decoded["target"]) for name in names]
+            psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
+            tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
+        dist.broadcast(psnrs, src=0)
+        values |= {
+            f"validation/{name}/psnr": value for name, value in zip(names, psnrs.tolist(), strict=True)
+        }
+        if tracker is not None:
+            tracker.log(step, values)
+        return values
+
+    def _decode_all(self, columns: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The clips of each column; the VAE is on the device only meanwhile."""
+        assert self._vae is not None
         self._vae.to(self._device)
         decoded = {name: self._decode(self._vae, latents) for name, latents in columns.items()}
         self._vae.to("cpu")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        for name in ("z_lr", *shown):
-            values[f"validation/{name}/psnr"] = psnr(decoded[name], decoded["target"])
-        tracker.log(step, values)
-        tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
-        return values
+        return decoded
 
     def _decode(self, vae: VAE, latents: Tensor) -> list[Tensor]:
         """One (3, F, H, W) in [-1, 1] per clip, on the CPU; one at a time, as the VAE needs much more memory than the

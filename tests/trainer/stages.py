@@ -10,11 +10,13 @@ import yaml
 from datagen.reader import ShardReader
 from pipeline.config import ModelConfig
 from pipeline.text import load_prompts
+from pipeline.vae import load_vae
 from tests.trainer.presets import TRAINER
 from trainer.build import build_stage
 from trainer.config import TrainerConfig
 from trainer.loop import Run
 from trainer.networks import World
+from trainer.validation import Validation, fixed_batch
 
 STAGES = ("base", "progressive", "dual_stream", "preference")
 
@@ -30,12 +32,15 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
     model = ModelConfig(**yaml.safe_load(preset.read_text())["model"])
     config = TrainerConfig(**(TRAINER | changes))
     schedule = config.schedule_of(stage)  # type: ignore[arg-type]
-    reader = ShardReader(
-        preset.parent / ("pairs" if stage == "preference" else "clips"),
-        members=("pair",) if stage == "preference" else ("latents",),
-        seed=config.seed,
-        global_batch_size=schedule.global_batch_size,
-    )
+
+    def reader(seed: int) -> ShardReader:
+        return ShardReader(
+            preset.parent / ("pairs" if stage == "preference" else "clips"),
+            members=("pair",) if stage == "preference" else ("latents",),
+            seed=seed,
+            global_batch_size=schedule.global_batch_size,
+        )
+
     built = build_stage(
         stage,  # type: ignore[arg-type]
         config,
@@ -46,5 +51,18 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
         world=world,
     )
     settings = {"trainer": config.model_dump(mode="json")}
-    steps = config.steps_of(stage)  # type: ignore[arg-type]
-    return Run(built, reader, config, schedule, steps, output, world, settings, stop_after=stop_after)
+    validation = None
+    if schedule.validate_every:
+        validation = Validation(fixed_batch(reader(config.seed + 1)), load_vae(model.vae))
+    return Run(
+        built,
+        reader(config.seed),
+        config,
+        schedule,
+        config.steps_of(stage),  # type: ignore[arg-type]
+        output,
+        world,
+        settings,
+        validation=validation,
+        stop_after=stop_after,
+    )

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from tests.trainer.presets import losses, write_preset
-from tests.trainer.stages import make_run
+from tests.trainer.stages import STAGES, make_run
 from trainer.loop import DivergenceWatch, Run, changes, train
 from trainer.networks import World
 
@@ -85,6 +85,12 @@ def test_cosine_falls_to_a_tenth(preset: Path, tmp_path: Path, world: World) -> 
     assert factors[4] == pytest.approx(0.55)
     peak = run.config.base.optimizer.learning_rate
     assert run.stage.exported.learning_rates == [pytest.approx(peak * factors[-1])]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_shows_what_it_says(stage: str, preset: Path, tmp_path: Path, world: World) -> None:
+    built = make_run(preset, stage, tmp_path / "run", world)
+    assert tuple(built.stage.previews(next(iter(built.reader)))) == built.stage.preview_names
 
 
 def test_changes_are_listed_by_name() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from pipeline.errors import UserError
 from tests.trainer.presets import losses, run_command, signal_after, start_command, write_preset
 from tests.trainer.stages import STAGES, make_run
-from trainer.checkpoint import latest_checkpoint, list_checkpoints
+from trainer.best import best_checkpoint
+from trainer.checkpoint import latest_checkpoint, list_checkpoints, read_state
 from trainer.loop import EXIT_SAVED_ON_SIGNAL, Run, train
 from trainer.networks import World
 
@@ -163,6 +166,55 @@ def test_only_the_last_checkpoints_are_kept(preset: Path, tmp_path: Path, world:
     run = make_run(preset, "progressive", tmp_path / "run", world, keep_checkpoints=2)
     assert train(run)
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000006"]
+
+
+WATCHED = {
+    "base": {
+        "steps": 8, "global_batch_size": 4, "checkpoint_every": 4, "validate_every": 2, "keep_best": "latent_mse"
+    }
+}  # fmt: skip
+
+
+def kept(output: Path) -> tuple[list[str], dict[str, Any]]:
+    """Names of the checkpoints and what best.json says."""
+    folder = output / "checkpoints"
+    return [path.name for path in list_checkpoints(folder)], json.loads((folder / "best.json").read_text())
+
+
+def test_the_best_checkpoint_is_kept(
+    preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(preset, "base", tmp_path / "run", world, schedules=WATCHED, keep_checkpoints=1)
+    number, values = "validation/x0_at_t_1.0/latent_mse", iter([0.5, math.nan, 0.4, 0.7])
+    assert run.validation is not None
+    monkeypatch.setattr(run.validation, "look", lambda *_: {number: next(values)})
+    assert train(run)
+    best = {"number": number, "step": 6, "value": 0.4}
+    assert kept(tmp_path / "run") == (["step-00000006", "step-00000008"], best), "6 is no multiple of 4"
+    assert best_checkpoint(run.checkpoints) == run.checkpoints / "step-00000006"
+    assert read_state(run.checkpoints / "step-00000006")["metrics"] == {number: 0.4}
+    with pytest.raises(UserError, match=r"has no best\.json"):
+        best_checkpoint(tmp_path)
+
+
+def test_what_is_best_survives_a_power_cut(
+    preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_run(preset, "base", tmp_path / "whole", world, schedules=WATCHED, keep_checkpoints=1)
+    assert train(whole)
+    dying = make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1)
+    cut_power(dying, monkeypatch, step=5)
+    with pytest.raises(PowerCut):
+        train(dying)
+    (dying.checkpoints / "best.json").unlink()  # as if the power had gone before it was written
+    assert train(make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1))
+    assert kept(tmp_path / "cut") == kept(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    unwatched = {"base": WATCHED["base"] | {"keep_best": None}}
+    plain = make_run(preset, "base", tmp_path / "plain", world, schedules=unwatched, keep_checkpoints=1)
+    assert train(plain)
+    assert [path.name for path in plain.checkpoints.iterdir()] == ["step-00000008"]
+    assert losses(tmp_path / "plain") == losses(tmp_path / "whole"), "keeping the best changes no number"
 
 
 def test_a_damaged_checkpoint_is_named(preset: Path, tmp_path: Path, world: World) -> None:
