@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pipeline.errors import UserError, run_command
 
 
 def main() -> None:
-    arguments = _arguments()
+    arguments = parse_arguments()
     from trainer.config import TrainerConfig
 
     model = load_section(arguments.config, "model", ModelConfig, arguments.overrides)
@@ -177,7 +178,8 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
-def _arguments() -> argparse.Namespace:
+def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line, or of `line`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,7 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--local_rank", type=int, default=0, help=argparse.SUPPRESS
     )  # the deepspeed launcher adds it
-    return parser.parse_args()
+    return parser.parse_args(line)
 
 
 if __name__ == "__main__":
