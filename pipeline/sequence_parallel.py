@@ -71,7 +71,7 @@ class SequenceGroup:
         """(B, ⌈S/N⌉, D) of every rank -> (B, S, D) on every rank, S being `tokens`."""
         return own if self.size == 1 else _Whole.apply(own, tokens, self)
 
-    @torch.compiler.disable  # traced by torch.compile, DeepSpeed's exchange loses its gradient
+    @torch.compiler.disable  # DeepSpeed warns that an exchange torch.compile has traced may lose its gradient
     def attend(self, query: Tensor, key: Tensor, value: Tensor, tokens: int, backend: Any) -> Tensor:
         """Attention of the own tokens, (B, ⌈S/N⌉, heads, head_dim), to all S tokens; same shape."""
         from deepspeed.sequence.layer import DistributedAttention  # training only: it takes seconds to import
@@ -174,9 +174,9 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group.group)
-        return total / ctx.group.size, None
+        mean = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(mean, group=ctx.group.group)
+        return mean.div_(ctx.group.size), None
 
 
 class _Whole(torch.autograd.Function):

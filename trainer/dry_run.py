@@ -73,11 +73,13 @@ def memory_table(
             f"{memory.total:8.2f}"
         )
     lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {static:8.2f}")
+    engine, ranks = config.engine_of("student"), config.sequence_parallel
     for clip, latent in CLIPS.items():
-        engine, ranks = config.engine_of("student"), config.sequence_parallel
         activations = activation_memory(model.transformer, latent, 1, engine, ranks)
+        shared = f" on {ranks} GPUs" if ranks > 1 else ""
+        together = static + activations
         lines.append(
-            f"with one clip of {clip}: activations {activations:.2f}, together {static + activations:.2f}"
+            f"with one clip of {clip}{shared}: activations {activations:.2f}, together {together:.2f}"
         )
     return lines
 

@@ -10,7 +10,8 @@ Bytes per parameter and rank, n ranks, bf16 weights with float32 masters:
 
 Activations of one transformer block for S tokens of width d and FFN width f, batch b, are about
 b·S·(18·d + 2·f)·2 bytes in bf16 with fused attention; activation checkpointing keeps b·S·d·2 bytes per block and one
-block whole.
+block whole. Where ranks share a clip, S counts the tokens of one rank; tapped features and discriminator heads have
+all of them.
 """
 
 from __future__ import annotations

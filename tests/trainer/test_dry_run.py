@@ -87,3 +87,5 @@ def test_checkpointing_saves_activations() -> None:
         for on in (False, True)
     )
     assert saving < 0.1 * plain
+    shared = activation_memory(shape, latent, 1, DeepSpeedConfig(), sequence_parallel=4)
+    assert shared == pytest.approx(plain / 4)
