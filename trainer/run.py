@@ -18,6 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, from anywhere
 
+# A rank that fails takes its connections with it; torch would print a stack of its own for each on the other ranks.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # DeepSpeed looks for an accelerator on import; a machine without one is a CPU machine, not an error.
 if "DS_ACCELERATOR" not in os.environ:
     import torch
@@ -26,7 +29,7 @@ if "DS_ACCELERATOR" not in os.environ:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError, run_command
+from pipeline.errors import UserError
 
 
 def main() -> None:
@@ -215,4 +218,6 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    from trainer.together import run_ranks
+
+    run_ranks(main)

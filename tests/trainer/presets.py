@@ -74,8 +74,8 @@ def write_preset(folder: Path) -> Path:
     torch.manual_seed(0)
     TinyVideoVAE(z_dim=LATENT[0], hidden_dim=8, num_blocks=1).save_pretrained(folder / "vae")
     placeholder_cache(TRANSFORMER["text_dim"], 4).save_pretrained(folder / "prompts")
-    _dataset(folder / "clips", "clips", _clip)
-    _dataset(folder / "pairs", "pairs", _pair)
+    write_dataset(folder / "clips", "clips", clip)
+    write_dataset(folder / "pairs", "pairs", _pair)
     preset = {
         "model": {
             "transformer": TRANSFORMER,
@@ -103,8 +103,17 @@ def run_command(
     return subprocess.CompletedProcess(started.args, started.returncode, output, errors)
 
 
-def start_command(*arguments: object, ranks: int | None = None, limit: str = "") -> subprocess.Popen[str]:
-    """The same in the background."""
+def start_command(
+    *arguments: object,
+    ranks: int | None = None,
+    limit: str = "",
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """The same in the background.
+
+    Args:
+        environment: added to this process's own.
+    """
     script = [str(ROOT / "trainer" / "run.py"), *map(str, arguments)]
     if ranks is None:
         command = [sys.executable, *script]
@@ -113,12 +122,12 @@ def start_command(*arguments: object, ranks: int | None = None, limit: str = "")
         command = [*launcher, "--master_port", str(29600 + os.getpid() % 300), *script]
     if limit:
         command = ["bash", "-c", f'{limit} && exec "$0" "$@"', *command]
-    environment = {
+    inherited = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    inherited |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd="/", env=environment, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(command, cwd="/", env=inherited | (environment or {}), **pipes)  # type: ignore[call-overload]
 
 
 def signal_after(process: subprocess.Popen[str], log: Path, lines: int, number: signal.Signals) -> None:
@@ -137,7 +146,7 @@ def losses(output: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
 
 
-def _dataset(path: Path, kind: str, make: Any) -> None:
+def write_dataset(path: Path, kind: str, make: Any) -> None:
     folder = open_folder(path)
     half = CLIPS // 2
     sidecars = [
@@ -150,7 +159,7 @@ def _latent(*parts: object) -> torch.Tensor:
     return seeded_noise(LATENT, *parts)
 
 
-def _clip(index: int) -> Sample:
+def clip(index: int) -> Sample:
     z_hr = _latent("hr", index)
     tensors = {"z_hr": z_hr, "z_lr": z_hr + 0.3 * _latent("lr", index)}
     return _sample(f"clip-{index:03d}", "latents", tensors, {"caption": DEFAULT_PROMPT})
