@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from pipeline.seeding import seeded_noise
 from pipeline.sequence_parallel import form_sequence_groups
 from tests.trainer import toys
+from tests.trainer.presets import TRAINER
+from tests.trainer.stages import make_run
+from trainer.loop import train
 from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
+
+#: the networks that can skip an update
+SKIPPED = ("critic", "student")
 
 
 def rounds(
@@ -111,7 +117,7 @@ def table_of_calls(world: World, *, rows: list[tuple[int, str, str, bool]]) -> d
 
 def checkpoint(world: World, *, zero_stage: int, folder: str, save: bool) -> dict[str, Any]:
     """Two updates and a save, or a load; then two more, on global batches that don't depend on the ranks."""
-    engine = DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", persistence_threshold=0)
+    engine = DeepSpeedConfig(zero_stage=zero_stage, precision="fp32", persistence_threshold=100)
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_updates=3)
     network = Network("student", toys.transformer(5, 2), deepspeed=engine, optimizer=optimizer, ema_decay=0.9)
 
@@ -143,3 +149,26 @@ def checkpoint(world: World, *, zero_stage: int, folder: str, save: bool) -> dic
 def parity(world: World, *, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
     """`rounds` for each row of the parity table, one after the other."""
     return {"rows": [rounds(world, count=count, **row) for row in rows]}
+
+
+def poisoned_run(world: World, *, preset: str, output: str) -> dict[str, Any]:
+    """Stage II through the loop at ZeRO-3; the last rank meets a NaN in an auxiliary update, later in the student's."""
+    engine = TRAINER["engine"] | {"zero_stage": 3}
+    run = make_run(Path(preset), "dual_stream", Path(output), world, engine=engine)
+    train_step = run.stage.train_step
+    poisoned_update = {1: 1, 3: 2}  # by step; two auxiliary updates, then the student's
+
+    def poisoned(step: int, batches: Any) -> dict[str, float]:
+        if step in poisoned_update and world.rank == world.size - 1:
+            batches[poisoned_update[step]].tensors["z_hr"][0, 0, 0, 0, 0] = torch.nan
+        values = train_step(step, batches)
+        networks = [run.stage.networks[name] for name in SKIPPED]
+        masters = [fragment.master for network in networks for fragment in network.fragments]
+        finite.append(all(bool(torch.isfinite(master).all()) for master in masters))
+        skipped.append([network.skipped for network in networks])
+        return values
+
+    finite: list[bool] = []
+    skipped: list[list[int]] = []
+    run.stage.train_step = poisoned  # type: ignore[method-assign]
+    return {"finished": train(run), "finite": finite, "skipped": skipped}

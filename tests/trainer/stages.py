@@ -22,7 +22,7 @@ STAGES = ("base", "progressive", "dual_stream", "preference")
 
 
 def make_run(preset: Path, stage: str, output: Path, world: World, **changes: Any) -> Run:
-    """As trainer/run.py makes it, all models being random.
+    """As trainer/run.py makes it, all models being random. Collective.
 
     Args:
         changes: fields of `Run` (stop_after) or of the `trainer` section.
@@ -39,6 +39,8 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
             members=("pair",) if stage == "preference" else ("latents",),
             seed=seed,
             global_batch_size=schedule.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
         )
 
     built = build_stage(

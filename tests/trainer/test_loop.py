@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from pipeline.errors import UserError
 from tests.trainer.presets import losses, write_preset
+from tests.trainer.ranks import run_on_ranks
 from tests.trainer.stages import STAGES, make_run
 from trainer.loop import DivergenceWatch, Run, changes, train
 from trainer.networks import World
@@ -46,6 +48,24 @@ def test_a_bad_batch_is_skipped_and_named(
         assert all(torch.isfinite(parameter).all() for parameter in network.module.parameters())
     (line,) = (tmp_path / "run" / "bad-steps-rank-0.txt").read_text().splitlines()
     assert line.startswith("step 2: ") and "clip-0" in line
+
+
+@pytest.mark.distributed
+def test_one_ranks_bad_batch_is_skipped_on_all(preset: Path, tmp_path: Path) -> None:
+    """In an auxiliary update only the critic stands still, in the student's only the student."""
+    arguments = {"preset": str(preset), "output": str(tmp_path / "run")}
+    results = run_on_ranks("tests.trainer.scenarios:poisoned_run", 2, **arguments)
+    assert all(result["finished"] and all(result["finite"]) for result in results)
+    for result in results:
+        assert result["skipped"] == [[0, 0], [1, 0], [1, 0], [1, 1], [1, 1]], (
+            "critic, student after each step"
+        )
+    assert [row["bad_steps"] for row in losses(tmp_path / "run")] == [0, 1, 1, 2, 2]
+    files = [(tmp_path / "run" / f"bad-steps-rank-{rank}.txt").read_text().splitlines() for rank in range(2)]
+    named = [[set(re.findall(r"clip-\d+", line)) for line in lines] for lines in files]
+    for lines in files:
+        assert [line.split(":")[0] for line in lines] == ["step 1", "step 3"]
+    assert all(mine and theirs and mine != theirs for mine, theirs in zip(*named, strict=True))
 
 
 def test_too_many_bad_steps_end_the_run(

@@ -73,6 +73,43 @@ def test_bf16_keeps_float32_masters_and_rotary_tables(world: World, zero_stage: 
     assert all(b.dtype == torch.float32 for _, b in network.module.named_buffers() if b.is_floating_point())
 
 
+@pytest.mark.parametrize(
+    ("engine", "tolerance"),
+    [
+        ({"zero_stage": 1, "precision": "fp32", "offload_optimizer": True}, 0.0),
+        ({"zero_stage": 2, "precision": "bf16", "offload_optimizer": True}, 0.0),
+        ({"zero_stage": 3, "precision": "fp32", "offload_optimizer": True, "offload_parameters": True}, 1e-6),
+        ({"zero_stage": 3, "precision": "bf16", "offload_optimizer": True, "offload_parameters": True}, 1e-6),
+    ],
+    ids=str,
+)
+def test_offloading_changes_no_number(
+    world: World, engine: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    """Masters and moments on the host; on a CPU that is where they are anyway, but by DeepSpeed's other paths."""
+    settings = engine | {"persistence_threshold": 0}
+    offloaded = _network(settings, ema_decay=0.9)
+    kept = {name: value for name, value in settings.items() if not name.startswith("offload")}
+    plain = _network(kept, ema_decay=0.9)
+    deepspeed_engine, optimizer = offloaded._engine, offloaded._engine.optimizer
+    assert deepspeed_engine.zero_offload_optimizer().device == "cpu"
+    assert getattr(optimizer, "offload_optimizer", False) or optimizer.cpu_offload
+    assert isinstance(optimizer.optimizer, torch.optim.AdamW), (
+        "none of DeepSpeed's own, which would be compiled"
+    )
+    if engine["zero_stage"] == 3:
+        assert deepspeed_engine.zero_offload_param().device == "cpu" and optimizer.offload_param
+    norms = [(_update(offloaded, step), _update(plain, step)) for step in range(3)]
+    assert all(one == pytest.approx(two, rel=1e-6) for one, two in norms)
+    for ema in (False, True):
+        one, two = offloaded.full_state_dict(ema=ema), plain.full_state_dict(ema=ema)
+        assert all(torch.allclose(one[name], two[name], rtol=0, atol=tolerance) for name in one)
+    offloaded.save(tmp_path)
+    again = _network(settings, ema_decay=0.9)
+    again.load(tmp_path)
+    assert _update(again, 3) == _update(offloaded, 3)
+
+
 def test_accumulation_is_refused_when_miscounted(world: World) -> None:
     network = _network({"gradient_accumulation": 2})
     with network.updating(), pytest.raises(RuntimeError, match="0 of 2 backward"):
