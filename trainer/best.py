@@ -12,13 +12,17 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from pipeline.errors import UserError
-from trainer.checkpoint import checkpoint_of
+from trainer.checkpoint import checkpoint_of, read_state
 from trainer.stage import Stage
+
+if TYPE_CHECKING:
+    from trainer.config import ScheduleConfig
+    from trainer.loop import Run
 
 #: numbers of a preview that can decide, and whether more of them is better
 HIGHER_IS_BETTER = {"psnr": True, "latent_mse": False}
@@ -74,19 +78,34 @@ class Best:
         os.replace(temporary, self._folder / "best.json")
 
 
-def best_checkpoint(folder: Path) -> Path:
-    """The checkpoint that best.json names.
+def check_kept(stage: str, schedule: ScheduleConfig) -> None:
+    """Fail early where there will be no best checkpoint to export.
 
     Raises:
-        UserError: there is none.
+        UserError: the configuration keeps none.
+    """
+    for field in ("validate_every", "keep_best"):
+        if not getattr(schedule, field):
+            raise UserError(
+                f"--export best: no best checkpoint is kept, as trainer.schedules.{stage}.{field} is "
+                f"{'0' if field == 'validate_every' else 'null'}"
+            )
+
+
+def load_best(run: Run) -> None:
+    """Give the exported network the weights, and the run the metrics, of its best checkpoint. Collective.
+
+    Raises:
+        UserError: there is none: every validation's number was not finite.
     """
     try:
-        checkpoint = checkpoint_of(folder, json.loads((folder / "best.json").read_text())["step"])
+        step = json.loads((run.checkpoints / "best.json").read_text())["step"]
     except (OSError, ValueError, KeyError):
         raise UserError(
-            f"--export best: {folder} has no best.json; it is written with the first validation "
-            "(trainer.schedules.<stage>.validate_every and .keep_best)"
+            f"--export best: {run.checkpoints} has no best.json, as no validation gave a finite number; "
+            "--export last exports the last weights"
         ) from None
-    if not checkpoint.exists():
-        raise UserError(f"--export best: {checkpoint} is gone; export the last with --export last")
-    return checkpoint
+    checkpoint = checkpoint_of(run.checkpoints, step)
+    (name,) = [name for name, network in run.stage.networks.items() if network is run.stage.exported]
+    run.stage.exported.load(checkpoint / name)
+    run.metrics = read_state(checkpoint)["metrics"]

@@ -60,6 +60,7 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     from pipeline.sequence_parallel import form_sequence_groups
     from pipeline.text import load_prompts
     from pipeline.vae import load_vae
+    from trainer.best import check_kept, load_best
     from trainer.build import build_stage, check_roles
     from trainer.export import code_version, export_model
     from trainer.loop import Run, train
@@ -74,6 +75,8 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     #: what reads samples of its own: a rank, or a group of ranks that share clips
     readers = world.size // sequence.size
     schedule = config.schedule_of(stage_name)
+    if arguments.export == "best":
+        check_kept(stage_name, schedule)
     accumulation = config.engine_of("student").gradient_accumulation
     micro_batch, remainder = divmod(schedule.global_batch_size, accumulation * readers)
     if remainder or micro_batch == 0:
@@ -157,6 +160,8 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     )
     if not train(run):
         return False
+    if arguments.export == "best":
+        load_best(run)
     state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
     export("model", state, model.base_steps if stage_name == "base" else 1, run.metrics)
     if world.rank == 0:
@@ -206,6 +211,12 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print configuration, sizes and memory; needs no GPU"
+    )
+    parser.add_argument(
+        "--export",
+        choices=("last", "best"),
+        default="last",
+        help="whose weights become OUTPUT/model: the last EMA, or that of the checkpoint with the best validation",
     )
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that --dry-run reckons with")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, load_section
 from pipeline.errors import UserError
 from pipeline.text import DEFAULT_PROMPT, load_prompts
 from pipeline.transformer import VSRTransformer
@@ -19,6 +21,8 @@ from pipeline.vae import load_vae
 from pipeline.vsr_pipeline import open_pipeline
 from tests.trainer.presets import write_preset
 from tests.trainer.stages import make_run
+from trainer import run as command
+from trainer.config import TrainerConfig
 from trainer.export import export_model
 from trainer.loop import train
 from trainer.networks import World
@@ -58,6 +62,35 @@ def test_the_folder_holds_the_ema(preset: Path, tmp_path: Path, world: World) ->
     assert torch.equal(
         pipeline.prompts.embed([DEFAULT_PROMPT]), load_prompts(model.prompts).embed([DEFAULT_PROMPT])
     )
+
+
+def test_the_best_checkpoint_is_exported_on_request(
+    preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a learning rate that only does harm, the first validation stays the best."""
+    schedule = "steps: 3, global_batch_size: 4, checkpoint_every: 1, validate_every: 1"
+    changes = [f"trainer.schedules.base={{{schedule}}}", "trainer.base.optimizer={learning_rate: 0.5}"]
+    line = ["--config", preset, "--stage", "base", "--data", preset.parent / "clips", "--output", tmp_path]
+    line += [word for change in changes for word in ("--set", change)]
+
+    def weights(export: str) -> tuple[torch.Tensor, str]:
+        arguments = command.parse_arguments([*map(str, line), "--export", export])
+        model = load_section(preset, "model", ModelConfig, arguments.overrides)
+        config = load_section(preset, "trainer", TrainerConfig, arguments.overrides)
+        assert command.train_stage(arguments, model, config)
+        folder = tmp_path / "model"
+        return open_pipeline(folder).transformer.proj_out.weight, (folder / "README.md").read_text()
+
+    last, _ = weights("last")
+    best, card = weights("best")  # the run is finished: this only exports
+    kept = tmp_path / "checkpoints"
+    record = json.loads((kept / "best.json").read_text())
+    assert record["step"] == 1 and f'"{record["number"]}": {record["value"]}' in card
+    found = load_file(kept / "step-00000001" / "student" / "rank-00000.safetensors")["ema/0/proj_out.weight"]
+    assert torch.equal(best.flatten(), found) and not torch.equal(best, last)
+    with pytest.raises(UserError, match=r"no best checkpoint is kept, as .*keep_best is null"):
+        line += ["--set", f"trainer.schedules.base={{{schedule}, keep_best: null}}"]
+        weights("best")
 
 
 def state_of(preset: Path, seed: int) -> dict[str, torch.Tensor]:
@@ -105,8 +138,6 @@ def test_a_full_disk_leaves_the_older_model(preset: Path, tmp_path: Path) -> Non
 
 
 def test_export_in_bf16(preset: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     export(preset, tmp_path / "model", state_of(preset, 0), dtype=torch.bfloat16)
     saved = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16

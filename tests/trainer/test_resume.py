@@ -15,7 +15,6 @@ import torch
 from pipeline.errors import UserError
 from tests.trainer.presets import losses, run_command, signal_after, start_command, write_preset
 from tests.trainer.stages import STAGES, make_run
-from trainer.best import best_checkpoint
 from trainer.checkpoint import latest_checkpoint, list_checkpoints, read_state
 from trainer.loop import EXIT_SAVED_ON_SIGNAL, Run, train
 from trainer.networks import World
@@ -191,10 +190,7 @@ def test_the_best_checkpoint_is_kept(
     assert train(run)
     best = {"number": number, "step": 6, "value": 0.4}
     assert kept(tmp_path / "run") == (["step-00000006", "step-00000008"], best), "6 is no multiple of 4"
-    assert best_checkpoint(run.checkpoints) == run.checkpoints / "step-00000006"
     assert read_state(run.checkpoints / "step-00000006")["metrics"] == {number: 0.4}
-    with pytest.raises(UserError, match=r"has no best\.json"):
-        best_checkpoint(tmp_path)
 
 
 def test_what_is_best_survives_a_power_cut(
