@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Stage(Protocol):
-    """One stage of the method; every rank calls `train_step` with its own share of the global batches."""
+    """One stage of the method; every rank calls `train_step` with its own share of the global batches.
+
+    Ranks that share clips (pipeline/sequence_parallel.py) call it with the same one.
+    """
 
     #: base, progressive, dual_stream or preference
     name: str
