@@ -6,7 +6,8 @@
     dual_stream  the Stage-I student             the CFG-distilled teacher of Stage I (θ_R, and θ_F's start)
     preference   the Stage-II student            -
 
-A teacher given to any other stage is refused.
+A teacher given to any other stage is refused. With LoRA (trainer/lora.py) these are the weights beside the adapters of
+student and fake score; what stays frozen anyway, real score and reference, has none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.sequence_parallel import ALONE, SequenceGroup
 from pipeline.transformer import VSRTransformer
 from pipeline.weights import build_transformer, load_transformer
 from trainer.config import StageName, TrainerConfig
+from trainer.lora import add_adapter
 from trainer.networks import World
 from trainer.stage import Stage
 from trainer.stages.base import Base
@@ -57,6 +59,15 @@ def check_roles(stage: StageName, init: Path | None, teacher: Path | None) -> No
             raise UserError(f"{option} {folder}: no such model folder")
 
 
+def initial_transformer(folder: Path | None, model: ModelConfig, seed: int) -> VSRTransformer:
+    """The weights of `folder`, else those that a preset begins with, float32; the same on every rank and every call."""
+    if folder is not None:
+        return load_transformer(folder, model.transformer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_transformer(model.transformer, model.initial_weights)
+
+
 def build_stage(
     stage: StageName,
     config: TrainerConfig,
@@ -76,18 +87,21 @@ def build_stage(
     """
 
     def load(folder: Path | None) -> VSRTransformer:
-        torch.manual_seed(config.seed)  # random weights must be the same on every rank
-        if folder is not None:
-            network = load_transformer(folder, model.transformer)
-        else:
-            network = build_transformer(model.transformer, model.initial_weights)
+        network = initial_transformer(folder, model, config.seed)
         set_attention(network, config.attention, config.engine_of("student").dtype)
         network.share_sequence(sequence)
         if config.compile_blocks:
             network.compile_repeated_blocks()
         return network
 
+    def adapt(transformer: VSRTransformer, name: str) -> None:
+        adapter = config.lora_of(name)
+        if adapter is not None:
+            add_adapter(transformer, adapter, network=name, seed=config.seed)
+
     student = load(init)
+    reference = copy.deepcopy(student) if stage == "preference" else None
+    adapt(student, "student")
     common = {"embed": embed, "seed": config.seed, "device": world.device}
     if stage == "base":
         return Base(config.base, student=student, engine=config.engine_of("student"), **common)
@@ -96,18 +110,19 @@ def build_stage(
         return Progressive(
             config.progressive, student=student, engines=engines, keep_teacher=keep_teacher, **common
         )
-    if stage == "preference":
+    if reference is not None:
         engines = {name: config.engine_of(name) for name in ("student", "reference")}
-        return Preference(
-            config.preference, student=student, reference=copy.deepcopy(student), engines=engines, **common
-        )
+        return Preference(config.preference, student=student, reference=reference, engines=engines, **common)
     real_score = load(teacher)
+    fake_score = copy.deepcopy(real_score) if config.dual_stream.needs_fake_score else None
+    if fake_score is not None:
+        adapt(fake_score, "critic")
     engines = {name: config.engine_of(name) for name in ("student", "critic", "real_score")}
     return DualStream.build(
         config.dual_stream,
         student=student,
         real_score=real_score,
-        fake_score=copy.deepcopy(real_score) if config.dual_stream.needs_fake_score else None,
+        fake_score=fake_score,
         engines=engines,
         **common,
     )

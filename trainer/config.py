@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Section
+from trainer.lora import LoRAConfig
 from trainer.networks import DeepSpeedConfig
 from trainer.stages.base import BaseConfig
 from trainer.stages.dual_stream import DualStreamConfig
@@ -16,6 +17,9 @@ from trainer.stages.progressive import ProgressiveConfig
 
 StageName = Literal["base", "progressive", "dual_stream", "preference"]
 STAGES: tuple[StageName, ...] = ("base", "progressive", "dual_stream", "preference")
+
+#: networks that may have an adapter: Stage I's teacher takes over the student's, and the others never learn
+ADAPTABLE = ("student", "critic")
 
 #: networks of each stage, in the order in which they are built on every rank
 NETWORKS: dict[StageName, tuple[str, ...]] = {
@@ -76,6 +80,8 @@ class TrainerConfig(Section):
     engine: DeepSpeedConfig = DeepSpeedConfig()
     #: exceptions by network name (student, critic, real_score, teacher, reference)
     engines: dict[str, DeepSpeedConfig] = Field(default_factory=dict)
+    #: LoRA by network name: student, critic (of which the fake score has it); a network not named learns whole
+    lora: dict[str, LoRAConfig] = Field(default_factory=dict)
     schedules: Schedules = Schedules()
     base: BaseConfig = BaseConfig()
     progressive: ProgressiveConfig = ProgressiveConfig()
@@ -103,6 +109,15 @@ class TrainerConfig(Section):
     export_precision: Literal["bf16", "fp32"] = "fp32"
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("lora")
+    @classmethod
+    def _has_an_adapter(cls, value: dict[str, LoRAConfig]) -> dict[str, LoRAConfig]:
+        for name in value:
+            if name not in ADAPTABLE:
+                reason = "follows the student's" if name == "teacher" else "has none"
+                raise ValueError(f"{name!r} {reason}; name one of {', '.join(ADAPTABLE)}")
+        return value
+
     @model_validator(mode="after")
     def _known_networks(self) -> TrainerConfig:
         known = {name for names in NETWORKS.values() for name in names}
@@ -114,6 +129,10 @@ class TrainerConfig(Section):
     def engine_of(self, network: str) -> DeepSpeedConfig:
         """Sharding of one network."""
         return self.engines.get(network, self.engine)
+
+    def lora_of(self, network: str) -> LoRAConfig | None:
+        """The adapter of one network."""
+        return self.lora.get("student" if network == "teacher" else network)
 
     def schedule_of(self, stage: StageName) -> ScheduleConfig:
         return getattr(self.schedules, stage)

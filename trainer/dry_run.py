@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import torch
+from torch import nn
 
 from pipeline.config import ModelConfig, resolved_yaml
 from pipeline.transformer import VSRTransformer, tapped_layers
 from trainer.config import NETWORKS, StageName, TrainerConfig
 from trainer.discriminator import Critic
+from trainer.lora import add_adapter
 from trainer.memory import activation_memory, network_memory
 
 #: clips that memory is reckoned for: (frames, height, width), and their latents (T, h, w)
@@ -20,15 +22,21 @@ TRAINED = ("student", "critic", "teacher")  # Stage I's teacher keeps masters, t
 
 def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: int) -> str:
     """The resolved configuration, parameter counts, memory of each GPU and the DeepSpeed configuration."""
-    counts = parameter_counts(stage, model, config)
+    networks = meta_networks(stage, model, config)
+    counts = {name: _count(network) for name, network in networks.items()}
+    trained = {name: _count(network, trained=True) for name, network in networks.items() if name in TRAINED}
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
-    lines += [f"{name:<12} {count / 1e6:12.2f} M" for name, count in counts.items()]
+    for name, count in counts.items():
+        learning = (
+            f", of which {trained[name] / 1e6:.2f} M learn" if trained.get(name, count) != count else ""
+        )
+        lines += [f"{name:<12} {count / 1e6:12.2f} M{learning}"]
     lines += [
         "",
         f"# memory of each of {gpus} GPUs, GiB (formulas: trainer/memory.py; allocator slack comes on top)",
     ]
-    lines += memory_table(stage, model, config, counts, gpus)
+    lines += memory_table(stage, model, config, counts, gpus, trained)
     lines += ["", "# DeepSpeed configuration"]
     for name in counts:
         optimizer = _optimizer(stage, config) if name in TRAINED else None
@@ -37,35 +45,58 @@ def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: 
 
 
 def parameter_counts(stage: StageName, model: ModelConfig, config: TrainerConfig) -> dict[str, int]:
-    """Parameters of each network of the stage, counted on the meta device."""
+    """Parameters of each network of the stage."""
+    return {name: _count(network) for name, network in meta_networks(stage, model, config).items()}
+
+
+def meta_networks(stage: StageName, model: ModelConfig, config: TrainerConfig) -> dict[str, nn.Module]:
+    """The modules of the stage on the meta device, with adapters and heads; what learns asks for a gradient.
+
+    Raises:
+        UserError: an adapter names modules that are not there.
+    """
+    networks: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        transformer = VSRTransformer(**model.transformer.model_dump())
-        counts = {name: _count(transformer) for name in NETWORKS[stage]}
+        for name in NETWORKS[stage]:
+            transformer = VSRTransformer(**model.transformer.model_dump())
+            if (adapter := config.lora_of(name)) is not None:
+                add_adapter(transformer, adapter, network=name, seed=config.seed)
+            networks[name] = transformer
         if stage == "dual_stream" and config.dual_stream.gan:
             settings = config.dual_stream
-            taps = tapped_layers(model.transformer.num_layers, settings.tap_fractions)
-            fake_score = transformer if settings.needs_fake_score else None
-            counts["critic"] = _count(
-                Critic(
-                    fake_score,
-                    shape=transformer.config,
-                    taps=taps,
-                    tapped=settings.tapped,
-                    head=settings.head,
-                )
+            networks["critic"] = Critic(
+                networks["critic"] if settings.needs_fake_score else None,
+                shape=networks["real_score"].config,
+                taps=tapped_layers(model.transformer.num_layers, settings.tap_fractions),
+                tapped=settings.tapped,
+                head=settings.head,
             )
-    return counts
+    return networks
 
 
 def memory_table(
-    stage: StageName, model: ModelConfig, config: TrainerConfig, counts: dict[str, int], gpus: int
+    stage: StageName,
+    model: ModelConfig,
+    config: TrainerConfig,
+    counts: dict[str, int],
+    gpus: int,
+    trained: dict[str, int],
 ) -> list[str]:
-    """One line per network, then totals with activations for the usual clips."""
+    """One line per network, then totals with activations for the usual clips.
+
+    Args:
+        trained: how many of the parameters learn, of the networks that have an optimizer.
+    """
     lines = [f"{'network':<12} {'weights':>8} {'gradients':>10} {'optimizer':>10} {'EMA':>6} {'total':>8}"]
     static = 0.0
     for name, count in counts.items():
         memory = network_memory(
-            count, config.engine_of(name), gpus, trained=name in TRAINED, ema=name == "student"
+            count,
+            config.engine_of(name),
+            gpus,
+            trained=name in TRAINED,
+            ema=name == "student",
+            trained_parameters=trained.get(name),
         )
         static += memory.total
         lines.append(
@@ -84,8 +115,8 @@ def memory_table(
     return lines
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def _optimizer(stage: StageName, config: TrainerConfig):  # type: ignore[no-untyped-def]

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from datagen.reader import Batch
 from trainer.discriminator import Critic
+from trainer.lora import add_adapter_like
 from trainer.networks import DeepSpeedConfig
 from trainer.stage import Meter, Stage
 
@@ -122,6 +123,7 @@ def _on_meta(module: nn.Module, counter: Counter) -> nn.Module:
             )
     with torch.device("meta"):
         model = type(module).from_config(module.config)  # type: ignore[attr-defined]
+        add_adapter_like(model, module)
     known: dict[Hashable, tuple[float, float]] = {}
     for block in model.blocks:
         block.forward = _Forward(block, counter, known)

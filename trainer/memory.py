@@ -8,6 +8,8 @@ Bytes per parameter and rank, n ranks, bf16 weights with float32 masters:
     trained, ZeRO-3     2/n           4/n                   12/n             4/n
     frozen              2 (ZeRO-3: 2/n)
 
+of parameters that learn (with LoRA, a few of them); those that don't count as frozen beside them.
+
 Activations of one transformer block for S tokens of width d and FFN width f, batch b, are about
 b·S·(18·d + 2·f)·2 bytes in bf16 with fused attention; activation checkpointing keeps b·S·d·2 bytes per block and one
 block whole. Where ranks share a clip, S counts the tokens of one rank; tapped features and discriminator heads have
@@ -39,9 +41,15 @@ class NetworkMemory:
 
 
 def network_memory(
-    parameters: int, config: DeepSpeedConfig, gpus: int, *, trained: bool, ema: bool
+    parameters: int,
+    config: DeepSpeedConfig,
+    gpus: int,
+    *,
+    trained: bool,
+    ema: bool,
+    trained_parameters: int | None = None,
 ) -> NetworkMemory:
-    """Static memory of one network."""
+    """Static memory of one network, of which `trained_parameters` learn (None: all)."""
     width = 2 if config.precision == "bf16" else 4
     stage = config.zero_stage
     weights = parameters * width / (gpus if stage == 3 else 1)
@@ -49,6 +57,7 @@ def network_memory(
         weights = 0.0
     if not trained:
         return NetworkMemory(weights / GIB, 0.0, 0.0, 0.0)
+    parameters = parameters if trained_parameters is None else trained_parameters
     gradients = parameters * 4 / (gpus if stage >= 2 else 1)
     # In float32 the weights are the masters at ZeRO-3; DeepSpeed still keeps a flat copy of its own.
     optimizer = 0.0 if config.offload_optimizer else parameters * 12 / gpus

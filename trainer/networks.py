@@ -16,7 +16,8 @@ tests/trainer/test_zero_calls.py shows what each of them would have done silentl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.config import Section
+from pipeline.errors import UserError
 from trainer.ema import EMA
 from trainer.fragments import (
     MOMENTS,
@@ -151,7 +153,8 @@ class Network:
 
         Args:
             name: student, critic, real_score, …; used in logs, errors and file names.
-            module: its float32 weights are the masters' first value; its dtype and device are changed.
+            module: its float32 weights are the masters' first value; its dtype and device are changed. With an
+                optimizer, the parameters that ask for a gradient learn, and the others never change (LoRA).
             optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and whole otherwise.
             parameter_groups: torch-style groups over the trainable parameters, each with `params` and,
             where it
@@ -171,6 +174,8 @@ class Network:
         self._trainable = [p for p in module.parameters() if p.requires_grad] if optimizer is not None else []
         self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
         self._shapes = {key: p.shape for key, p in module.named_parameters() if p.requires_grad}
+        # Checkpoints don't hold what never changes; this tells whether it is still the same.
+        self._constants = _checksum(p for p in module.parameters() if not p.requires_grad) if optimizer else 0
         if deepspeed.activation_checkpointing:
             for part in module.modules():
                 if getattr(part, "_supports_gradient_checkpointing", False):
@@ -268,6 +273,11 @@ class Network:
         """Names of the parameters that learn; none of a network without an optimizer."""
         return frozenset(self._shapes) if self._trainable else frozenset()
 
+    @property
+    def trained_parameter_count(self) -> int:
+        """Elements that learn."""
+        return sum(shape.numel() for shape in self._shapes.values()) if self._trainable else 0
+
     # --- learning rates -------------------------------------------------------------------------------
 
     @property
@@ -308,6 +318,8 @@ class Network:
             "skipped": self.skipped,
             "adam_step": step,
             "world_size": dist.get_world_size(),
+            "trained_parameters": self.trained_parameter_count,
+            "constants": self._constants,
         }
         save_fragments(folder / f"rank-{dist.get_rank():05d}.safetensors", self.fragments, columns, state)
 
@@ -315,12 +327,22 @@ class Network:
         """Read what any number of ranks saved at any ZeRO stage; exact.
 
         Raises:
-            UserError: `folder` is incomplete or belongs to another network.
+            UserError: `folder` is incomplete or belongs to another network, or to other constant weights.
         """
         columns: dict[str, Sequence[Tensor]] = {"master": [fragment.master for fragment in self.fragments]}
         if self.ema is not None:
             columns["ema"] = self.ema.values
         state = load_fragments(folder, self.fragments, columns)
+        if (trained := state.get("trained_parameters")) not in (None, self.trained_parameter_count):
+            raise UserError(
+                f"{folder} has {trained} trained parameters, {self.name} has {self.trained_parameter_count}: set model "
+                "and trainer.lora as they were, or choose another --output"
+            )
+        if state.get("constants", self._constants) != self._constants:
+            raise UserError(
+                f"{folder} was trained beside other frozen weights of {self.name}: give the same --init and --teacher "
+                "as before, or choose another --output"
+            )
         self.updates, self.skipped = state["updates"], state["skipped"]
         if state["adam_step"]:
             load_fragments(folder, self.fragments, self._moments(state["adam_step"]))
@@ -402,6 +424,14 @@ def _training_engine(
     with _float32_buffers(module):
         engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config.as_deepspeed(optimizer))
     return engine
+
+
+def _checksum(parameters: Iterable[Tensor]) -> int:
+    """CRC-32 of the bytes; 0 of nothing."""
+    value = 0
+    for parameter in parameters:
+        value = zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     deepspeed trainer/run.py --config configs/wan-1.3b.yaml --stage dual_stream --dry-run
 
 The same command again goes on where the last one stopped. On SIGTERM or SIGUSR1 it saves and leaves with status 85. The
-result is OUTPUT/model; Stage I also leaves OUTPUT/teacher, the real score of Stage II.
+result is OUTPUT/model; Stage I also leaves OUTPUT/teacher, the real score of Stage II; LoRA leaves OUTPUT/adapter too.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ def main() -> None:
 
     model = load_section(arguments.config, "model", ModelConfig, arguments.overrides)
     config = load_section(arguments.config, "trainer", TrainerConfig, arguments.overrides)
+    first = os.environ.get("RANK", "0") == "0"
     if arguments.dry_run:
         from trainer.dry_run import describe
 
-        print(describe(arguments.stage, model, config, gpus=arguments.gpus))
+        if first:
+            print(describe(arguments.stage, model, config, gpus=arguments.gpus))
         return
     if arguments.data is None or arguments.output is None:
         raise UserError("--data and --output are needed (only --dry-run goes without)")
@@ -49,7 +51,8 @@ def main() -> None:
     if not finished:
         from trainer.loop import EXIT_SAVED_ON_SIGNAL
 
-        print("saved; the same command goes on from here", flush=True)
+        if first:
+            print("saved; the same command goes on from here", flush=True)
         _leave(EXIT_SAVED_ON_SIGNAL)
     _leave(0)
 
@@ -61,9 +64,10 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     from pipeline.text import load_prompts
     from pipeline.vae import load_vae
     from trainer.best import check_kept, load_best
-    from trainer.build import build_stage, check_roles
+    from trainer.build import build_stage, check_roles, initial_transformer
     from trainer.export import code_version, export_model
     from trainer.loop import Run, train
+    from trainer.lora import merged_state, restore_adapter, save_adapter
     from trainer.networks import start_distributed
     from trainer.validation import Validation, fixed_batch
 
@@ -116,11 +120,18 @@ def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) 
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     def export(name: str, state: dict[str, Any], steps: int, metrics: dict[str, float] | None = None) -> None:
-        if world.rank == 0:
-            export_model(
-                arguments.output / name, state, model, vae, prompts,
-                steps=steps, dtype=_dtype(config.export_precision), card={**settings, "metrics": metrics or {}},
-            )  # fmt: skip
+        if world.rank != 0:
+            return
+        if (lora := config.lora_of("student")) is not None:
+            base = initial_transformer(arguments.init, model, config.seed)
+            adapted = restore_adapter(base, lora, state, arguments.init or model.initial_weights)
+            if name == "model":
+                save_adapter(arguments.output / "adapter", adapted)
+            state = merged_state(adapted)
+        export_model(
+            arguments.output / name, state, model, vae, prompts,
+            steps=steps, dtype=_dtype(config.export_precision), card={**settings, "metrics": metrics or {}},
+        )  # fmt: skip
 
     def keep_teacher(state: dict[str, Any]) -> None:
         export("teacher", state, model.base_steps)

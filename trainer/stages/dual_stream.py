@@ -115,8 +115,8 @@ class DualStream:
         Args:
             student: from Stage I.
             real_score: the multi-step teacher.
-            fake_score: a copy of `real_score`'s weights to begin with [paper]; None where nothing asks for one
-                (`DualStreamConfig.needs_fake_score`).
+            fake_score: a copy of `real_score`'s weights to begin with [paper], of which the parameters that ask for a
+                gradient learn; None where nothing asks for one (`DualStreamConfig.needs_fake_score`).
             engines: how each of student, critic, real_score is sharded.
         """
         if (fake_score is not None) != config.needs_fake_score:
@@ -132,7 +132,7 @@ class DualStream:
         )
         groups: list[dict[str, Any]] = []
         if fake_score is not None:
-            groups.append({"params": list(fake_score.parameters())})
+            groups.append({"params": [p for p in fake_score.parameters() if p.requires_grad]})
         if config.gan:
             groups.append({"params": list(critic.heads.parameters()), "lr": config.heads_learning_rate})
         return cls(
