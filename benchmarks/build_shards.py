@@ -124,7 +124,7 @@ def _shares(arguments: argparse.Namespace) -> dict[str, float]:
         if config.store_clips:
             encode_bytes(hr), encode_bytes(lr)
         times.append(time.perf_counter())
-        encoder.latents(hr[None], lr[None])
+        encoder.latents([hr], [lr])
         times.append(time.perf_counter())
         if index:  # the first one warms up
             for step, spent in zip(seconds, np.diff(times), strict=True):

@@ -1,6 +1,6 @@
 """The steps of a build and what they leave behind; `datagen/build_shards.py` is its command.
 
-survey/part-000000.json   surveys of SOURCES_PER_PART sources    plan.json   hash and configuration of the plan
+survey/                   datagen/survey_parts.py                plan.json   hash and configuration of the plan
 shards/                   datagen/shards.py                      manifest.json   written last
 quarantine.jsonl          every source, window and sample that is not in the dataset, with the reason
 """
@@ -8,26 +8,27 @@ quarantine.jsonl          every source, window and sample that is not in the dat
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from datagen.clip import Fault
+from datagen.cluster import start_ray
 from datagen.config import DatagenConfig
 from datagen.encode import vae_hash
-from datagen.jobs import sample_rows, start_ray, survey_rows
-from datagen.plan import Plan, SamplePlan, deciding, make_plan
+from datagen.jobs import Row, sample_rows
+from datagen.plan import Plan, deciding, make_plan
 from datagen.report import write_report
+from datagen.reuse import EarlierDataset, check_reusable, find_clips
 from datagen.shards import (
     MANIFEST,
-    SCHEMA_VERSION,
     DamagedShard,
     Manifest,
     Sample,
@@ -37,19 +38,20 @@ from datagen.shards import (
     write_manifest,
     write_shard,
 )
-from datagen.sources import Source, find_sources
+from datagen.sources import find_sources
 from datagen.statistics import ShardStatistics, summed
 from datagen.storage import Folder, LocalFolder, open_folder
+from datagen.survey_parts import survey_all
+from datagen.versions import code_versions
 from pipeline.errors import UserError
 from pipeline.progress import progress
 
-SOURCES_PER_PART = 64
 #: below this many unreadable sources a job goes on as long as others are readable
 FEW_FAULTS = 10
 PLAN = "plan.json"
 QUARANTINE = "quarantine.jsonl"
 
-Fault = dict[str, Any]
+Line = dict[str, Any]
 
 
 def build(
@@ -60,19 +62,26 @@ def build(
     output: str,
     address: str | None = None,
     workers: int | None = None,
+    reuse: str | None = None,
 ) -> Manifest:
     """Build or finish the dataset at `output`.
 
+    Args:
+        reuse: an earlier dataset of the same clips, whose z_hr are taken over; the result is the same without.
+
     Raises:
-        UserError: nothing to build from, too much of it unreadable, or an output begun with another plan.
+        UserError: nothing to build from, too much of it unreadable, an output begun with another plan, or a dataset
+            to reuse that other code made.
     """
     sources = find_sources(inputs, config.storage)
     versions = code_versions() | {"vae": vae_hash(vae)}
+    if reuse:
+        check_reusable(reuse, versions, config.storage)
     folder = open_folder(output, config.storage)
     with _only_writer(folder):
         try:
             start_ray(address, workers, config)
-            surveys = _survey(folder, sources, config)
+            surveys = survey_all(folder, sources, config)
             faults = [
                 {"kind": "unreadable", "source": s["source"], "reason": s["error"]}
                 for s in surveys
@@ -81,7 +90,9 @@ def build(
             _check_limit(faults, len(sources), config)
             plan = make_plan([s for s in surveys if "error" not in s], config, versions)
             _begin(folder, plan, faults, config, versions)
-            shards = _write_shards(folder, plan, config, str(vae.resolve()), versions)
+            clips = (sample.clip for sample in plan.samples)
+            earlier = find_clips(reuse, clips, config.storage) if reuse else None
+            shards = _write_shards(folder, plan, config, str(vae.resolve()), versions, earlier)
         except UserError:
             _clean_up_if_empty(folder)
             raise
@@ -99,9 +110,9 @@ def build(
         counts = {
             "sources": len(sources),
             "unreadable": sum(fault["kind"] == "unreadable" for fault in faults),
-            "filtered": len(rejected),
+            "filtered": len(rejected) + sum(fault["kind"] == "filtered" for fault in faults),
             "planned": len(plan.samples),
-            "failed": sum(len(shard.extra["failed"]) for shard in shards),
+            "failed": sum(fault["kind"] == "failed" for fault in faults),
         }
         extra = {
             "plan": plan.hash,
@@ -115,53 +126,7 @@ def build(
         return manifest
 
 
-def code_versions() -> dict[str, str]:
-    """Versions that decide the bytes of a sample."""
-    packages = ("duo-vsr", "av", "numpy", "opencv-python-headless", "safetensors", "torch")
-    return {"schema": str(SCHEMA_VERSION)} | {package: version(package) for package in packages}
-
-
-def _survey(folder: Folder, sources: list[Source], config: DatagenConfig) -> list[dict[str, Any]]:
-    """Surveys of all sources in order, taken from finished parts where there are any."""
-    parts = [sources[first : first + SOURCES_PER_PART] for first in range(0, len(sources), SOURCES_PER_PART)]
-    done: dict[int, list[dict[str, Any]]] = {}
-    for index, part in enumerate(parts):
-        try:
-            saved = json.loads(folder.read(_part_name(index)))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        if saved["of"] == _part_hash(part, config):
-            done[index] = saved["surveys"]
-    missing = [index for index in range(len(parts)) if index not in done]
-    todo = [source for index in missing for source in parts[index]]
-    if todo:
-        rows = survey_rows(todo, config)
-        unreadable = 0
-        with progress(len(todo), "survey", "sources") as bar:
-            for index in missing:
-                surveys = []
-                for row in itertools.islice(rows, len(parts[index])):
-                    surveys.append(row)
-                    unreadable += "error" in row
-                    bar.advance(1, unreadable=unreadable)
-                saved = {"of": _part_hash(parts[index], config), "surveys": surveys}
-                folder.write(_part_name(index), json.dumps(saved).encode())
-                done[index] = surveys
-    paths = {source.id: source.path for source in sources}
-    surveys = [survey for index in range(len(parts)) for survey in done[index]]
-    return [survey | {"path": paths[survey["source"]]} for survey in surveys]
-
-
-def _part_name(index: int) -> str:
-    return f"survey/part-{index:06d}.json"
-
-
-def _part_hash(part: list[Source], config: DatagenConfig) -> str:
-    identity = [[(source.id, source.caption) for source in part], config.clip.model_dump(mode="json")]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _check_limit(faults: list[Fault], sources: int, config: DatagenConfig) -> None:
+def _check_limit(faults: list[Line], sources: int, config: DatagenConfig) -> None:
     if len(faults) == sources or (
         len(faults) > FEW_FAULTS and len(faults) > config.max_quarantined * sources
     ):
@@ -172,7 +137,7 @@ def _check_limit(faults: list[Fault], sources: int, config: DatagenConfig) -> No
 
 
 def _begin(
-    folder: Folder, plan: Plan, faults: list[Fault], config: DatagenConfig, versions: dict[str, str]
+    folder: Folder, plan: Plan, faults: list[Line], config: DatagenConfig, versions: dict[str, str]
 ) -> None:
     """Check that there is something to do and that the folder is this plan's."""
     if not plan.samples:
@@ -188,15 +153,22 @@ def _begin(
         folder.write(PLAN, (json.dumps(mine, indent=1) + "\n").encode())
         return
     if begun["hash"] != plan.hash:
-        changed = [part for part in ("config", "versions") if begun[part] != mine[part]] or ["inputs"]
+        changed = ["config"] if begun["config"] != mine["config"] else []
+        changed += [f"versions.{name}" for name in versions if begun["versions"].get(name) != versions[name]]
+        changed = changed or ["inputs"]
         raise UserError(
-            f"{folder.url} was begun with another plan: {' and '.join(changed)} differ (see its {PLAN}); "
+            f"{folder.url} was begun with another plan: {', '.join(changed)} differ (see its {PLAN}); "
             "choose another --output, or restore them to finish it"
         )
 
 
 def _write_shards(
-    folder: Folder, plan: Plan, config: DatagenConfig, vae: str, versions: dict[str, str]
+    folder: Folder,
+    plan: Plan,
+    config: DatagenConfig,
+    vae: str,
+    versions: dict[str, str],
+    earlier: EarlierDataset | None,
 ) -> list[Sidecar]:
     """Write what is not committed yet; all sidecars, in order."""
     shards = plan.shards()
@@ -204,11 +176,12 @@ def _write_shards(
     pending = [index for index in range(len(shards)) if index not in committed]
     todo = [sample for index in pending for sample in shards[index]]
     if todo:
-        rows = sample_rows(todo, config, vae, versions)
+        rows = sample_rows(todo, config, vae, versions, earlier)
         with progress(len(plan.samples), "samples", "clips", start=len(plan.samples) - len(todo)) as bar:
+            told = Counter({"failed": 0, "filtered": 0} | ({"reused": 0} if earlier else {}))
             for index in pending:
-                failed: list[Fault] = []
-                samples = _good(itertools.islice(rows, len(shards[index])), failed, bar)
+                failed: list[Line] = []
+                samples = _good(itertools.islice(rows, len(shards[index])), failed, bar, told)
                 # extra is read after the samples have been taken, when its lists are complete
                 statistics = ShardStatistics()
                 samples = _counted(samples, statistics)
@@ -217,19 +190,16 @@ def _write_shards(
     return [committed[index] for index in range(len(shards))]
 
 
-def _good(rows: Iterator[tuple[SamplePlan, Sample | str]], failed: list[Fault], bar: Any) -> Iterator[Sample]:
-    for plan, made in rows:
-        if isinstance(made, str):
-            failed.append(
-                {
-                    "kind": "failed",
-                    "source": plan.source,
-                    "start": plan.start,
-                    "key": plan.key,
-                    "reason": made,
-                }
-            )
-        bar.advance(1, failed=len(failed))
+def _good(rows: Iterator[Row], failed: list[Line], bar: Any, told: Counter[str]) -> Iterator[Sample]:
+    """Samples that were made; the others become lines of quarantine.jsonl."""
+    for plan, made, reused in rows:
+        if isinstance(made, Fault):
+            line = {"kind": made.kind, "source": plan.source, "start": plan.start, "key": plan.key}
+            failed.append(line | {"reason": made.reason})
+            told[made.kind] += 1
+        if reused:
+            told["reused"] += 1
+        bar.advance(1, **told)
         if isinstance(made, Sample):
             yield made
 

@@ -32,6 +32,7 @@ def main() -> None:
         output=arguments.output,
         address=arguments.address,
         workers=arguments.workers,
+        reuse=arguments.reuse,
     )
     print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards")
 
@@ -51,6 +52,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder or s3:// prefix of the dataset")
     parser.add_argument("--address", help="Ray cluster to run on, for instance auto; default: this machine")
     parser.add_argument("--workers", type=int, help="clips in the making at once; default: one per CPU")
+    parser.add_argument(
+        "--reuse",
+        metavar="DATASET",
+        help="earlier dataset of the same clips: z_hr is taken from it, not encoded again",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",

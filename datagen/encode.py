@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,43 +33,46 @@ def vae_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class Encoder:
-    """A VAE in memory, on the GPU where there is one. One per Ray actor."""
+def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes:
+    """The member `latents.safetensors` of a sample."""
+    # copies: parts of one batch share its memory, which safetensors refuses
+    return save({"z_hr": z_hr.clone(), "z_lr": z_lr.clone()})
 
-    def __init__(self, folder: str, threads: int) -> None:
+
+class Encoder:
+    """A VAE in memory, on the GPU where there is one. One per Ray actor.
+
+    Every call of the VAE takes a batch of the same size, filled up where clips are short: a GPU picks its kernels by
+    shape, and a clip's latents must not depend on which others are encoded with it. On a CPU that size is one, which
+    is as fast and holds less.
+    """
+
+    def __init__(self, folder: str, threads: int, batch_size: int = 1) -> None:
         from pipeline.vae import load_vae
 
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._batch_size = batch_size if self._device.type == "cuda" else 1
         self._vae = load_vae(folder).to(self._device)
 
-    def latents(self, hr: np.ndarray, lr: np.ndarray) -> list[bytes]:
-        """The member `latents.safetensors` of each clip of a batch.
-
-        On a GPU the batch goes through the VAE at once; on a CPU clip by clip, which is as fast and holds less.
+    def latents(
+        self, hr: list[np.ndarray], lr: list[np.ndarray]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """z_hr of each HR clip and z_lr of each LR clip, bf16 (C, T, H/8, W/8) on the CPU.
 
         Args:
-            hr: uint8 (B, F, H, W, 3). lr: uint8 (B, F, H/4, W/4, 3).
-
-        Returns:
-            B files of `z_hr`, `z_lr`, bf16 (C, T, H/8, W/8).
+            hr: uint8 (F, H, W, 3) each. lr: uint8 (F, H/4, W/4, 3) each, not necessarily as many.
         """
-        from pipeline.vae import upsample_low_resolution
-
-        pixels = torch.from_numpy(hr.copy()).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1)
-        upsampled = torch.stack([upsample_low_resolution(clip) for clip in lr])
-        z_hr, z_lr = self._encode(pixels), self._encode(upsampled)
-        return [
-            save({"z_hr": high.contiguous(), "z_lr": low.contiguous()})
-            for high, low in zip(z_hr, z_lr, strict=True)
-        ]
+        latents = list(self._encoded(hr, lr))
+        return latents[: len(hr)], latents[len(hr) :]
 
     @torch.no_grad()
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """bf16 (B, C, T, H/8, W/8) on the CPU, of float32 (B, 3, F, H, W) in [-1, 1]."""
-        from pipeline.vae import encode_video
+    def _encoded(self, hr: list[np.ndarray], lr: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        from pipeline.vae import encode_video, to_pixels, upsample_low_resolution
 
-        parts = [pixels] if self._device.type == "cuda" else pixels.split(1)
-        return torch.cat(
-            [encode_video(self._vae, part.to(self._device)).to(torch.bfloat16).cpu() for part in parts]
-        )
+        clips = [(to_pixels, clip) for clip in hr] + [(upsample_low_resolution, clip) for clip in lr]
+        for first in range(0, len(clips), self._batch_size):
+            part = clips[first : first + self._batch_size]
+            pixels = [enlarge(clip).to(self._device) for enlarge, clip in part]
+            pixels += pixels[-1:] * (self._batch_size - len(part))
+            yield from encode_video(self._vae, torch.stack(pixels))[: len(part)].to(torch.bfloat16).cpu()

@@ -6,72 +6,31 @@ Rows are Arrow: the bytes of a clip travel as they are (NumPy would cut trailing
 
 from __future__ import annotations
 
+import itertools
 import json
-import logging
-import os
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
+from safetensors.torch import load
 
-from datagen.clip import make_clip
+from datagen.clip import Clip, Fault, Variant, make_clip, make_sample
+from datagen.cluster import VARIANTS_PER_ROW
 from datagen.config import DatagenConfig
+from datagen.degrade import SCALE
 from datagen.isolated import survey_isolated
 from datagen.plan import SamplePlan
+from datagen.reuse import LATENTS, EarlierDataset, Place, read_latent
 from datagen.shards import Sample
 from datagen.sources import Source
 from pipeline.errors import UserError
 
 #: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
 MAX_RETRIES = 3
-
-
-def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
-    """Connect to the cluster at `address`, or start Ray on this machine with `workers` tasks at once (default: one
-    per CPU).
-
-    What the VAE actors hold comes on top, or they would keep the tasks waiting while they wait for clips themselves.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
-    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-    # Ray's C++ side writes warnings for its developers to stderr; failures reach us as exceptions
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # the environment reaches the workers: one thread per task, cores are for other tasks
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
-    start: dict[str, Any] = {"address": address}
-    if not address:
-        held = (config.encode.actors or 1) * config.encode.cpus
-        cpus = (workers or os.cpu_count() or 1) + held
-        start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    with _silent_stderr():
-        ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Ray's start announces its own log level on the file descriptor itself."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
 
 
 def survey_rows(sources: list[Source], config: DatagenConfig) -> Iterator[dict[str, Any]]:
@@ -98,106 +57,147 @@ def survey_rows(sources: list[Source], config: DatagenConfig) -> Iterator[dict[s
         yield json.loads(row["survey"])
 
 
+class Row(NamedTuple):
+    """A planned sample, made, or why it could not be; and whether its z_hr came from an earlier dataset."""
+
+    plan: SamplePlan
+    made: Sample | Fault
+    reused: bool
+
+
 def sample_rows(
-    plans: list[SamplePlan], config: DatagenConfig, vae: str, versions: dict[str, str]
-) -> Iterator[tuple[SamplePlan, Sample | str]]:
-    """Each planned sample in order, made, or the reason why it could not be."""
+    plans: list[SamplePlan],
+    config: DatagenConfig,
+    vae: str,
+    versions: dict[str, str],
+    earlier: EarlierDataset | None = None,
+) -> Iterator[Row]:
+    """Each planned sample in order."""
+    earlier_url, places = (earlier.url, earlier.places) if earlier else ("", {})
 
     def degrade(table: pa.Table) -> pa.Table:
-        plan = _plan(table["plan"][0].as_py())
-        made = make_clip(plan, config)
-        clips = made.get("clips", {})
-        row = {
-            "plan": [table["plan"][0].as_py()],
-            "error": [made.get("error", "")],
-            "draws": [json.dumps(made.get("draws", {}))],
-            "hr": [made["hr"].tobytes() if "hr" in made else b""],
-            "lr": [made["lr"].tobytes() if "lr" in made else b""],
-            "lr.mkv": [clips.get("lr.mkv", b"")],
-            "hr.mkv": [clips.get("hr.mkv", b"")],
-        }
-        text = ("plan", "error", "draws")
-        return pa.table(
-            {
-                name: pa.array(value, pa.large_string() if name in text else pa.large_binary())
-                for name, value in row.items()
-            }
-        )
+        plans, place = _plans(table["plans"][0].as_py()), json.loads(table["place"][0].as_py())
+        z_hr = read_latent(earlier_url, Place.of(place), plans[0], config.storage) if place else b""
+        return _degraded(table["plans"], make_clip(plans, config), len(plans), z_hr)
 
     class Actor(_EncodeActor):
         def __init__(self) -> None:
-            super().__init__(vae, config.encode.cpus)
+            super().__init__(vae, config)
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = config.encode.actors or max(1, gpus)
     share = {"num_gpus": 1} if gpus else {"num_cpus": config.encode.cpus}
+    rows = [
+        {
+            "plans": json.dumps([asdict(plan) for plan in clip]),
+            "place": json.dumps(places.get(clip[0].clip)),
+        }
+        for clip in clips_of(plans)
+    ]
     dataset = (
-        _dataset([{"plan": json.dumps(asdict(plan))} for plan in plans])
+        _dataset(rows)
         .map_batches(degrade, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES)
         .map_batches(
             Actor,
-            batch_size=config.encode.batch_size,
+            # a clip brings its variants
+            batch_size=-(-config.encode.batch_size // (1 + min(config.variants, VARIANTS_PER_ROW))),
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors),
             **share,
         )
     )
     for row in _rows(dataset):
-        plan = _plan(row["plan"])
-        yield plan, row["error"] or _sample(plan, row, versions)
+        yield from _samples(row, versions)
+
+
+def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:
+    """`plans` in order, variants of a clip together: what is left of them, where a job goes on in a clip's middle."""
+    for _, variants in itertools.groupby(plans, lambda plan: plan.clip):
+        while part := list(itertools.islice(variants, VARIANTS_PER_ROW)):
+            yield part
+
+
+def _degraded(plans: pa.ChunkedArray, made: Clip | Fault, variants: int, z_hr: bytes) -> pa.Table:
+    """What travels to the VAE: LR of each variant, and HR unless its latent is known."""
+    parts = [made] * variants if isinstance(made, Fault) else made.variants
+    good = [part if isinstance(part, Variant) else None for part in parts]
+    hr, stored = (made.hr, made.stored) if isinstance(made, Clip) and any(good) else (None, b"")
+    return pa.table(
+        {
+            "plans": plans,
+            "faults": _texts(
+                [json.dumps([asdict(part) if isinstance(part, Fault) else None for part in parts])]
+            ),
+            "draws": _texts([json.dumps([part and part.draws for part in good])]),
+            "hr": _bytes([hr.tobytes() if hr is not None and not z_hr else b""]),
+            "z_hr": _bytes([z_hr]),
+            "reused": [bool(z_hr)],
+            "lr": _byte_lists([[part.lr.tobytes() if part else b"" for part in good]]),
+            "hr.mkv": _bytes([stored]),
+            "lr.mkv": _byte_lists([[part.stored if part else b"" for part in good]]),
+        }
+    )
 
 
 class _EncodeActor:
-    """datagen/encode.py over Arrow rows; rows with an error pass through."""
+    """datagen/encode.py over Arrow rows: HR once, LR of each variant that was made."""
 
-    def __init__(self, vae: str, threads: int) -> None:
+    def __init__(self, vae: str, config: DatagenConfig) -> None:
         from datagen.encode import Encoder
 
-        self._encoder = Encoder(vae, threads)
+        self._encoder = Encoder(vae, config.encode.cpus, config.encode.batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        good = [row for row in rows if not row["error"]]
-        if good:
-            clips = [_clip(row, _plan(row["plan"])) for row in good]
-            hr, lr = (np.stack(part) for part in zip(*clips, strict=True))
-            for row, latents in zip(good, self._encoder.latents(hr, lr), strict=True):
-                row["latents"] = latents
-        encoded = pa.array([row.get("latents", b"") for row in rows], pa.large_binary())
-        return table.drop_columns(["hr", "lr"]).append_column("latents", encoded)
+        from datagen.encode import latents_member
+
+        rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()
+        shapes = [_plans(row["plans"])[0] for row in rows]
+        hr = [_pixels(row["hr"], plan, 1) for row, plan in zip(rows, shapes, strict=True) if row["hr"]]
+        lr = [
+            _pixels(content, plan, SCALE)
+            for row, plan in zip(rows, shapes, strict=True)
+            for content in row["lr"]
+            if content
+        ]
+        z_hr, z_lr = map(iter, self._encoder.latents(hr, lr))
+        latents = []
+        for row in rows:
+            high = next(z_hr) if row["hr"] else row["z_hr"] and load(row["z_hr"])["z_hr"]
+            latents.append([latents_member(high, next(z_lr)) if content else b"" for content in row["lr"]])
+        return table.drop_columns(["hr", "z_hr", "lr"]).append_column("latents", _byte_lists(latents))
 
 
-def _clip(row: dict[str, Any], plan: SamplePlan) -> tuple[np.ndarray, np.ndarray]:
+def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[Row]:
+    plans, faults, draws = _plans(row["plans"]), json.loads(row["faults"]), json.loads(row["draws"])
+    for index, plan in enumerate(plans):
+        if faults[index]:
+            yield Row(plan, Fault(**faults[index]), False)
+            continue
+        members = {LATENTS: row["latents"][index], "lr.mkv": row["lr.mkv"][index], "hr.mkv": row["hr.mkv"]}
+        yield Row(plan, make_sample(plan, draws[index], members, versions), row["reused"])
+
+
+def _pixels(content: bytes, plan: SamplePlan, scale: int) -> np.ndarray:
     _, _, height, width = plan.crop
-    hr = np.frombuffer(row["hr"], np.uint8).reshape(plan.frames, height, width, 3)
-    lr = np.frombuffer(row["lr"], np.uint8).reshape(plan.frames, height // 4, width // 4, 3)
-    return hr, lr
+    return np.frombuffer(bytearray(content), np.uint8).reshape(
+        plan.frames, height // scale, width // scale, 3
+    )
 
 
-def _sample(plan: SamplePlan, row: dict[str, Any], versions: dict[str, str]) -> Sample:
-    """Members in the order they are stored; the metadata never holds a path of this machine."""
-    draws = json.loads(row["draws"])
-    metadata = {
-        "source": plan.source,
-        "clip": plan.clip,
-        "window": {"start": plan.start, "frames": plan.frames, "frames_per_second": plan.frames_per_second},
-        "crop": dict(zip(("top", "left", "height", "width"), plan.crop, strict=True)),
-        "variant": plan.variant,
-        "caption": plan.caption,
-        "seed": plan.seed,
-        "recipe": draws["recipe"],
-        "lr_psnr_db": draws["lr_psnr_db"],
-        "draws": draws["operations"],
-        "versions": versions,
-    }
-    members = {"latents.safetensors": row["latents"]}
-    members |= {name: row[name] for name in ("lr.mkv", "hr.mkv") if row[name]}
-    return Sample(plan.key, members | {"json": json.dumps(metadata, sort_keys=True).encode()})
+def _plans(text: str) -> list[SamplePlan]:
+    return [SamplePlan(**fields | {"crop": tuple(fields["crop"])}) for fields in json.loads(text)]
 
 
-def _plan(text: str) -> SamplePlan:
-    fields = json.loads(text)
-    return SamplePlan(**fields | {"crop": tuple(fields["crop"])})
+def _texts(values: list[str]) -> pa.Array:
+    return pa.array(values, pa.large_string())
+
+
+def _bytes(values: list[bytes]) -> pa.Array:
+    return pa.array(values, pa.large_binary())
+
+
+def _byte_lists(values: list[list[bytes]]) -> pa.Array:
+    return pa.array(values, pa.list_(pa.large_binary()))
 
 
 def _dataset(rows: list[dict[str, Any]]) -> ray.data.Dataset:

@@ -24,12 +24,14 @@ class SamplePlan:
 
     Attributes:
         key: name in the shards. clip: names the HR clip, shared by its variants.
+        content: hash of the source's video stream.
         start, pts: first frame's index and time stamp. crop: top, left, height, width, px.
     """
 
     key: str
     clip: str
     source: str
+    content: str
     path: str
     caption: str
     start: int
@@ -137,6 +139,7 @@ def _samples_of(
                 key=f"{clip}-{variant}",
                 clip=clip,
                 source=survey["source"],
+                content=survey["content"],
                 path=survey["path"],
                 caption=survey["caption"] or config.caption,
                 start=window["start"],

@@ -6,7 +6,9 @@ does not mean decoding a million videos again.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +41,9 @@ def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
     """Size, length and the windows of a video, JSON-able.
 
     Returns:
-        `{"width", "height", "frames", "frames_per_second", "windows": [{"start", "pts", "luma", ...}]}`; a window's
-        measures are means over its frames (motion leaves out the first), `hashes` of its first, middle, last frame.
+        `{"width", "height", "frames", "frames_per_second", "content", "windows": [{"start", "pts", "luma", ...}]}`;
+        a window's measures are means over its frames (motion leaves out the first), `hashes` of its first, middle,
+        last frame; `content` tells one video from another of the same name.
 
     Raises:
         UnreadableVideo: no video, or it breaks off.
@@ -51,8 +54,9 @@ def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
         rate = stream.average_rate or stream.guessed_rate
         finder = _SceneFinder(clip, float(rate or 25))
         previous = None
+        content = _content(stream)
         try:
-            for frame in container.decode(stream):
+            for frame in _decoded(container, stream, content):
                 small = _small(frame)
                 thumbnail = cv2.resize(
                     cv2.cvtColor(small, cv2.COLOR_BGR2GRAY), (32, 32), interpolation=cv2.INTER_AREA
@@ -66,6 +70,8 @@ def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
         except av.error.FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off after {len(features)} frames: {error}") from None
         facts = {"width": stream.width, "height": stream.height, "frames": len(features)}
+        content.update(repr([frame.pts for frame in features]).encode())
+        facts["content"] = content.hexdigest()
     if not features:
         raise UnreadableVideo(f"{name}: holds no frame that can be decoded")
     cuts = finder.cuts()
@@ -74,6 +80,27 @@ def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
         for start in window_starts(len(features), cuts, clip.frames, clip.stride)
     ]
     return facts | {"frames_per_second": float(rate or 0), "cuts": cuts, "windows": windows}
+
+
+def _content(stream: Any) -> Any:
+    """A sha256 that has seen what the decoder is told of the stream; its packets follow."""
+    context = stream.codec_context
+    told = (
+        context.name,
+        context.pix_fmt,
+        context.width,
+        context.height,
+        context.color_range,
+        context.colorspace,
+    )
+    return hashlib.sha256(repr(told).encode() + bytes(context.extradata or b""))
+
+
+def _decoded(container: Any, stream: Any, content: Any) -> Iterator[av.VideoFrame]:
+    """All frames; the packets they come from are added to the hash `content`."""
+    for packet in container.demux(stream):
+        content.update(bytes(packet))
+        yield from packet.decode()
 
 
 def window_starts(frames: int, cuts: list[int], length: int, stride: int | None) -> list[int]:

@@ -84,6 +84,15 @@ def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, 
     return done.stderr
 
 
+def contents(dataset: Path) -> dict[str, bytes]:
+    """All files of a dataset by name."""
+    return {
+        str(path.relative_to(dataset)): path.read_bytes()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file()
+    }
+
+
 @pytest.fixture(scope="session")
 def whole(videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted build by three workers; what the others are compared with."""

@@ -17,17 +17,9 @@ from datagen.reader import ShardReader
 from datagen.shards import read_manifest, shard_name
 from datagen.storage import open_folder
 from datagen.verify import faults
-from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, run_build
+from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, contents, run_build
 
 pytestmark = pytest.mark.distributed
-
-
-def contents(dataset: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(dataset)): path.read_bytes()
-        for path in sorted(dataset.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_the_dataset_is_whole_and_its_story_is_told(whole: Path) -> None:

@@ -107,10 +107,23 @@ def test_seeking_gives_the_frames_that_decoding_from_the_start_gives(tmp_path: P
 
 def surveyed(source: str, **changes: Any) -> dict[str, Any]:
     """A survey of one window that passes every filter, with changes to the source or its window."""
-    window = {"start": 0, "pts": 0, "luma": 100.0, "contrast": 40.0, "motion": 2.0, "sharpness": 100.0}
+    window: dict[str, Any] = {
+        "start": 0,
+        "pts": 0,
+        "luma": 100.0,
+        "contrast": 40.0,
+        "motion": 2.0,
+        "sharpness": 100.0,
+    }
     window["hashes"] = [f"{hash((source, index)) % 2**64:016x}" for index in range(3)]
-    facts = {"source": source, "path": "/somewhere/" + source, "caption": None, "frames": 20}
-    facts |= {"width": 200, "height": 100, "frames_per_second": 25.0, "windows": [window]}
+    facts: dict[str, Any] = {"source": source, "path": "/somewhere/" + source, "caption": None, "frames": 20}
+    facts |= {
+        "content": f"of {source}",
+        "width": 200,
+        "height": 100,
+        "frames_per_second": 25.0,
+        "windows": [window],
+    }
     for name, value in changes.items():
         (window if name in window else facts)[name] = value
     return facts

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from datagen.cluster import CLIPS_AHEAD, start_ray
+from datagen.config import DatagenConfig
+from datagen.jobs import sample_rows
+from datagen.media import encode_bytes
+from datagen.plan import make_plan
 from datagen.reader import ShardReader
+from datagen.shards import Sample
 from datagen.storage import S3Folder, StorageConfig, open_folder
 from datagen.verify import faults
+from pipeline.config import ModelConfig, load_section
 from pipeline.errors import UserError
-from tests.datagen.conftest import VARIANTS, run_build, write_numbered
+from tests.datagen.conftest import VARIANTS, moving_picture, run_build, write_numbered
+from tests.datagen.test_plan import surveyed
 
 pytestmark = pytest.mark.distributed
 
 #: every n-th request meets a fault
 FAULT_EVERY = 7
+#: a long input, and who works on it
+CLIPS, WORKERS = 150, 2
 
 
 class FaultyServer:
@@ -31,6 +43,7 @@ class FaultyServer:
 
         self.every: int | None = None
         self.faults = 0
+        self.asked: set[str] = set()
         self._requests = itertools.count(1)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
@@ -38,6 +51,8 @@ class FaultyServer:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def _answer(self, environment: dict[str, Any], start_response: Any) -> Any:
+        if environment["REQUEST_METHOD"] == "GET":
+            self.asked.add(environment["PATH_INFO"])
         if self.every and next(self._requests) % self.every == 0:
             self.faults += 1
             if self.faults % 2:
@@ -161,3 +176,35 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
     assert list(faults(folder)) == []
     local = {path.relative_to(whole).as_posix(): path.read_bytes() for path in whole.glob("shards/*")}
     assert {name: folder.read(name) for name in folder.sizes("shards/")} == local
+
+
+def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
+    """While the consumer holds still, the server sees how many clips are made ahead, each being a video of its own."""
+    content = encode_bytes(moving_picture(9, 64, 64, 0))
+    surveys = []
+    for index in range(CLIPS):
+        s3(server, "long").write(f"{index}.mkv", content)
+        facts = {"path": f"s3://bucket/long/{index}.mkv", "width": 64, "height": 64, "frames": 9}
+        surveys.append(surveyed(f"{index}.mkv", **facts))
+    config = load_section(config_file, "datagen", DatagenConfig).model_copy(
+        update={"storage": storage(server)}
+    )
+    vae = str(load_section(config_file, "model", ModelConfig).vae)
+    plans = make_plan(surveys, config, {}).samples
+    server.asked.clear()
+    try:
+        start_ray(None, WORKERS, config)
+        rows = sample_rows(plans, config, vae, {})
+        made = [next(rows).made]
+        asked = 0
+        while len(server.asked) > asked:
+            asked = len(server.asked)
+            time.sleep(4)
+        # the limit is in bytes of clips that do not compress, each with its lossless copy: this many at most, as
+        # these copies are smaller, and what the tasks that ran meanwhile had in hand
+        ahead = 2 * CLIPS_AHEAD * (WORKERS + 1)
+        assert asked <= ahead + CLIPS // 5 < CLIPS
+        made += [row.made for row in rows]
+    finally:
+        ray.shutdown()
+    assert len(made) == CLIPS and all(isinstance(sample, Sample) for sample in made)

@@ -1,0 +1,97 @@
+"""`--address`: the same bytes from a cluster that is already there, one line where there is none."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from datagen.build_shards import main
+from pipeline.errors import run_command
+from tests.datagen.conftest import VARIANTS, build_command, contents, run_build
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a cluster of its own: `ray start --head`, in a folder whose sockets have short names."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus",
+            "3",
+        ]
+        command += ["--port", str(free_port()), "--temp-dir", folder, "--include-dashboard", "false"]
+        command += ["--object-store-memory", "200000000"]
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        head = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        try:
+            assert head.stdout is not None
+            said = []
+            # it says how others join it, then that it runs
+            for line in head.stdout:
+                said.append(line)
+                if "--block" in line:
+                    break
+            found = re.search(r"--address='([^']+)'", "".join(said))
+            assert found, "".join(said)
+            yield found[1]
+        finally:
+            processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+            for process in processes:
+                process.kill()
+            head.wait()
+            psutil.wait_procs(processes)
+
+
+@pytest.mark.distributed
+def test_a_running_cluster_gives_the_same_bytes(
+    cluster: str, whole: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "dataset"
+    run_build(config_file, videos, output, *VARIANTS, "--address", cluster, "--workers", "2")
+    assert contents(output) == contents(whole)
+
+
+@pytest.mark.parametrize("how", ["named", "auto"])
+def test_a_cluster_that_is_not_there(
+    how: str,
+    config_file: Path,
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    # what a killed job leaves behind
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text(address)
+    monkeypatch.setenv("RAY_TMPDIR", os.fspath(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    given = address if how == "named" else "auto"
+    command = build_command(config_file, videos, tmp_path / "out", "--address", given)
+    monkeypatch.setattr("sys.argv", command[2:])
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    line = capsys.readouterr().err
+    assert left.value.code == 2 and not (tmp_path / "out").exists()
+    assert line.startswith(f"error: --address {given}") and "no Ray cluster answers there" in line
+    assert address in line
