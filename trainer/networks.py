@@ -379,6 +379,7 @@ class Network:
         """Make the (bf16) weights of the module equal to the masters."""
         optimizer = self._engine.optimizer
         if self.config.zero_stage == 3:
+            optimizer._partition_all_parameters()  # those that stay whole would keep their old values
             for index in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
             optimizer._post_step(set())
