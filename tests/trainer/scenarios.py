@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from tests.trainer import toys
 from tests.trainer.presets import TRAINER
 from tests.trainer.stages import make_run
 from trainer.loop import train
+from trainer.lora import LoRAConfig
 from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
 
 #: the networks that can skip an update
@@ -29,23 +31,39 @@ def rounds(
     engine: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     sequence_parallel: int = 1,
+    lora: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """`count` rounds of Stage II; logs of each, and the student's weights and EMA (rank 0) at the end."""
+    """`count` rounds of Stage II; logs of each, the student's weights and EMA (rank 0) at the end, and how many tensors
+    of each network never learn and how many of those have moved."""
     settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | (engine or {})))
     sequence = form_sequence_groups(sequence_parallel)
-    stage = toys.dual_stream(toys.configuration(**(config or {})), settings, sequence=sequence)
+    adapters = {name: LoRAConfig(**values) for name, values in (lora or {}).items()}
+    stage = toys.dual_stream(toys.configuration(**(config or {})), settings, sequence=sequence, lora=adapters)
+    before = {name: constants(network) for name, network in stage.networks.items()}
     reader, readers = world.rank // sequence.size, world.size // sequence.size
     logs = []
     for step in range(count):
         keys = toys.global_batches(step, stage.config.auxiliary_updates + 1, size)
         batches = toys.local_batches(keys, reader, readers, settings.gradient_accumulation)
         logs.append(stage.train_step(step, batches))
+    now = {name: constants(network) for name, network in stage.networks.items()}
     return {
+        "constants": {name: len(values) for name, values in now.items()},
+        "moved": sum(
+            not torch.equal(*pair) for name in now for pair in zip(before[name], now[name], strict=True)
+        ),
         "logs": logs,
         "student": stage.student.full_state_dict(),
         "ema": stage.student.full_state_dict(ema=True),
         "critic": stage.critic.full_state_dict(),
     }
+
+
+def constants(network: Network) -> list[Tensor]:
+    """Whole values of the parameters that never learn. Collective."""
+    parameters = [p for name, p in network.module.named_parameters() if name not in network.trained]
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [parameter.detach().clone() for parameter in parameters]
 
 
 def student_passes(
@@ -156,9 +174,10 @@ def parity(world: World, *, rows: list[dict[str, Any]], count: int) -> dict[str,
 def poisoned_run(world: World, *, preset: str, output: str) -> dict[str, Any]:
     """Stage II through the loop at ZeRO-3; the last rank meets a NaN in an auxiliary update, later in the student's."""
     engine = TRAINER["engine"] | {"zero_stage": 3}
-    run = make_run(Path(preset), "dual_stream", Path(output), world, engine=engine)
+    schedules = {"dual_stream": {"steps": 3, "global_batch_size": 4, "validate_every": 0}}
+    run = make_run(Path(preset), "dual_stream", Path(output), world, engine=engine, schedules=schedules)
     train_step = run.stage.train_step
-    poisoned_update = {1: 1, 3: 2}  # by step; two auxiliary updates, then the student's
+    poisoned_update = {0: 1, 1: 2}  # by step; two auxiliary updates, then the student's
 
     def poisoned(step: int, batches: Any) -> dict[str, float]:
         if step in poisoned_update and world.rank == world.size - 1:

@@ -57,14 +57,12 @@ def test_one_ranks_bad_batch_is_skipped_on_all(preset: Path, tmp_path: Path) -> 
     results = run_on_ranks("tests.trainer.scenarios:poisoned_run", 2, **arguments)
     assert all(result["finished"] and all(result["finite"]) for result in results)
     for result in results:
-        assert result["skipped"] == [[0, 0], [1, 0], [1, 0], [1, 1], [1, 1]], (
-            "critic, student after each step"
-        )
-    assert [row["bad_steps"] for row in losses(tmp_path / "run")] == [0, 1, 1, 2, 2]
+        assert result["skipped"] == [[1, 0], [1, 1], [1, 1]], "critic, student after each step"
+    assert [row["bad_steps"] for row in losses(tmp_path / "run")] == [1, 2, 2]
     files = [(tmp_path / "run" / f"bad-steps-rank-{rank}.txt").read_text().splitlines() for rank in range(2)]
     named = [[set(re.findall(r"clip-\d+", line)) for line in lines] for lines in files]
     for lines in files:
-        assert [line.split(":")[0] for line in lines] == ["step 1", "step 3"]
+        assert [line.split(":")[0] for line in lines] == ["step 0", "step 1"]
     assert all(mine and theirs and mine != theirs for mine, theirs in zip(*named, strict=True))
 
 

@@ -64,17 +64,6 @@ def test_two_ranks_at_zero_3_through_all_stages(preset: Path, tmp_path: Path, wo
     assert open_pipeline(tmp_path / "progressive/teacher").config.num_inference_steps == 4
 
 
-@pytest.mark.distributed
-def test_errors_are_one_line_and_status_2(preset: Path, tmp_path: Path) -> None:
-    result = run_command(
-        *arguments(preset, "base", tmp_path, "--set", "trainer.base.optimiser.learning_rate=1")
-    )
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines() == [
-        f"error: {preset}: unknown key trainer.base.optimiser; did you mean 'optimizer'?"
-    ]
-
-
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
