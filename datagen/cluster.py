@@ -21,8 +21,6 @@ from pipeline.errors import UserError
 
 #: s that the head of a cluster has to answer [ours]
 ANSWER_WITHIN_S = 5.0
-#: clips that wait between the steps for each CPU: enough that none of them idles [ours]
-CLIPS_AHEAD = 8
 #: variants of a clip that travel together; more are made of the clip decoded and encoded again, or what travels would
 #: grow with their number [ours]
 VARIANTS_PER_ROW = 8
@@ -80,7 +78,7 @@ def memory_ahead(config: DatagenConfig) -> int:
     row = hr + hr * min(config.variants, VARIANTS_PER_ROW) // SCALE**2
     # stored losslessly, a clip takes no more than its pixels
     row *= 2 if config.store_clips else 1
-    return CLIPS_AHEAD * int(ray.cluster_resources().get("CPU", 1)) * row
+    return config.encode.clips_ahead * int(ray.cluster_resources().get("CPU", 1)) * row
 
 
 def _check_answer(address: str) -> None:

@@ -71,6 +71,9 @@ class EncodeConfig(Section):
     actors: int | None = Field(default=None, ge=1)
     #: CPU cores of an actor on a machine without GPU
     cpus: int = Field(default=1, ge=1)
+    #: clips that may wait between the steps, for each CPU: bounds memory, and leaves each of them room for a task of
+    #: up to eight clips under the shares that Ray Data gives the steps [ours]
+    clips_ahead: int = Field(default=32, ge=1)
 
 
 class DatagenConfig(Section):

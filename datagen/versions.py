@@ -50,7 +50,10 @@ def modules_hash(modules: Iterable[str]) -> str:
 
 
 def code_hash(sources: Iterable[str]) -> str:
-    """The first 16 digits of sha256 over the syntax trees of Python `sources`, without their docstrings."""
+    """The first 16 digits of sha256 over the syntax trees of Python `sources`, without their docstrings.
+
+    Trees may look different to another minor version of Python, which then counts as a change.
+    """
     digest = hashlib.sha256()
     for source in sources:
         tree = ast.parse(source)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from datagen.cluster import CLIPS_AHEAD, start_ray
+from datagen.cluster import start_ray
 from datagen.config import DatagenConfig
 from datagen.jobs import sample_rows
 from datagen.media import encode_bytes
@@ -23,15 +23,15 @@ from datagen.storage import S3Folder, StorageConfig, open_folder
 from datagen.verify import faults
 from pipeline.config import ModelConfig, load_section
 from pipeline.errors import UserError
-from tests.datagen.conftest import VARIANTS, moving_picture, run_build, write_numbered
+from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
 
 pytestmark = pytest.mark.distributed
 
 #: every n-th request meets a fault
 FAULT_EVERY = 7
-#: a long input, and who works on it
-CLIPS, WORKERS = 150, 2
+#: a long input, who works on it, and how far ahead
+CLIPS, WORKERS, CLIPS_AHEAD = 150, 2, 8
 
 
 class FaultyServer:
@@ -161,16 +161,19 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
     server: FaultyServer, videos: Path, config_file: Path, whole: Path
 ) -> None:
     upload(server, videos, "videos")
+    upload(server, whole, "earlier")
     server.every = 2 * FAULT_EVERY
-    run_build(
+    said = run_build(
         config_file,
         "s3://bucket/videos",
         "s3://bucket/built",
         *VARIANTS,
         "--set",
         f"datagen.storage.endpoint_url={server.url}",
+        "--reuse",
+        "s3://bucket/earlier",
     )
-    assert server.faults > 3
+    assert server.faults > 3 and f"reused {SAMPLES}" in said
     server.every = None
     folder = s3(server, "built")
     assert list(faults(folder)) == []
@@ -186,8 +189,11 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
         s3(server, "long").write(f"{index}.mkv", content)
         facts = {"path": f"s3://bucket/long/{index}.mkv", "width": 64, "height": 64, "frames": 9}
         surveys.append(surveyed(f"{index}.mkv", **facts))
-    config = load_section(config_file, "datagen", DatagenConfig).model_copy(
-        update={"storage": storage(server)}
+    config = load_section(
+        config_file,
+        "datagen",
+        DatagenConfig,
+        [f"datagen.encode.clips_ahead={CLIPS_AHEAD}", f"datagen.storage.endpoint_url={server.url}"],
     )
     vae = str(load_section(config_file, "model", ModelConfig).vae)
     plans = make_plan(surveys, config, {}).samples
