@@ -34,19 +34,19 @@ def rounds(
     lora: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """`count` rounds of Stage II; logs of each, the student's weights and EMA (rank 0) at the end, and how many tensors
-    of each network never learn and how many of those have moved."""
+    of student and critic never learn and how many of those have moved."""
     settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | (engine or {})))
     sequence = form_sequence_groups(sequence_parallel)
     adapters = {name: LoRAConfig(**values) for name, values in (lora or {}).items()}
     stage = toys.dual_stream(toys.configuration(**(config or {})), settings, sequence=sequence, lora=adapters)
-    before = {name: constants(network) for name, network in stage.networks.items()}
+    before = {name: constants(stage.networks[name]) for name in ("student", "critic")}
     reader, readers = world.rank // sequence.size, world.size // sequence.size
     logs = []
     for step in range(count):
         keys = toys.global_batches(step, stage.config.auxiliary_updates + 1, size)
         batches = toys.local_batches(keys, reader, readers, settings.gradient_accumulation)
         logs.append(stage.train_step(step, batches))
-    now = {name: constants(network) for name, network in stage.networks.items()}
+    now = {name: constants(stage.networks[name]) for name in before}
     return {
         "constants": {name: len(values) for name, values in now.items()},
         "moved": sum(
@@ -60,8 +60,10 @@ def rounds(
 
 
 def constants(network: Network) -> list[Tensor]:
-    """Whole values of the parameters that never learn. Collective."""
+    """Whole values of the parameters that never learn, of a network that is no frozen one. Collective."""
     parameters = [p for name, p in network.module.named_parameters() if name not in network.trained]
+    if network.config.zero_stage == 3:
+        assert all(p.numel() == 0 or p.ds_persist for p in parameters), "between the passes they are sharded"
     with deepspeed.zero.GatheredParameters(parameters):
         return [parameter.detach().clone() for parameter in parameters]
 

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 import yaml
@@ -23,7 +22,7 @@ from pipeline.seeding import seeded_noise
 from pipeline.transformer import VSRTransformer
 from pipeline.vsr_pipeline import open_pipeline
 from pipeline.weights import load_transformer
-from tests.trainer import toys
+from tests.trainer import scenarios, toys
 from tests.trainer.parity import LOSSES, NORMS, deviation
 from tests.trainer.presets import TRAINER, losses, write_preset
 from tests.trainer.ranks import run_on_ranks
@@ -38,7 +37,6 @@ from trainer.loop import train
 from trainer.lora import LoRAConfig, add_adapter, merged_state, restore_adapter, save_adapter
 from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
 from trainer.run import parse_arguments, train_stage
-from trainer.stages.dual_stream import DualStream
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ADAPTER = LoRAConfig(rank=3, alpha=6)
@@ -129,66 +127,25 @@ def test_forward_and_gradients_are_the_formulas() -> None:
         assert (gradient - reference).norm() / reference.norm() < 1e-4, name
 
 
-def dual_stream(engine: DeepSpeedConfig) -> DualStream:
-    student, real_score = toys.transformer(2), toys.transformer(1)
-    fake_score = toys.moved(real_score)  # or DMD's gradient would be zero
-    add_adapter(student, ADAPTER, network="student", seed=7)
-    add_adapter(fake_score, LoRAConfig(rank=2), network="critic", seed=7)
-    return DualStream.build(
-        toys.configuration(),
-        student=student,
-        real_score=real_score,
-        fake_score=fake_score,
-        engines=dict.fromkeys(("student", "critic", "real_score"), engine),
-        embed=toys.embed,
-        seed=7,
-        device="cpu",
-    )
-
-
-ROUNDS = 4
-ENGINES: list[dict[str, Any]] = [
-    {"zero_stage": 1},
-    {"zero_stage": 2, "gradient_accumulation": 2},
-    {"zero_stage": 3},
-    {"zero_stage": 3, "activation_checkpointing": True, "persistence_threshold": 0},
-]
-
-
-def rounds(world: World, *, engines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rounds of Stage II for each way of running; logs, learned parameters and whether others have moved."""
-    results = []
-    for engine in engines:
-        settings = DeepSpeedConfig(**({"precision": "fp32"} | engine))
-        stage = dual_stream(settings)
-        before = {name: constants(stage.networks[name]) for name in ("student", "critic")}
-        logs = []
-        for step in range(ROUNDS):
-            keys = toys.global_batches(step, 4, 4)
-            batches = toys.local_batches(keys, world.rank, world.size, settings.gradient_accumulation)
-            logs.append(stage.train_step(step, batches))
-        unchanged = [
-            torch.equal(value, now)
-            for name in before
-            for value, now in zip(before[name], constants(stage.networks[name]), strict=True)
-        ]
-        results.append({"logs": logs, "student": stage.student.full_state_dict(), "unchanged": unchanged})
-    return {"rows": results}
-
-
-def constants(network: Network) -> list[Tensor]:
-    """Whole values of the parameters that don't learn."""
-    values = [p for name, p in network.module.named_parameters() if name not in network.trained]
-    assert all(not hasattr(p, "ds_numel") or p.numel() == 0 or p.ds_persist for p in values), (
-        "sharded at ZeRO-3"
-    )
-    with deepspeed.zero.GatheredParameters(values):
-        return [value.detach().clone() for value in values]
+ROUNDS = 2  # the thin matrices on the input side have a gradient from the second update on
+#: rows of tests/trainer/scenarios.py's `parity`, by number of ranks
+ROWS: dict[int, list[dict[str, Any]]] = {
+    1: [
+        {"engine": {"zero_stage": 2, "gradient_accumulation": 2}},
+        {"engine": {"zero_stage": 3, "activation_checkpointing": True}},
+    ],
+    2: [
+        # the threshold keeps adapters whole, while the large weights are sharded
+        {"engine": {"zero_stage": 3, "persistence_threshold": 100_000}},
+        {"engine": {"zero_stage": 1}, "sequence_parallel": 2},
+    ],
+}
 
 
 def plain_logs() -> list[dict[str, float]]:
-    """Algorithm 1 with one autograd graph, only the adapters, whole modules and heads learning."""
-    stage = dual_stream(DeepSpeedConfig(zero_stage=1, precision="fp32"))
+    """Algorithm 1 with one autograd graph; adapters, whole modules and heads learn."""
+    adapters = {name: LoRAConfig(**values) for name, values in BOTH.items()}
+    stage = toys.dual_stream(toys.configuration(), lora=adapters)
     modules = (stage.student.module, stage.critic.module, stage.real_score.module)
     plain = PlainDualStream(stage.config, *modules, seed=7)
     for module, network in ((plain.student, stage.student), (plain.critic, stage.critic)):
@@ -203,17 +160,19 @@ def plain_logs() -> list[dict[str, float]]:
 @pytest.mark.distributed
 def test_stage_two_is_the_same_however_it_is_sharded(world: World) -> None:
     yardstick = plain_logs()
-    alone = rounds(world, engines=ENGINES)["rows"]
-    together = run_on_ranks("tests.trainer.test_lora:rounds", 2, engines=[ENGINES[0], *ENGINES[2:]])[0][
-        "rows"
-    ]
-    for row, result in enumerate([*alone, *together]):
+    rows = {ranks: [row | {"lora": BOTH} for row in chosen] for ranks, chosen in ROWS.items()}
+    alone = scenarios.parity(world, rows=rows[1], count=ROUNDS)["rows"]
+    together = run_on_ranks("tests.trainer.scenarios:parity", 2, rows=rows[2], count=ROUNDS)[0]["rows"]
+    for row, result in zip([*ROWS[1], *ROWS[2]], [*alone, *together], strict=True):
         assert deviation(result["logs"], yardstick, LOSSES) < 1e-4, row
         assert deviation(result["logs"], yardstick, NORMS) < 1e-3, row
-        assert all(result["unchanged"]) and len(result["unchanged"]) > 100
-        assert result["student"].keys() == alone[0]["student"].keys()
-    start = trained(dual_stream(DeepSpeedConfig(zero_stage=1, precision="fp32")).student.module)
-    assert not start, "outside of updating() nothing asks for a gradient"
+        assert result["moved"] == 0
+        whole, thin = (
+            2 * 2,
+            3 * 10 * 2,
+        )  # weights and biases of two modules; thin matrices of 3 x 10 layers
+        assert len(result["student"]) == whole + thin
+        assert result["constants"]["student"] == len(list(toys.transformer(2).parameters())) - whole
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
@@ -233,7 +192,7 @@ def test_bf16_weights_stay_while_float32_masters_of_the_adapter_learn(world: Wor
     assert masters.keys() == learned.keys() == network.trained
     assert all(not torch.equal(masters[name], learned[name]) for name in learned)
     assert sum(fragment.numel for fragment in network.fragments) == network.trained_parameter_count
-    for value, expected in zip(constants(network), kept.values(), strict=True):
+    for value, expected in zip(scenarios.constants(network), kept.values(), strict=True):
         assert torch.equal(value, expected.bfloat16())
 
 

@@ -12,6 +12,7 @@ from pipeline.seeding import seeded_noise
 from pipeline.sequence_parallel import ALONE, SequenceGroup
 from pipeline.transformer import VSRTransformer
 from trainer.discriminator import HeadConfig
+from trainer.lora import LoRAConfig, add_adapter
 from trainer.networks import DeepSpeedConfig, OptimizerConfig
 from trainer.stages.dual_stream import DualStream, DualStreamConfig
 
@@ -79,17 +80,27 @@ def dual_stream(
     layers: int = 3,
     seed: int = 7,
     sequence: SequenceGroup = ALONE,
+    lora: dict[str, LoRAConfig] | None = None,
 ) -> DualStream:
+    """
+    Args:
+        lora: adapters by network name: student, critic.
+    """
     engine = engine or DeepSpeedConfig(zero_stage=1, precision="fp32")
     student, real_score = transformer(2, layers), transformer(1, layers)
     student.share_sequence(sequence)
     real_score.share_sequence(sequence)
+    # A fake score that has moved away from the real one, or DMD's gradient would be zero.
+    fake_score = moved(real_score) if config.needs_fake_score else None
+    for name, adapter in (lora or {}).items():
+        adapted = {"student": student, "critic": fake_score}[name]
+        assert adapted is not None
+        add_adapter(adapted, adapter, network=name, seed=seed)
     return DualStream.build(
         config,
         student=student,
         real_score=real_score,
-        # A fake score that has moved away from the real one, or DMD's gradient would be zero.
-        fake_score=moved(real_score) if config.needs_fake_score else None,
+        fake_score=fake_score,
         engines=dict.fromkeys(("student", "critic", "real_score"), engine),
         embed=embed,
         seed=seed,
