@@ -211,7 +211,7 @@ def test_a_frozen_call_hears_the_adapter_and_leads_gradients_to_its_inputs(world
 
 
 @pytest.mark.parametrize(
-    ("stage", "zero_stage"), [("base", 1), ("progressive", 3), ("dual_stream", 1), ("preference", 1)]
+    ("stage", "zero_stage"), [("base", 3), ("progressive", 1), ("dual_stream", 1), ("preference", 1)]
 )
 def test_every_stage_goes_on_exactly(
     stage: str, zero_stage: int, preset: Path, tmp_path: Path, world: World
