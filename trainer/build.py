@@ -85,13 +85,28 @@ def build_stage(
     Args:
         sequence: the ranks that share a clip with this one.
     """
+    built = _build(stage, config, model, init, teacher, embed, world, keep_teacher, sequence)
+    if config.compile_blocks:  # only now: a copy of a compiled module is not compiled
+        for network in built.networks.values():
+            getattr(network.module, "transformer", network.module).compile_repeated_blocks()
+    return built
 
+
+def _build(
+    stage: StageName,
+    config: TrainerConfig,
+    model: ModelConfig,
+    init: Path | None,
+    teacher: Path | None,
+    embed: Callable[[list[str]], Tensor],
+    world: World,
+    keep_teacher: Callable[[dict[str, Tensor]], None] | None,
+    sequence: SequenceGroup,
+) -> Stage:
     def load(folder: Path | None) -> VSRTransformer:
         network = initial_transformer(folder, model, config.seed)
         set_attention(network, config.attention, config.engine_of("student").dtype)
         network.share_sequence(sequence)
-        if config.compile_blocks:
-            network.compile_repeated_blocks()
         return network
 
     def adapt(transformer: VSRTransformer, name: str) -> None:

@@ -141,3 +141,12 @@ def test_export_in_bf16(preset: Path, tmp_path: Path) -> None:
     export(preset, tmp_path / "model", state_of(preset, 0), dtype=torch.bfloat16)
     saved = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", ["progressive", "dual_stream", "preference"])
+def test_every_network_of_a_stage_is_compiled(preset: Path, stage: str, tmp_path: Path, world: World) -> None:
+    """Copies too: a copy of a compiled module is not compiled."""
+    run = make_run(preset, stage, tmp_path / "run", world, compile_blocks=True)
+    for name, network in run.stage.networks.items():
+        model = getattr(network.module, "transformer", network.module)
+        assert all(block._compiled_call_impl is not None for block in model.blocks), name
