@@ -12,19 +12,19 @@ from pipeline.transformer import VSRTransformer, tapped_layers
 from trainer.config import NETWORKS, StageName, TrainerConfig
 from trainer.discriminator import Critic
 from trainer.lora import add_adapter
-from trainer.memory import activation_memory, network_memory
+from trainer.memory import TRAINED, stage_memory
 
 #: clips that memory is reckoned for: (frames, height, width), and their latents (T, h, w)
 CLIPS = {"21 x 704 x 1280": (6, 88, 160), "21 x 1088 x 1920": (6, 136, 240)}
-
-TRAINED = ("student", "critic", "teacher")  # Stage I's teacher keeps masters, to be copied shard by shard
 
 
 def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: int) -> str:
     """The resolved configuration, parameter counts, memory of each GPU and the DeepSpeed configuration."""
     networks = meta_networks(stage, model, config)
-    counts = {name: _count(network) for name, network in networks.items()}
-    trained = {name: _count(network, trained=True) for name, network in networks.items() if name in TRAINED}
+    counts = {name: count_parameters(network) for name, network in networks.items()}
+    trained = {
+        name: count_parameters(network, trained=True) for name, network in networks.items() if name in TRAINED
+    }
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
     for name, count in counts.items():
@@ -46,7 +46,7 @@ def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: 
 
 def parameter_counts(stage: StageName, model: ModelConfig, config: TrainerConfig) -> dict[str, int]:
     """Parameters of each network of the stage."""
-    return {name: _count(network) for name, network in meta_networks(stage, model, config).items()}
+    return {name: count_parameters(network) for name, network in meta_networks(stage, model, config).items()}
 
 
 def meta_networks(stage: StageName, model: ModelConfig, config: TrainerConfig) -> dict[str, nn.Module]:
@@ -87,35 +87,29 @@ def memory_table(
     Args:
         trained: how many of the parameters learn, of the networks that have an optimizer.
     """
-    lines = [f"{'network':<12} {'weights':>8} {'gradients':>10} {'optimizer':>10} {'EMA':>6} {'total':>8}"]
-    static = 0.0
-    for name, count in counts.items():
-        memory = network_memory(
-            count,
-            config.engine_of(name),
-            gpus,
-            trained=name in TRAINED,
-            ema=name == "student",
-            trained_parameters=trained.get(name),
-        )
-        static += memory.total
+    found = {
+        clip: stage_memory(stage, model, config, gpus, latent, 1, counts, trained)
+        for clip, latent in CLIPS.items()
+    }
+    first = next(iter(found.values()))
+    lines = [
+        f"{'network':<12} {'weights':>8} {'gradients':>10} {'optimizer':>10} {'EMA':>6} {'total':>8} {'passing':>8}"
+    ]
+    for name, memory in first.networks.items():
         lines.append(
             f"{name:<12} {memory.weights:8.2f} {memory.gradients:10.2f} {memory.optimizer:10.2f} {memory.ema:6.2f} "
-            f"{memory.total:8.2f}"
+            f"{memory.total:8.2f} {memory.passing:8.2f}"
         )
-    lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {static:8.2f}")
-    engine, ranks = config.engine_of("student"), config.sequence_parallel
-    for clip, latent in CLIPS.items():
-        activations = activation_memory(model.transformer, latent, 1, engine, ranks)
-        shared = f" on {ranks} GPUs" if ranks > 1 else ""
-        together = static + activations
-        lines.append(
-            f"with one clip of {clip}{shared}: activations {activations:.2f}, together {together:.2f}"
-        )
+    lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {first.static:8.2f}")
+    lines.append(f"buckets and gathered parameters {first.buffers:.2f}")
+    shared = f" on {config.sequence_parallel} GPUs" if config.sequence_parallel > 1 else ""
+    for clip, stage_found in found.items():
+        activations, together = f"{stage_found.activations:.2f}", f"{stage_found.peak:.2f}"
+        lines.append(f"with one clip of {clip}{shared}: activations {activations}, together {together}")
     return lines
 
 
-def _count(module: nn.Module, *, trained: bool = False) -> int:
+def count_parameters(module: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 

@@ -13,7 +13,7 @@ from pipeline.config import ModelConfig, load_section
 from trainer import run as command
 from trainer.config import STAGES, TrainerConfig
 from trainer.dry_run import describe, parameter_counts
-from trainer.memory import GIB, activation_memory, network_memory
+from trainer.memory import GIB, Activations, network_memory
 from trainer.networks import DeepSpeedConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -61,7 +61,7 @@ def test_every_preset_resolves(path: Path) -> None:
     [
         (1, 1, 2 + 4 + 12 + 4),
         (1, 8, 2 + 4 + (12 + 4) / 8),
-        (2, 8, 2 + (4 + 12 + 4) / 8),
+        (2, 8, 2 + (12 + 4) / 8),
         (3, 8, (2 + 4 + 12 + 4) / 8),
     ],
 )
@@ -80,12 +80,18 @@ def test_offloaded_states_leave_the_gpu() -> None:
 
 
 def test_checkpointing_saves_activations() -> None:
-    shape = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig).transformer
-    latent = (6, 88, 160)
+    model = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig)
     plain, saving = (
-        activation_memory(shape, latent, 1, DeepSpeedConfig(activation_checkpointing=on))
-        for on in (False, True)
+        Activations(model, TrainerConfig(engine=engine), (6, 88, 160), 1).of("base")
+        for engine in (DeepSpeedConfig(activation_checkpointing=on) for on in (False, True))
     )
     assert saving < 0.1 * plain
-    shared = activation_memory(shape, latent, 1, DeepSpeedConfig(), sequence_parallel=4)
-    assert shared == pytest.approx(plain / 4)
+
+
+def test_stage_2_holds_more_at_once_than_one_network() -> None:
+    model = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig)
+    config = load_section(CONFIGS / "wan-1.3b.yaml", "trainer", TrainerConfig)
+    activations = Activations(model, config, (6, 88, 160), 1)
+    assert activations.of("dual_stream") > 1.4 * activations.of("base")
+    shared = Activations(model, config.model_copy(update={"sequence_parallel": 4}), (6, 88, 160), 1)
+    assert shared.of("base") < 0.3 * activations.of("base")
