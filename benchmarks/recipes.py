@@ -105,8 +105,8 @@ What fits into which GPUs for Wan2.1-T2V-1.3B in bf16 with float32 masters, by t
 [`trainer/memory.py`](../trainer/memory.py). **No figure here was measured on a GPU.** The formulas are checked on a
 CPU, where tests count the bytes of all live tensors: of blocks, of networks at ZeRO 1, 2 and 3, and over whole steps
 ([`tests/trainer/test_memory.py`](../tests/trainer/test_memory.py)). Assumed are {CONTEXT_GIB} GiB for CUDA and NCCL,
-and {USABLE_SHARE:.0%} of the rest for tensors, since an allocator leaves gaps; and, from DeepSpeed's source, what ZeRO-3
-keeps gathered. To compare with a GPU:
+and {USABLE_SHARE:.0%} of the rest for tensors, since an allocator leaves gaps; and, from DeepSpeed's source,
+what ZeRO-3 keeps gathered. To compare with a GPU:
 
     python -m benchmarks.memory --config configs/wan-1.3b.yaml --stage dual_stream --latent 6 88 160
 
