@@ -157,8 +157,11 @@ def checkpoint(world: World, *, zero_stage: int, folder: str, save: bool) -> dic
         network.save(Path(folder))
         torch.distributed.barrier()
     else:
-        batch = toys.batch(["before"])  # in use, so that what ZeRO-3 keeps whole is whole with its old values
-        network.frozen(batch.tensors["z_hr"], torch.ones(1), batch.tensors["z_lr"], toys.embed(["a"]))
+        batch = toys.batch(["before"])
+        for _ in range(
+            2
+        ):  # in use: what ZeRO-3 keeps whole is so from the second call on, with its old values
+            network.frozen(batch.tensors["z_hr"], torch.ones(1), batch.tensors["z_lr"], toys.embed(["a"]))
         network.load(Path(folder))
     norms = [update(step) for step in range(2, 4)]
     return {
