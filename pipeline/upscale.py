@@ -3,7 +3,8 @@
     python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR
 
 The film streams through in windows that overlap and are blended, cut at scene changes, so memory stays bounded and no
-scene bleeds into the next. Sound and frame rate are kept. The output appears under its name only when it is whole.
+scene bleeds into the next. Sound and frame rate are kept. The output appears under its name only when it is whole; a
+killed job goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.attention import set_attention
 from pipeline.errors import UserError, run_command
+from pipeline.parts import FilmParts, Place
 from pipeline.progress import progress
 from pipeline.text import DEFAULT_PROMPT
 from pipeline.vae import SCALE, to_frames, upsample_low_resolution
-from pipeline.video import VideoWriter, probe, read_frames
+from pipeline.video import OUTPUT_SUFFIXES, VideoInfo, VideoWriter, probe, read_frames
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 #: mean absolute change of 16x16-pixel thumbnails (0…255) from one frame to the next that is taken for a cut [ours]
@@ -34,18 +38,18 @@ CUT_THRESHOLD = 40.0
 
 
 def split_film(
-    frames: Iterator[np.ndarray], window: int, overlap: int
+    frames: Iterator[np.ndarray], window: int, overlap: int, first: int = 0
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cut a stream of frames into clips for the model.
+    """Cut a stream of frames, the film from frame `first` on, into clips for the model.
 
     Yields:
         (number of its first frame, how many of its first frames the clip before also holds, uint8 (F, h, w, 3)).
         Clips of one scene overlap by `overlap` frames; a new scene starts a new clip.
     """
     held: list[np.ndarray] = []
-    start = shared = 0
+    start, shared = first, 0
     last_thumbnail: np.ndarray | None = None
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(frames, first):
         thumbnail = _thumbnail(frame)
         cut = last_thumbnail is not None and np.abs(thumbnail - last_thumbnail).mean() > CUT_THRESHOLD
         last_thumbnail = thumbnail
@@ -68,15 +72,22 @@ def upscale_film(
     *,
     window: int,
     overlap: int,
+    first: int = 0,
     statistics: dict[str, float],
     **options: object,
-) -> Iterator[np.ndarray]:
+) -> Iterator[tuple[np.ndarray, Place | None]]:
     """Upscaled clips in order, (F, 4h, 4w, 3), cross-faded where they overlapped: every frame of the film once.
 
-    `overlap` is at most half of `window`, so that no frame lies in three windows. `options` are the pipeline's.
+    After some of them the film can go on from a place: the window whose end is still to be cross-faded comes out the
+    same again when it is read from its first frame.
+
+    Args:
+        frames: the film from frame `first` on.
+        overlap: at most half of `window`, so that no frame lies in three windows.
+        options: the pipeline's.
     """
     tail: np.ndarray | None = None
-    for start, shared, clip in split_film(frames, window, overlap):
+    for start, shared, clip in split_film(frames, window, overlap, first):
         result = pipeline(clip, first_frame=start, **options)  # type: ignore[arg-type]
         statistics["dit_evaluations"] = statistics.get("dit_evaluations", 0) + result.dit_evaluations
         for part, seconds in result.seconds.items():
@@ -87,18 +98,18 @@ def upscale_film(
                 ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / shared)[:, None, None, None]
                 mixed = tail * (1 - ramp) + upscaled[:shared] * ramp
                 tail, upscaled = np.rint(mixed).astype(upscaled.dtype), upscaled[shared:]
-            yield tail
+            yield tail, None
         keep = min(overlap, len(upscaled))
         if len(upscaled) > keep:
-            yield upscaled[: len(upscaled) - keep]
+            yield upscaled[: len(upscaled) - keep], Place(start, len(clip) - keep)
         tail = upscaled[len(upscaled) - keep :]
     if tail is not None and len(tail):
-        yield tail
+        yield tail, None
 
 
 def model_film(
-    frames: Iterator[np.ndarray], arguments: argparse.Namespace, statistics: dict[str, float]
-) -> Iterator[np.ndarray]:
+    frames: Iterator[np.ndarray], first: int, arguments: argparse.Namespace, statistics: dict[str, float]
+) -> Iterator[tuple[np.ndarray, Place | None]]:
     """`upscale_film` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     pipeline = open_pipeline(arguments.model, arguments.device, dtype)
@@ -108,6 +119,7 @@ def model_film(
         frames,
         window=arguments.window,
         overlap=arguments.overlap,
+        first=first,
         statistics=statistics,
         prompt=arguments.prompt,
         seed=arguments.seed,
@@ -120,11 +132,15 @@ def model_film(
 
 
 def bicubic_film(
-    frames: Iterator[np.ndarray], arguments: argparse.Namespace, statistics: dict[str, float]
-) -> Iterator[np.ndarray]:
+    frames: Iterator[np.ndarray], first: int, arguments: argparse.Namespace, statistics: dict[str, float]
+) -> Iterator[tuple[np.ndarray, Place | None]]:
     """Frames enlarged as for z_LR, one by one."""
     statistics["dit_evaluations"] = 0
-    return (to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy() for frame in frames)
+    for number, frame in enumerate(frames, first):
+        yield (
+            to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy(),
+            Place(number + 1, 0),
+        )
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -146,43 +162,30 @@ def main() -> None:
         decode_tile_px=arguments.decode_tile,
         overlap_px=arguments.tile_overlap,
     )
-    enlarge = bicubic_film if arguments.bicubic else model_film
-    statistics: dict[str, float] = {}
+    if arguments.output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise UserError(f"cannot write {arguments.output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
     began = time.perf_counter()
-    written = 0
-    frames = read_frames(arguments.input, arguments.start, arguments.frames)
-    total = info.estimated_frames and max(info.estimated_frames - arguments.start, 0)
-    if arguments.frames:
-        total = min(arguments.frames, total or arguments.frames)
-    clips = enlarge(frames, arguments, statistics)  # opens the model, so before the file
-    with (
-        VideoWriter(
-            arguments.output,
-            width=info.width * SCALE,
-            height=info.height * SCALE,
-            frame_rate=info.frame_rate,
-            audio_from=None if arguments.start or arguments.frames else arguments.input,
-            quality="lossless" if arguments.lossless else "lossy",
-            crf=arguments.crf,
-            bit_depth=arguments.bit_depth,
-            sample_aspect_ratio=info.sample_aspect_ratio,
-        ) as writer,
-        progress(total, "upscaling", "frame") as bar,
-    ):
-        try:
-            for clip in clips:
-                writer.write(clip)
-                written += len(clip)
-                bar.advance(len(clip))
-        except torch.cuda.OutOfMemoryError:
-            raise UserError(
-                "the GPU's memory is full; try --decode-tile 512, then --vae-tile 768 or a smaller --window"
-            ) from None
+    parts = FilmParts(arguments.output, _job(arguments), arguments.part_frames)
+    if parts.refused:
+        print(f"starting over: {parts.refused[0]}", file=sys.stderr)
+    elif parts.whole:
+        print(f"going on after {parts.frames} frames", file=sys.stderr)
+    try:
+        statistics = parts.statistics
+        if parts.place is not None:
+            _write_parts(parts, parts.place, info, arguments, statistics)
+        parts.finish(None if arguments.start or arguments.frames else arguments.input)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            "the GPU's memory is full; try --decode-tile 512, then --vae-tile 768 or a smaller --window"
+        ) from None
+    finally:
+        parts.leave()
     record = {
         "input": str(arguments.input),
         "model": "bicubic" if arguments.bicubic else str(arguments.model),
         "seed": arguments.seed,
-        "frames": written,
+        "frames": parts.frames,
         "width": info.width * SCALE,
         "height": info.height * SCALE,
         "seconds": round(time.perf_counter() - began, 3),
@@ -195,8 +198,57 @@ def main() -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
         os.replace(temporary, arguments.stats)
     print(
-        f"{arguments.output}: {written} frames of {record['width']}x{record['height']} in {record['seconds']} s"
+        f"{arguments.output}: {parts.frames} frames of {record['width']}x{record['height']} in {record['seconds']} s"
     )
+
+
+def _write_parts(
+    parts: FilmParts,
+    place: Place,
+    info: VideoInfo,
+    arguments: argparse.Namespace,
+    statistics: dict[str, float],
+) -> None:
+    """Upscale what is missing, from `place` on."""
+    total = info.estimated_frames and max(info.estimated_frames - arguments.start, 0)
+    wanted = None if arguments.frames is None else arguments.frames - place.start
+    if arguments.frames is not None:
+        total = min(arguments.frames, total or arguments.frames)
+    frames = read_frames(arguments.input, arguments.start + place.start, wanted)
+    enlarge = bicubic_film if arguments.bicubic else model_film
+    clips = enlarge(frames, place.start, arguments, statistics)  # opens the model, so before any file
+    open_writer = partial(
+        VideoWriter,
+        width=info.width * SCALE,
+        height=info.height * SCALE,
+        frame_rate=info.frame_rate,
+        quality="lossless" if arguments.lossless else "lossy",
+        crf=arguments.crf,
+        bit_depth=arguments.bit_depth,
+        sample_aspect_ratio=info.sample_aspect_ratio,
+    )
+    with progress(total, "upscaling", "frame", start=parts.frames) as bar:
+        parts.write(clips, open_writer, statistics, bar.advance)
+
+
+def _job(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the pixels of the output, for people to read where it has changed."""
+    job = {name: str(value) for name, value in vars(arguments).items() if name not in ("output", "stats")}
+    return job | {
+        "input": _state(arguments.input),
+        "model": "bicubic" if arguments.bicubic else " ".join(map(_state, _files(arguments.model))),
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors")
+    )
+
+
+def _state(path: Path) -> str:
+    state = path.stat()
+    return f"{path.resolve()} of {state.st_size} bytes at {state.st_mtime_ns}"
 
 
 def _arguments() -> argparse.Namespace:
@@ -232,6 +284,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--attention", choices=("auto", "flash", "flash3", "xformers", "native"), default="auto"
+    )
+    parser.add_argument(
+        "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"
     )
     parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")
     return parser.parse_args()

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +34,8 @@ COPIED_AUDIO = {
     ".mov": MP4_AUDIO,
     ".webm": frozenset({"opus", "vorbis"}),
 }
+#: containers that take what is written here
+OUTPUT_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v", ".avi")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
 Quality = Literal["lossy", "lossless"]
@@ -138,8 +140,7 @@ def read_frames(path: str | Path, start: int = 0, frames: int | None = None) -> 
             process.stdout.close()
         log.seek(0)
         message = " ".join(log.read().decode(errors="replace").split())[:300]
-        whole = start == 0 and frames is None
-        lost = bool(message) and whole and info.frames is not None and count < info.frames
+        lost = bool(message) and frames is None and info.frames is not None and count < info.frames - start
         if not finished or lost or (count == 0 and frames != 0):
             raise UserError(f"{path} breaks off after {count} frames: {message or 'no more frames'}")
 
@@ -162,7 +163,6 @@ class VideoWriter:
         width: int,
         height: int,
         frame_rate: Fraction,
-        audio_from: str | Path | None = None,
         quality: Quality = "lossy",
         crf: int = 15,
         bit_depth: Literal[8, 10] = 8,
@@ -172,7 +172,6 @@ class VideoWriter:
     ) -> None:
         """
         Args:
-            audio_from: file whose sound tracks are kept: copied where the new container takes them, else encoded anew.
             quality: lossless is x264 RGB at quantiser 0.
             crf: constant rate factor of lossy files; 15 is visually lossless.
             bit_depth: 10 writes yuv420p10 and takes uint16 frames holding 10-bit values as well as uint8.
@@ -202,15 +201,9 @@ class VideoWriter:
                 source = source.filter("pad", width + width % 2, height + height % 2)
         if sample_aspect_ratio != 1:
             source = source.filter("setsar", str(sample_aspect_ratio))
-        streams = [source]
-        tracks = probe(audio_from).audio_codecs if audio_from is not None else ()
-        if tracks:
-            streams.append(ffmpeg.input(str(audio_from)).audio)
-            if set(tracks) <= COPIED_AUDIO.get(self.path.suffix.lower(), frozenset(tracks)):
-                options["acodec"] = "copy"
         if self.path.suffix.lower() in (".mp4", ".mov", ".m4v"):
             options["movflags"] = "+faststart"
-        output = ffmpeg.output(*streams, str(self._temporary), **options).overwrite_output()
+        output = ffmpeg.output(source, str(self._temporary), **options).overwrite_output()
         command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the writer)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log)
@@ -252,7 +245,46 @@ class VideoWriter:
 
     def _message(self) -> str:
         self._log.seek(0)
-        text = " ".join(self._log.read().decode(errors="replace").split())
-        if re.search(r"no space left", text, re.IGNORECASE):
-            return "the disk is full; free space or choose another folder"
-        return text[:300] or "FFmpeg stopped"
+        return _reason(self._log.read())
+
+
+def join(parts: Sequence[Path], path: Path, audio_from: str | Path | None = None) -> None:
+    """Put the pictures of `parts`, written alike, one after the other into `path`, without encoding them again.
+
+    Args:
+        parts: files of one folder.
+        audio_from: file whose sound tracks are kept: copied where the new container takes them, else encoded anew.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    names = parts[0].with_name(".parts.txt")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    options: dict[str, Any] = {"vcodec": "copy"}
+    tracks = probe(audio_from).audio_codecs if audio_from is not None else ()
+    streams = [ffmpeg.input(str(names), format="concat", safe=0).video]
+    if tracks:
+        streams.append(ffmpeg.input(str(audio_from)).audio)
+        if set(tracks) <= COPIED_AUDIO.get(path.suffix.lower(), frozenset(tracks)):
+            options["acodec"] = "copy"
+    if path.suffix.lower() in (".mp4", ".mov", ".m4v"):
+        options["movflags"] = "+faststart"
+    output = ffmpeg.output(*streams, str(temporary), **options).overwrite_output()
+    command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
+    try:
+        names.write_text("".join(f"file {part.name}\n" for part in parts))
+        done = subprocess.run(command, stderr=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise UserError(f"cannot write {path}: {_reason(done.stderr)}")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reason(log: bytes) -> str:
+    text = " ".join(log.decode(errors="replace").split())
+    if re.search(r"no space left", text, re.IGNORECASE):
+        return "the disk is full; free space or choose another folder"
+    return text[:300] or "FFmpeg stopped"

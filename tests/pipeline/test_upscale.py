@@ -130,9 +130,8 @@ def test_film_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
     for _, _, clip in clips:
         assert clip.min() == clip.max(), "a clip holds two scenes"
     statistics: dict[str, float] = {}
-    result = np.concatenate(
-        list(upscale_film(pipeline, iter(film), window=5, overlap=2, statistics=statistics))
-    )
+    upscaled = upscale_film(pipeline, iter(film), window=5, overlap=2, statistics=statistics)
+    result = np.concatenate([clip for clip, _ in upscaled])
     assert result.shape == (15, 96, 160, 3) and statistics["dit_evaluations"] == 4
 
 
@@ -213,6 +212,58 @@ def test_terminated_command_leaves_nothing_half_written(model_folder, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     assert list(output.parent.iterdir()) == []
+
+
+def test_a_film_goes_on_from_any_of_its_places(pipeline):
+    """Cuts, short scenes and windows that overlap: what follows a place is the same when the film starts there."""
+    scenes = [np.full((count, 24, 40, 3), level, np.uint8) for count, level in ((7, 20), (2, 220), (12, 90))]
+    film = np.concatenate(scenes) + frames(21) // 32
+    whole = list(upscale_film(pipeline, iter(film), window=5, overlap=2, statistics={}))
+    places = [index for index, (_, place) in enumerate(whole) if place is not None]
+    assert len(places) >= 4
+    for index in places:
+        start, skip = whole[index][1]
+        again = upscale_film(pipeline, iter(film[start:]), window=5, overlap=2, first=start, statistics={})
+        rest = np.concatenate([clip for clip, _ in again])[skip:]
+        assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, number):
+    source, output, whole = tmp_path / "long.mkv", tmp_path / "out" / "out.mp4", tmp_path / "whole.mp4"
+    with VideoWriter(source, width=40, height=24, frame_rate=Fraction(24), quality="lossless") as writer:
+        for seed in range(6):
+            writer.write(frames(20, seed=seed) // 16 + 8 * seed)
+    options = ("--model", model_folder, "--part-frames", 20, "--window", 9, "--overlap", 2)
+    command = [sys.executable, "-m", "pipeline.upscale", source, output, *options]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    parts = output.with_name(".out.mp4.parts")
+    while len(list(parts.glob("part-*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    kept = [json.loads(path.read_text())["frames"] for path in parts.glob("part-*.json")]
+    assert len(kept) >= 2 and not output.exists()
+
+    done = upscale(source, output, *options)
+    assert done.returncode == 0 and f"going on after {sum(kept)} frames" in done.stderr
+    assert [path.name for path in output.parent.iterdir()] == ["out.mp4"]
+    assert upscale(source, whole, *options).returncode == 0
+    assert np.array_equal(read_video(output), read_video(whole))
+    assert len(read_video(output)) == 120
+
+
+def test_parts_of_another_job_are_not_used(upscale, model_folder, film, tmp_path):
+    output = tmp_path / "out.mp4"
+    parts = tmp_path / ".out.mp4.parts"
+    parts.mkdir()
+    (parts / "job.json").write_text('{"seed": "0"}')
+    (parts / "part-00000.mp4").write_text("of another film")
+    (parts / "part-00000.json").write_text('{"frames": 3, "place": [3, 0], "statistics": {}}')
+    done = upscale(film, output, "--bicubic")
+    assert done.returncode == 0 and "starting over: " in done.stderr
+    assert len(read_video(output)) == 30 and not parts.exists()
 
 
 def test_prompt_cache_round_trip_and_unknown_prompt(tmp_path):

@@ -2,12 +2,13 @@
 
 from fractions import Fraction
 
+import av
 import ffmpeg
 import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.video import VideoWriter, ffmpeg_binary, probe, read_frames, read_video
+from pipeline.video import VideoWriter, ffmpeg_binary, join, probe, read_frames, read_video
 
 
 def make(path, *, size="48x32", seconds=0.5, audio=None, **options):
@@ -78,8 +79,23 @@ def test_pixels_that_are_not_square_stay_so(tmp_path):
 @pytest.mark.parametrize(("codec", "suffix", "kept"), [("aac", "mp4", "aac"), ("pcm_s16le", "mp4", "aac")])
 def test_sound_is_copied_or_encoded_for_containers_that_refuse_it(tmp_path, codec, suffix, kept):
     source = make(tmp_path / "in.mkv", audio=codec)
-    result = write(tmp_path / f"out.{suffix}", gradient(12), audio_from=source)
+    result = tmp_path / f"out.{suffix}"
+    join([write(tmp_path / "silent.mp4", gradient(12))], result, source)
     assert probe(result).audio_codecs == (kept,)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
+def test_joined_parts_are_the_frames_one_after_the_other_at_their_rate(tmp_path, suffix):
+    ramps = [np.roll(gradient(count), count, axis=2) for count in (7, 1, 5)]
+    parts = [write(tmp_path / f"part-{index}.mp4", ramp) for index, ramp in enumerate(ramps)]
+    joined = tmp_path / f"out.{suffix}"
+    join(parts, joined)
+    assert np.array_equal(read_video(joined), np.concatenate([read_video(part) for part in parts]))
+    with av.open(str(joined)) as container:
+        stream = container.streams.video[0]
+        times = [frame.pts * stream.time_base for frame in container.decode(stream)]
+    assert [round(float(time) * 24 - float(times[0]) * 24, 1) for time in times] == list(range(13))
+    assert abs(times[0]) < Fraction(1, 1000)
 
 
 def test_frames_are_estimated_where_the_header_does_not_count(tmp_path):
