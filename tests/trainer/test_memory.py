@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from benchmarks import memory as measured
 from pipeline.config import ModelConfig
@@ -20,10 +22,15 @@ TOKENS = 256
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize(("heads", "ffn_dim"), [(2, 768), (4, 512)])
-def test_what_a_block_holds(precision: str, learns: bool, heads: int, ffn_dim: int) -> None:
+@pytest.mark.parametrize("zero_3", [False, True])
+def test_what_a_block_holds(
+    precision: str, learns: bool, heads: int, ffn_dim: int, zero_3: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if zero_3:
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
     shape = measured.SMALL.model_copy(update={"num_attention_heads": heads, "ffn_dim": ffn_dim})
     held = measured.held_by_a_block(shape, LATENT, precision, learns=learns, checkpointing=False)
-    formula = TOKENS * block_bytes(64 * heads, ffn_dim, precision, learns=learns)
+    formula = TOKENS * block_bytes(64 * heads, ffn_dim, precision, learns=learns, zero_3=zero_3)
     assert held == pytest.approx(formula, rel=0.02)
 
 
@@ -59,13 +66,14 @@ def test_what_a_network_holds_on_two_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "checkpointing"), [("base", True), ("dual_stream", False), ("dual_stream", True)]
+    ("stage", "zero_stage", "checkpointing"),
+    [("base", 2, True), ("dual_stream", 2, False), ("dual_stream", 2, True), ("dual_stream", 3, False)],
 )
-def test_the_peak_of_a_step(stage: Any, checkpointing: bool, world: World) -> None:
+def test_the_peak_of_a_step(stage: Any, zero_stage: int, checkpointing: bool, world: World) -> None:
     """Of all networks, graphs, features and heads that are alive at once."""
     latent = (2, 48, 48)
     model = ModelConfig(transformer=measured.SMALL, vae=Path("none"), prompts=Path("none"))
-    config = measured.small_configuration(2, checkpointing)
+    config = measured.small_configuration(zero_stage, checkpointing)
     always, peak = measured.stage_bytes(stage, model, config, world, latent, 1)
     formula = measured.predicted(stage, model, config, 1, latent, 1)
     assert always == pytest.approx(formula.static, rel=0.06)
