@@ -16,8 +16,8 @@ take 4, ZeRO-1 keeps no gradients and passes 8, and ZeRO-2 passes 4 + 4/n. Momen
 an attention that keeps no matrix of scores.
 
     parameters that learn   68·d + 4·f    48·d of it are float32 copies made around norms and gates
-    constant parameters     36·d + 2·f    gradients only pass through: no input of a linear layer is kept
-      beside ZeRO-3         42·d + 4·f    but by DeepSpeed's linear layer, which takes the place of torch's then
+    constant parameters     36·d + 2·f    gradients only pass through: no input of a linear layer is kept, at ZeRO-3
+                                          thanks to trainer/frozen_linear.py
     checkpointed            2·d           and one block whole while its turn is
 
 Where ranks share a clip, a token is one of the rank's own; tapped features and discriminator heads have all of them.
@@ -39,7 +39,6 @@ from trainer.networks import DeepSpeedConfig
 GIB = 2**30
 #: networks with an optimizer; Stage I's teacher keeps masters, to be copied shard by shard
 TRAINED = ("student", "critic", "teacher")
-FROZEN = ("real_score", "reference")
 #: parameters that ZeRO-3 on several ranks keeps gathered of each network: what it needs again within
 #: stage3_max_reuse_distance (DeepSpeed's default is 1e9) forth and back, and a prefetched bucket
 REUSE_DISTANCE = 1_000_000_000
@@ -116,20 +115,11 @@ def buffer_memory(parameters: int, config: DeepSpeedConfig, gpus: int, *, traine
     return elements * width / GIB
 
 
-def block_bytes(dim: int, ffn_dim: int, precision: str, *, learns: bool, zero_3: bool) -> float:
-    """What one block holds from forward to backward, per token, without checkpointing.
-
-    Args:
-        zero_3: whether any network of the process is at ZeRO-3; from the first one on, DeepSpeed replaces
-            torch.nn.functional.linear (`memory_efficient_linear`) for all of them.
-    """
+def block_bytes(dim: int, ffn_dim: int, precision: str, *, learns: bool) -> float:
+    """What one block holds from forward to backward, per token, without checkpointing."""
     if precision == "bf16":
-        held = 68 * dim + 4 * ffn_dim if learns else 36 * dim + 2 * ffn_dim
-    else:
-        held = 88 * dim + 8 * ffn_dim if learns else 48 * dim + 4 * ffn_dim
-    if zero_3 and not learns:
-        held += (3 * dim + ffn_dim) * (2 if precision == "bf16" else 4)
-    return held
+        return 68 * dim + 4 * ffn_dim if learns else 36 * dim + 2 * ffn_dim
+    return 88 * dim + 8 * ffn_dim if learns else 48 * dim + 4 * ffn_dim
 
 
 class Activations:
@@ -148,7 +138,6 @@ class Activations:
         self._layers, self._ffn = shape.num_layers, shape.ffn_dim
         self._dim = shape.num_attention_heads * shape.attention_head_dim
         self._precision, self._checkpointed = engine.precision, engine.activation_checkpointing
-        self._zero_3 = any(config.engine_of(name).zero_stage == 3 for name in (*TRAINED, *FROZEN))
         self._width = 2 if engine.precision == "bf16" else 4
         tokens = 1
         for size, patch in zip(latent, shape.patch_size, strict=True):
@@ -219,7 +208,7 @@ class Activations:
         return inside
 
     def _block(self, learns: bool) -> float:
-        return block_bytes(self._dim, self._ffn, self._precision, learns=learns, zero_3=self._zero_3)
+        return block_bytes(self._dim, self._ffn, self._precision, learns=learns)
 
     def _ends(self) -> float:
         """The last norm and projection, and latents: z, noise, targets, predictions."""

@@ -41,6 +41,7 @@ from trainer.fragments import (
     load_fragments,
     save_fragments,
 )
+from trainer.frozen_linear import use_for_constant_weights
 
 
 class OptimizerConfig(Section):
@@ -156,8 +157,7 @@ class Network:
             module: its float32 weights are the masters' first value; its dtype and device are changed. With an
                 optimizer, the parameters that ask for a gradient learn, and the others never change (LoRA).
             optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and whole otherwise.
-            parameter_groups: torch-style groups over the trainable parameters, each with `params` and,
-            where it
+            parameter_groups: torch-style groups over the trainable parameters, each with `params` and, where it
                 differs, `lr`; default: one group.
             ema_decay: keep an EMA of the masters, updated by every `step()` that is not skipped.
         """
@@ -192,6 +192,7 @@ class Network:
             self._warmup = optimizer.warmup_updates
             if ema_decay is not None:
                 self.ema = EMA(self.fragments, ema_decay)
+        use_for_constant_weights()
         #: the module itself, for its configuration; call the network, never this
         self.module = module
         module.requires_grad_(False)

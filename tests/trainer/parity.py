@@ -149,7 +149,9 @@ yardstick over all rounds and all losses, or both norms; a value below {FLOOR} c
 may pass through zero. Rounding differs with the order of sums, and AdamW magnifies it where a gradient is
 nearly zero; a wrong gradient shows as 1e-2 and more (see the table of calls in
 [`tests/trainer/test_zero_calls.py`](../tests/trainer/test_zero_calls.py)). The bf16 rows compute in bfloat16
-with float32 masters and are shown for scale. Where ranks share a clip, each has half of its tokens
+with float32 masters and are shown for scale: as long as no margin of the hinge loss is reached, raising all
+outputs of the discriminator alike changes nothing, so rounding alone decides where Adam moves them, and L_G with
+them. Where ranks share a clip, each has half of its tokens
 (`trainer.sequence_parallel`).
 
 {table(results, yardstick)}

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from benchmarks import memory as measured
 from pipeline.config import ModelConfig
 from tests.trainer.ranks import run_on_ranks
+from trainer.frozen_linear import linear
 from trainer.memory import GIB, block_bytes, network_memory
 from trainer.networks import DeepSpeedConfig, World
 
@@ -27,10 +27,10 @@ def test_what_a_block_holds(
     precision: str, learns: bool, heads: int, ffn_dim: int, zero_3: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if zero_3:
-        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+        monkeypatch.setattr(torch.nn.functional, "linear", linear)
     shape = measured.SMALL.model_copy(update={"num_attention_heads": heads, "ffn_dim": ffn_dim})
     held = measured.held_by_a_block(shape, LATENT, precision, learns=learns, checkpointing=False)
-    formula = TOKENS * block_bytes(64 * heads, ffn_dim, precision, learns=learns, zero_3=zero_3)
+    formula = TOKENS * block_bytes(64 * heads, ffn_dim, precision, learns=learns)
     assert held == pytest.approx(formula, rel=0.02)
 
 
