@@ -21,6 +21,8 @@ from tests.trainer.reference import PlainDualStream
 from trainer.networks import World, start_distributed
 
 ROUNDS = 5
+#: that are compared in bfloat16; in later ones rounding has moved what the hinge loss leaves open (see the page)
+BF16_ROUNDS = 3
 GLOBAL_BATCH = 4
 LOSSES = ("loss_diffusion", "loss_discriminator", "loss_dmd", "loss_generator", "loss_feature_matching")
 NORMS = ("gradient_norm_critic", "gradient_norm_student")
@@ -42,6 +44,10 @@ class Row:
     precision: str = "fp32"
     #: ranks that share each clip
     sequence: int = 1
+
+    @property
+    def compared_rounds(self) -> int:
+        return ROUNDS if self.precision == "fp32" else BF16_ROUNDS
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -104,11 +110,11 @@ def run(world: World, rows: list[Row]) -> dict[Row, Logs]:
     return {row: next(queues[row.ranks])["logs"] for row in rows}
 
 
-def deviation(logs: Logs, yardstick: Logs, names: tuple[str, ...]) -> float:
-    """Largest relative deviation over all rounds."""
+def deviation(logs: Logs, yardstick: Logs, names: tuple[str, ...], rounds: int = ROUNDS) -> float:
+    """Largest relative deviation over the first rounds."""
     return max(
         abs(mine[name] - theirs[name]) / max(abs(theirs[name]), FLOOR)
-        for mine, theirs in zip(logs, yardstick, strict=True)
+        for mine, theirs in zip(logs[:rounds], yardstick[:rounds], strict=True)
         for name in names
     )
 
@@ -130,7 +136,9 @@ def table(results: dict[Row, Logs], yardstick: Logs) -> str:
             str(row.sequence),
         ]
         cells += [row.precision, *(f"{logs[-1][name]:.6f}" for name in shown)]
-        cells += [f"{deviation(logs, yardstick, names):.1e}" for names in (LOSSES, NORMS)]
+        cells += [
+            f"{deviation(logs, yardstick, names, row.compared_rounds):.1e}" for names in (LOSSES, NORMS)
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -148,11 +156,12 @@ Losses and gradient norms are those of round {ROUNDS}. "worst" is the largest re
 yardstick over all rounds and all losses, or both norms; a value below {FLOOR} counts as {FLOOR}, since a loss
 may pass through zero. Rounding differs with the order of sums, and AdamW magnifies it where a gradient is
 nearly zero; a wrong gradient shows as 1e-2 and more (see the table of calls in
-[`tests/trainer/test_zero_calls.py`](../tests/trainer/test_zero_calls.py)). The bf16 rows compute in bfloat16
-with float32 masters and are shown for scale: as long as no margin of the hinge loss is reached, raising all
-outputs of the discriminator alike changes nothing, so rounding alone decides where Adam moves them, and L_G with
-them. Where ranks share a clip, each has half of its tokens
-(`trainer.sequence_parallel`).
+[`tests/trainer/test_zero_calls.py`](../tests/trainer/test_zero_calls.py)). Where ranks share a clip, each has
+half of its tokens (`trainer.sequence_parallel`).
+
+The bf16 rows compute in bfloat16 with float32 masters and are shown for scale; "worst" is of their first
+{BF16_ROUNDS} rounds. As long as no margin of the hinge loss is reached, raising all outputs of the discriminator alike
+changes nothing, so rounding alone decides where Adam moves them, and L_G with them.
 
 {table(results, yardstick)}
 

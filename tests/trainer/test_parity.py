@@ -7,9 +7,6 @@ import pytest
 from tests.trainer import parity
 from trainer.networks import World
 
-#: later ones say little: rounding moves what the hinge loss leaves open (see docs/parity.md)
-BF16_ROUNDS = 3
-
 
 @pytest.mark.distributed
 def test_every_way_of_sharding_is_the_plain_loop(world: World) -> None:
@@ -20,7 +17,5 @@ def test_every_way_of_sharding_is_the_plain_loop(world: World) -> None:
             (parity.NORMS, 1e-5, 0.03),
             (parity.PARTS, 1e-4, 0.03),
         ):
-            allowed, rounds = (
-                (in_float32, parity.ROUNDS) if row.precision == "fp32" else (in_bf16, BF16_ROUNDS)
-            )
-            assert parity.deviation(logs[:rounds], yardstick[:rounds], names) <= allowed, (row, names)
+            allowed = in_float32 if row.precision == "fp32" else in_bf16
+            assert parity.deviation(logs, yardstick, names, row.compared_rounds) <= allowed, (row, names)
