@@ -140,7 +140,8 @@ def _packaged_clips() -> list[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True)
+    preset = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
+    parser.add_argument("--config", type=Path, default=preset)
     parser.add_argument("--input", nargs="+", default=_packaged_clips())
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--crops", type=int, nargs="+", default=[1, 4], help="crops per window")

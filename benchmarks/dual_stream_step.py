@@ -1,7 +1,7 @@
 """What one round of Stage II costs, beside a literal reading of Algorithm 1 that runs every term on its own.
 
-    python -m benchmarks.dual_stream_step                                   # any machine
-    python -m benchmarks.dual_stream_step --shape wan-1.3b --checkpointing  # a GPU
+    python benchmarks/dual_stream_step.py                                   # any machine
+    python benchmarks/dual_stream_step.py --shape wan-1.3b --checkpointing  # a GPU
 
 Prints, and with --output appends to a file:
   - floating-point operations of one round, counted on the meta device at the full 1.3 B shape;
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import resource
 import statistics
 import sys
 import time
@@ -28,7 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, from anywhere
+
 from benchmarks.literal_dual_stream import LiteralDualStream
+from benchmarks.memory import LiveBytes
 from datagen.reader import Batch
 from pipeline.transformer import VSRTransformer, tapped_layers
 from trainer.discriminator import Critic, HeadConfig
@@ -131,16 +133,14 @@ class _NoModules(contextlib.nullcontext[None]):
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each after a warm-up round, taken in turns, and the peak memory of its rounds.
+    """Median seconds of each after a warm-up round, taken in turns, and the peak memory of a round.
 
     On a CPU also the median of the processor's own seconds, which a busy machine doesn't stretch.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
-    peaks = dict.fromkeys(runs, 0)
     for index in range(rounds + 1):
         for name, run in runs.items():
-            reset_peak_memory()
             start, cpu_start = time.perf_counter(), time.process_time()
             run()
             if torch.cuda.is_available():
@@ -148,10 +148,12 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
             if index:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
                 cpu_seconds[name].append(time.process_time() - cpu_start)
-                peaks[name] = max(peaks[name], peak_memory_bytes())
     results = {
-        name: {"seconds_per_round": statistics.median(seconds[name]), "peak_memory_gib": peaks[name] / 2**30}
-        for name in runs
+        name: {
+            "seconds_per_round": statistics.median(seconds[name]),
+            "peak_memory_gib": peak_memory_bytes(run) / 2**30,
+        }
+        for name, run in runs.items()
     }
     if not torch.cuda.is_available():
         for name, result in results.items():
@@ -159,23 +161,15 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
     return results
 
 
-def reset_peak_memory() -> None:
+def peak_memory_bytes(run: Callable[[], None]) -> int:
+    """Of tensors, in one more round. GPU: all; CPU: those made in the round, without what was there before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
-
-
-def peak_memory_bytes() -> int:
-    """GPU: memory of tensors. CPU: resident memory of the process, the models and libraries included."""
-    if torch.cuda.is_available():
+        run()
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with LiveBytes() as live:
+        run()
+    return live.peak
 
 
 def time_bare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -296,7 +290,7 @@ def main() -> None:
     size = f"{arguments.frames} frames {arguments.width}x{arguments.height}, batch {arguments.batch}"
     lines = [
         f"# {datetime.date.today()}  {_device_name()}  torch {torch.__version__}",
-        f"# command: python -m benchmarks.dual_stream_step {' '.join(sys.argv[1:])}".rstrip(),
+        f"# command: python benchmarks/dual_stream_step.py {' '.join(sys.argv[1:])}".rstrip(),
         f"operations of one round, 1.3 B shape, {size}:",
         *(f"  {name:12s} {count / 1e15:8.3f} PFLOP" for name, count in flops.items()),
     ]
@@ -315,8 +309,10 @@ def main() -> None:
         "device": _device_name(),
     }
     if not arguments.skip_bare:
-        for key in results["ours"].keys() - {"peak_memory_gib"}:
-            summary[key.replace("per_round", "ratio")] = results["ours"][key] / results["literal"][key]
+        for key in results["ours"]:
+            summary[key.replace("per_round", "ratio").replace("gib", "ratio")] = (
+                results["ours"][key] / results["literal"][key]
+            )
     report = "\n".join([*lines, json.dumps(summary)])
     print(report)
     if arguments.output:

@@ -1,7 +1,7 @@
 """Measured memory beside the formulas of trainer/memory.py.
 
-    python -m benchmarks.memory                            # any machine: a small network, every stage
-    python -m benchmarks.memory --stage dual_stream --config configs/wan-1.3b.yaml --latent 6 88 160    # a GPU
+    python benchmarks/memory.py                            # any machine: a small network, every stage
+    python benchmarks/memory.py --stage dual_stream --config configs/wan-1.3b.yaml --latent 6 88 160    # a GPU
 
 On a CPU every tensor's storage is counted from its making to its end (`LiveBytes`), the autograd graph's included. That
 is what torch.cuda.max_memory_allocated says on a GPU. What an allocator reserves beyond that comes on top.

@@ -1,10 +1,11 @@
-"""Which settings fit: GPUs x memory x clip, from the formulas of trainer/memory.py. Writes docs/recipes.md.
+"""Which settings fit: GPUs x memory x clip, from the formulas of trainer/memory.py.
 
-python -m benchmarks.recipes
+python benchmarks/recipes.py    # writes docs/recipes.md
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -95,6 +96,9 @@ def table(stage: StageName, model: ModelConfig, preset: TrainerConfig) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     model = load_section(PRESET, "model", ModelConfig)
     preset = load_section(PRESET, "trainer", TrainerConfig)
     lora_path = PRESET.with_name("wan-1.3b-lora.yaml")
@@ -108,7 +112,7 @@ CPU, where tests count the bytes of all live tensors: of blocks, of networks at 
 and {USABLE_SHARE:.0%} of the rest for tensors, since an allocator leaves gaps; and, from DeepSpeed's source,
 what ZeRO-3 keeps gathered. To compare with a GPU:
 
-    python -m benchmarks.memory --config configs/wan-1.3b.yaml --stage dual_stream --latent 6 88 160
+    python benchmarks/memory.py --config configs/wan-1.3b.yaml --stage dual_stream --latent 6 88 160
 
 `--dry-run` gives the sum of one configuration in detail.
 
@@ -143,7 +147,7 @@ One network. Global batch {preset.schedules.base.global_batch_size}.
 
 {table("base", model, preset)}
 
-Written by `python -m benchmarks.recipes`.
+Written by `python benchmarks/recipes.py`.
 """)
     print(f"wrote {DOCUMENT}")
 
