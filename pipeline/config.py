@@ -12,6 +12,7 @@ begin with `extends: other.yaml` (relative to itself) and give only what differs
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,7 +156,11 @@ def _explain(error: ValidationError, path: Path, section: str, schema: type[Base
         return f"{path}: unknown key {field}{_suggest(str(first['loc'][-1]), _fields(schema, first['loc']))}{more}"
     if first["type"] == "missing":
         return f"{path}: {field} is missing; add it{more}"
-    return f"{path}: {field} = {first['input']!r}: {first['msg']}{more}"
+    message, value = first["msg"].removeprefix("Value error, "), first["input"]
+    if isinstance(value, dict):  # of a whole section, what the message is about
+        value = {name: part for name, part in value.items() if re.search(rf"\b{name}\b", message)}
+    shown = "" if value == {} else f" = {value!r}"
+    return f"{path}: {field}{shown}: {message}{more}"
 
 
 def _fields(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -16,8 +16,7 @@ ALLOWED = {
     "datagen": {"pipeline"},
     "trainer": {"pipeline", "metrics", "datagen.reader"},
     # Pairs are a dataset like any other, so preference also writes the shard format and reads clips back out of it.
-    "preference": {"pipeline", "metrics"}
-    | {f"datagen.{name}" for name in ("shards", "storage", "media")},
+    "preference": {"pipeline", "metrics"} | {f"datagen.{name}" for name in ("shards", "storage", "media")},
     "launchers": set(),
 }
 

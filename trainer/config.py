@@ -126,6 +126,14 @@ class TrainerConfig(Section):
             raise ValueError(f"engines: unknown network {unknown[0]!r}; known: {', '.join(sorted(known))}")
         return self
 
+    @model_validator(mode="after")
+    def _adapted_networks_are_there(self) -> TrainerConfig:
+        if "critic" in self.lora and not self.dual_stream.needs_fake_score:
+            raise ValueError(
+                "lora: with these settings of dual_stream no fake score is used; leave out 'critic'"
+            )
+        return self
+
     def engine_of(self, network: str) -> DeepSpeedConfig:
         """Sharding of one network."""
         return self.engines.get(network, self.engine)

@@ -362,10 +362,15 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
 
 def test_only_student_and_critic_have_one() -> None:
     path = CONFIGS / "wan-1.3b-lora.yaml"
-    with pytest.raises(
-        UserError, match=r"trainer\.lora = .*'teacher' follows the student's; name one of student"
-    ):
+    with pytest.raises(UserError, match=r"trainer\.lora = .*'teacher' follows the student's; name one of"):
         load_section(path, "trainer", TrainerConfig, ["trainer.lora.teacher.rank=4"])
+
+
+def test_a_fake_score_that_is_not_there_has_none() -> None:
+    path = CONFIGS / "wan-1.3b-lora.yaml"
+    changes = ["trainer.dual_stream.dmd_weight=0", "trainer.dual_stream.tapped=real"]
+    with pytest.raises(UserError, match="no fake score is used; leave out 'critic'"):
+        load_section(path, "trainer", TrainerConfig, changes)
 
 
 def test_the_dry_run_tells_what_learns_and_what_it_saves() -> None:
