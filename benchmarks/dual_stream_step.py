@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,10 @@ def round_of_ours(stage: DualStream, batch: Batch) -> None:
     stage.student_update(0, [batch], meter)
 
 
-def count_flops(arguments: argparse.Namespace) -> dict[str, float]:
+READINGS = ("ours", "literal", "as_printed")
+
+
+def count_flops(arguments: argparse.Namespace, readings: Sequence[str] = READINGS) -> dict[str, float]:
     """Of one round at the full shape; nothing is computed on the meta device, so this is exact and quick."""
     config = DualStreamConfig()
     batch = make_batch("wan-1.3b", "meta", arguments)
@@ -117,11 +120,11 @@ def count_flops(arguments: argparse.Namespace) -> dict[str, float]:
         "as_printed": lambda: literal.round(batch, each_term_alone=False),
     }
     counts = {}
-    for name, run in rounds.items():
+    for name in readings:
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = _NoModules()
         with counter:
-            run()
+            rounds[name]()
         counts[name] = float(counter.get_total_flops())
     return counts
 
