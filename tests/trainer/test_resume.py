@@ -131,6 +131,80 @@ def test_full_disk_while_saving(preset: Path, uninterrupted: Path, tmp_path: Pat
     assert losses(tmp_path / "run") == losses(uninterrupted)
 
 
+#: what the stages after `base` (whose tests stand above) start from
+LATER = {
+    "progressive": ("--init", "base/model"),
+    "dual_stream": ("--init", "progressive/model", "--teacher", "progressive/teacher"),
+    "preference": ("--init", "dual_stream/model"),
+}
+LONGER = (
+    "trainer.progressive.guidance_iterations=10",
+    "trainer.progressive.iterations_per_halving=10",
+    *(
+        f"trainer.schedules.{stage}={{{steps}global_batch_size: 4, checkpoint_every: 6, validate_every: 0}}"
+        for stage, steps in (
+            ("progressive", ""),
+            ("dual_stream", "steps: 30, "),
+            ("preference", "steps: 30, "),
+        )
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(preset: Path, uninterrupted: Path) -> Path:
+    """Folders `base`, `progressive`, … of runs that nothing has stopped, each from the one before."""
+    folder = preset.parent / "finished"
+    folder.mkdir()
+    (folder / "base").symlink_to(uninterrupted)
+    for stage in LATER:
+        result = run_command(*later_command(stage, preset, folder, folder / stage))
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def later_command(stage: str, preset: Path, models: Path, output: Path) -> list[object]:
+    data = preset.parent / ("pairs" if stage == "preference" else "clips")
+    line: list[object] = ["--config", preset, "--stage", stage, "--data", data, "--output", output]
+    line += [part if part.startswith("--") else models / part for part in LATER[stage]]
+    return line + [part for override in LONGER for part in ("--set", override)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", LATER)
+def test_every_later_stage_survives_a_kill_a_signal_and_a_full_disk(
+    stage: str, preset: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    line = later_command(stage, preset, finished, output)
+
+    killed = start_command(*line)
+    signal_after(killed, output / "metrics.jsonl", 8, signal.SIGKILL)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+
+    warned = start_command(*line)
+    signal_after(warned, output / "metrics.jsonl", 15, signal.SIGTERM)
+    told, errors = warned.communicate(timeout=120)
+    assert warned.returncode == EXIT_SAVED_ON_SIGNAL, errors
+    assert "going on from" in told
+    saved = latest_checkpoint(output / "checkpoints")
+    assert saved is not None and saved.name == f"step-{len(losses(output)):08d}"
+
+    size_kib = max(path.stat().st_size for path in saved.rglob("*")) // 2048
+    full = run_command(*line, limit=f"trap '' XFSZ && ulimit -f {size_kib}")
+    assert full.returncode == 2, full.stderr
+    assert "cannot save" in full.stderr and "free space" in full.stderr
+    assert latest_checkpoint(output / "checkpoints") == saved
+    assert not (output / "model").exists()
+
+    again = run_command(*line)
+    assert again.returncode == 0, again.stderr
+    assert losses(output) == losses(finished / stage)
+    weights = "model/transformer/diffusion_pytorch_model.safetensors"
+    assert (output / weights).read_bytes() == (finished / stage / weights).read_bytes()
+
+
 def test_another_configuration_is_named(preset: Path, tmp_path: Path, world: World, capsys: Any) -> None:
     train(make_run(preset, "base", tmp_path / "run", world, stop_after=1))
     train(make_run(preset, "base", tmp_path / "run", world, stop_after=1, max_bad_steps=7))
