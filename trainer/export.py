@@ -4,22 +4,19 @@ comes from."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.config import ModelConfig
-from pipeline.errors import UserError
 from pipeline.text import PromptCache
 from pipeline.transformer import VSRTransformer
 from pipeline.vae import VAE
 from pipeline.vsr_pipeline import VSRPipeline
+from trainer.whole import whole_folder
 
 
 def export_model(
@@ -47,8 +44,6 @@ def export_model(
     transformer = VSRTransformer(**model.transformer.model_dump())
     transformer.load_state_dict(state, strict=True)
     transformer.to(dtype)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     pipeline = VSRPipeline(
         transformer,
         vae,
@@ -57,17 +52,9 @@ def export_model(
         shift=model.shift,
         guidance_weight=guidance_weight,
     )
-    try:
+    with whole_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
         (partial / "README.md").write_text(model_card(steps, card))
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot write {folder}: {error}; free space and run the same command again"
-        ) from None
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
 
 
 def model_card(steps: int, card: dict[str, Any]) -> str:

@@ -11,20 +11,18 @@ peft is imported where it is used: it takes seconds, and most runs have no adapt
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline.config import Section
 from pipeline.errors import UserError
 from pipeline.seeding import derive_seed
 from pipeline.transformer import VSRTransformer
+from trainer.whole import whole_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -122,20 +120,10 @@ def save_adapter(folder: Path, model: PeftModel) -> None:
     Raises:
         UserError: they cannot be written (a full disk); an older adapter is untouched.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(folder) as partial:
         # No embedding layers: to find out whether there are any, peft would look up the base model on the Hub.
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's form with nothing filled in
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot write {folder}: {error}; free space and run the same command again"
-        ) from None
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
 
 
 def merged_state(model: PeftModel) -> dict[str, Tensor]:
