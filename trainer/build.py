@@ -85,24 +85,7 @@ def build_stage(
     Args:
         sequence: the ranks that share a clip with this one.
     """
-    built = _build(stage, config, model, init, teacher, embed, world, keep_teacher, sequence)
-    if config.compile_blocks:  # only now: a copy of a compiled module is not compiled
-        for network in built.networks.values():
-            getattr(network.module, "transformer", network.module).compile_repeated_blocks()
-    return built
 
-
-def _build(
-    stage: StageName,
-    config: TrainerConfig,
-    model: ModelConfig,
-    init: Path | None,
-    teacher: Path | None,
-    embed: Callable[[list[str]], Tensor],
-    world: World,
-    keep_teacher: Callable[[dict[str, Tensor]], None] | None,
-    sequence: SequenceGroup,
-) -> Stage:
     def load(folder: Path | None) -> VSRTransformer:
         network = initial_transformer(folder, model, config.seed)
         set_attention(network, config.attention, config.engine_of("student").dtype)
@@ -118,26 +101,32 @@ def _build(
     reference = copy.deepcopy(student) if stage == "preference" else None
     adapt(student, "student")
     common = {"embed": embed, "seed": config.seed, "device": world.device}
+    built: Stage
     if stage == "base":
-        return Base(config.base, student=student, engine=config.engine_of("student"), **common)
-    if stage == "progressive":
+        built = Base(config.base, student=student, engine=config.engine_of("student"), **common)
+    elif stage == "progressive":
         engines = {name: config.engine_of(name) for name in ("student", "teacher")}
-        return Progressive(
+        built = Progressive(
             config.progressive, student=student, engines=engines, keep_teacher=keep_teacher, **common
         )
-    if reference is not None:
+    elif reference is not None:
         engines = {name: config.engine_of(name) for name in ("student", "reference")}
-        return Preference(config.preference, student=student, reference=reference, engines=engines, **common)
-    real_score = load(teacher)
-    fake_score = copy.deepcopy(real_score) if config.dual_stream.needs_fake_score else None
-    if fake_score is not None:
-        adapt(fake_score, "critic")
-    engines = {name: config.engine_of(name) for name in ("student", "critic", "real_score")}
-    return DualStream.build(
-        config.dual_stream,
-        student=student,
-        real_score=real_score,
-        fake_score=fake_score,
-        engines=engines,
-        **common,
-    )
+        built = Preference(config.preference, student=student, reference=reference, engines=engines, **common)
+    else:
+        real_score = load(teacher)
+        fake_score = copy.deepcopy(real_score) if config.dual_stream.needs_fake_score else None
+        if fake_score is not None:
+            adapt(fake_score, "critic")
+        engines = {name: config.engine_of(name) for name in ("student", "critic", "real_score")}
+        built = DualStream.build(
+            config.dual_stream,
+            student=student,
+            real_score=real_score,
+            fake_score=fake_score,
+            engines=engines,
+            **common,
+        )
+    if config.compile_blocks:  # only now: a copy of a compiled module is not compiled
+        for network in built.networks.values():
+            getattr(network.module, "transformer", network.module).compile_repeated_blocks()
+    return built
