@@ -216,21 +216,27 @@ def read_reference() -> dict[str, Curves]:
     return reference
 
 
-def compare(mine: dict[str, Curves], theirs: dict[str, Curves]) -> list[Deviation]:
-    """One line per curve; steps that only one of the two has are left out, a missing curve deviates infinitely."""
+def compare(mine: dict[str, Curves], theirs: dict[str, Curves], steps: int | None = None) -> list[Deviation]:
+    """One line per curve of `theirs`; a curve of another length deviates infinitely where the shorter one ends.
+
+    Args:
+        steps: how many first ones the run should have; None: all.
+    """
     found = []
-    for stage, curves in mine.items():
-        for name, reference in theirs[stage].items():
-            scale = sum(map(abs, reference)) / len(reference) or 1.0
-            pairs = list(zip(curves.get(name, []), reference, strict=False))
-            sizes = [abs(a - b) / scale for a, b in pairs]
-            if not sizes:
-                found.append(Deviation(stage, name, float("inf"), 0, float("nan"), reference[0]))
+    for stage, references in theirs.items():
+        for name, whole in references.items():
+            curve, reference = mine.get(stage, {}).get(name, []), whole[:steps]
+            scale = sum(map(abs, whole)) / len(whole) or 1.0
+            if len(curve) != len(reference):
+                ends = min(len(curve), len(reference))
+                values = (part[ends] if ends < len(part) else float("nan") for part in (curve, reference))
+                found.append(Deviation(stage, name, float("inf"), ends, *values))
                 continue
+            sizes = [abs(a - b) / scale for a, b in zip(curve, reference, strict=True)]
             # what is not a number is the largest deviation of all
-            step = max(range(len(sizes)), key=lambda i: sizes[i] if sizes[i] == sizes[i] else float("inf"))
-            largest = sizes[step] if sizes[step] == sizes[step] else float("inf")
-            found.append(Deviation(stage, name, largest, step, *pairs[step]))
+            sizes = [size if size == size else float("inf") for size in sizes]
+            step = max(range(len(sizes)), key=sizes.__getitem__)
+            found.append(Deviation(stage, name, sizes[step], step, curve[step], reference[step]))
     return found
 
 

@@ -86,8 +86,9 @@ def _read_pictures(folder: Path, max_frames: int | None) -> NDArray[np.uint8]:
     files = sorted(child for child in folder.iterdir() if child.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
         raise UserError(f"{folder} holds no pictures")
-    frames = [_read_picture(file) for file in files[:max_frames]]
-    for file, frame in zip(files, frames, strict=False):
+    files = files[:max_frames]
+    frames = [_read_picture(file) for file in files]
+    for file, frame in zip(files, frames, strict=True):
         if frame.shape != frames[0].shape:
             raise UserError(
                 f"{file} differs in size from {files[0].name}: the frames of a clip have one size"

@@ -36,6 +36,15 @@ def test_every_curve_is_the_committed_one(run: Path, capsys: pytest.CaptureFixtu
     assert (run / "comparison.png").stat().st_size > 10_000
 
 
+def test_a_run_that_ends_early_or_leaves_a_stage_out_deviates() -> None:
+    theirs = reference_run.read_reference()
+    shorter = theirs | {"base": {name: curve[:-1] for name, curve in theirs["base"].items()}}
+    without = {stage: curves for stage, curves in theirs.items() if stage != "preference"}
+    for mine, stage in ((shorter, "base"), (without, "preference")):
+        for deviation in reference_run.compare(mine, theirs):
+            assert deviation.largest == (float("inf") if deviation.stage == stage else 0), deviation
+
+
 def test_no_default_has_changed() -> None:
     recorded = (reference_run.RESULTS / "configuration.yaml").read_text()
     assert reference_run.changed_settings(reference_run.resolved_configuration(), recorded) == []
@@ -130,5 +139,6 @@ def agrees(stage: str, run: Path, folder: Path, *overrides: str) -> bool:
     finished = reference_run.train_stage(stage, run, overrides, into=folder / stage, stop_after=STEPS)
     assert not finished
     mine = reference_run.read_run(folder)
-    deviations = reference_run.compare(mine, reference_run.read_reference())
+    theirs = {stage: reference_run.read_reference()[stage]}
+    deviations = reference_run.compare(mine, theirs, STEPS)
     return max(d.largest for d in deviations) <= reference_run.TOLERANCE
