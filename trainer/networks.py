@@ -334,12 +334,12 @@ class Network:
         if self.ema is not None:
             columns["ema"] = self.ema.values
         state = load_fragments(folder, self.fragments, columns)
-        if (trained := state.get("trained_parameters")) not in (None, self.trained_parameter_count):
+        if (trained := state.get("trained_parameters")) != self.trained_parameter_count:
             raise UserError(
                 f"{folder} has {trained} trained parameters, {self.name} has {self.trained_parameter_count}: set model "
                 "and trainer.lora as they were, or choose another --output"
             )
-        if state.get("constants", self._constants) != self._constants:
+        if state.get("constants") != self._constants:
             raise UserError(
                 f"{folder} was trained beside other frozen weights of {self.name}: give the same --init and --teacher "
                 "as before, or choose another --output"
