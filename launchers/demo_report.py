@@ -39,7 +39,7 @@ SUMMARY = (
     "What this is: the whole system at small size, each part the real one (Ray Data, DeepSpeed, the three-engine step "
     "of stage II, preference pairs). What it is not: the paper's model. The transformer has four million parameters "
     "instead of 1.3 billion, its base was pre-trained on photographs, and its VAE is a small block transform "
-    "(docs/tiny.md). Expect it to remove noise and compression and to firm edges, not to invent texture.",
+    "(docs/tiny.md). Expect somewhat less noise than bicubic leaves, and no new texture.",
 )
 #: columns of the README's picture
 SHOWN_METHODS = ("bicubic", "preference")
