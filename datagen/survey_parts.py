@@ -11,7 +11,7 @@ from datagen.config import DatagenConfig
 from datagen.jobs import survey_rows
 from datagen.sources import Source
 from datagen.storage import Folder
-from datagen.versions import SURVEY_CODE, modules_hash
+from datagen.versions import SURVEY_REVISION
 from pipeline.progress import progress
 
 SOURCES_PER_PART = 64
@@ -54,5 +54,5 @@ def _part_name(index: int) -> str:
 
 def _part_hash(part: list[Source], config: DatagenConfig) -> str:
     identity = [[(source.id, source.caption) for source in part], config.clip.model_dump(mode="json")]
-    identity.append(modules_hash(SURVEY_CODE))
+    identity.append(SURVEY_REVISION)
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

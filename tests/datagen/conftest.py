@@ -37,8 +37,11 @@ def moving_picture(frames: int, height: int, width: int, seed: int) -> np.ndarra
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_videos(tmp_path_factory.mktemp("videos"))
+
+
+def write_videos(folder: Path) -> Path:
     """Four readable videos of three windows each, and a text file that calls itself a video."""
-    folder = tmp_path_factory.mktemp("videos")
     for index in range(4):
         write_lossless(folder / f"sub/video{index}.mkv", moving_picture(27, 80, 96, index))
     (folder / "text.mp4").write_text("this is no video\n")
@@ -47,8 +50,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+def write_config(folder: Path) -> Path:
     """Crops of 64 x 64, windows of 9, shards of 4; the VAE is small and random."""
-    folder = tmp_path_factory.mktemp("config")
     torch.manual_seed(0)
     TinyVideoVAE(z_dim=8, hidden_dim=16, num_blocks=1).save_pretrained(folder / "vae")
     document = {
