@@ -29,7 +29,7 @@ $(SAMPLES): $(INSTALLED)
 	@touch $@
 
 demo: $(SAMPLES) ## raw videos to an upscaled clip on a CPU: runs/demo/report.html
-	$(BIN)/python -m launchers.demo --output runs/demo
+	$(BIN)/python -m demo.run --output runs/demo
 
 test: $(SAMPLES) ## the whole test suite
 	$(BIN)/python -m pytest

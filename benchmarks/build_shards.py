@@ -22,18 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from pipeline.model.config import ModelConfig
 
+from common.config import load_section
+from common.errors import UserError, run_command
+from common.lossless_clip import encode_bytes
 from datagen.build import code_versions
-from datagen.clip import cropped
 from datagen.config import DatagenConfig
-from datagen.degrade import degrade_clip
-from datagen.encode import Encoder
-from datagen.isolated import decode_isolated, survey_isolated
-from datagen.media import encode_bytes
+from datagen.degradation.degrade import degrade_clip
+from datagen.encode.clip import cropped
+from datagen.encode.vae_encoder import Encoder
 from datagen.plan import make_plan
 from datagen.sources import find_sources
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError, run_command
+from datagen.survey.decoder_process import decode_isolated, survey_isolated
 
 
 def main() -> None:

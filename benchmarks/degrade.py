@@ -28,13 +28,13 @@ import cv2
 import numpy as np
 import torch
 
-from datagen import operations
-from datagen.degrade import SCALE, draw_operations
-from datagen.kernels import gaussian_kernels, sinc_kernels
-from datagen.media import read_window
-from datagen.noise import add_gaussian, poisson_quantiles
-from datagen.recipe import CodecRecipe, Recipe
-from pipeline.errors import UserError, run_command
+from common.errors import UserError, run_command
+from common.lossless_clip import read_window
+from datagen.degradation import operations
+from datagen.degradation.degrade import SCALE, draw_operations
+from datagen.degradation.kernels import gaussian_kernels, sinc_kernels
+from datagen.degradation.noise import add_gaussian, poisson_quantiles
+from datagen.degradation.recipe import CodecRecipe, Recipe
 
 
 def load_basicsr() -> tuple[Any, Any]:

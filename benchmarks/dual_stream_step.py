@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 from benchmarks.literal_dual_stream import LiteralDualStream
 from benchmarks.memory import LiveBytes
-from datagen.reader import Batch
-from pipeline.transformer import VSRTransformer, tapped_layers
-from trainer.discriminator import Critic, HeadConfig
-from trainer.flops import BareNetwork
-from trainer.networks import DeepSpeedConfig, start_distributed
-from trainer.stage import Meter
-from trainer.stages.dual_stream import DualStream, DualStreamConfig
-from trainer.throughput import peak_flops
+from datagen.dataset.loader import Batch
+from pipeline.model.transformer import VSRTransformer, tapped_layers
+from trainer.engine.network import DeepSpeedConfig, start_distributed
+from trainer.monitoring.throughput import peak_flops
+from trainer.planning.flops import BareNetwork
+from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
+from trainer.stages.dual_stream.auxiliary_networks import Critic, HeadConfig
+from trainer.stages.stage import Meter
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wan-1.3b": {},  # VSRTransformer's defaults

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datagen.reader import Batch
+from datagen.dataset.loader import Batch
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.sampling import one_step
-from trainer import losses
-from trainer.discriminator import token_grid
-from trainer.stages.dual_stream import DualStreamConfig
+from trainer.stages import losses
+from trainer.stages.dual_stream.algorithm import DualStreamConfig
+from trainer.stages.dual_stream.auxiliary_networks import token_grid
 
 
 class LiteralDualStream:

@@ -1,4 +1,4 @@
-"""Measured memory beside the formulas of trainer/memory.py.
+"""Measured memory beside the formulas of trainer/planning/memory.py.
 
     python benchmarks/memory.py                            # any machine: a small network, every stage
     python benchmarks/memory.py --stage dual_stream --config configs/wan-1.3b.yaml --latent 6 88 160    # a GPU
@@ -25,21 +25,23 @@ from torch.utils._pytree import tree_leaves
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from datagen.reader import Batch
-from pipeline.attention import set_attention
-from pipeline.config import ModelConfig, TransformerConfig, load_section
-from pipeline.errors import run_command
-from pipeline.transformer import VSRTransformer
+from pipeline.model.config import ModelConfig, TransformerConfig
+
+from common.config import load_section
+from common.errors import run_command
+from datagen.dataset.loader import Batch
+from pipeline.model.attention import set_attention
+from pipeline.model.transformer import VSRTransformer
 from trainer.config import STAGES, StageName, TrainerConfig
-from trainer.discriminator import HeadConfig
-from trainer.dry_run import count_parameters, meta_networks
-from trainer.memory import GIB, StageMemory, stage_memory
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World, start_distributed
-from trainer.stage import Stage
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World, start_distributed
+from trainer.planning.dry_run import count_parameters, meta_networks
+from trainer.planning.memory import GIB, StageMemory, stage_memory
 from trainer.stages.base import Base
-from trainer.stages.dual_stream import DualStream, DualStreamConfig
+from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
+from trainer.stages.dual_stream.auxiliary_networks import HeadConfig
 from trainer.stages.preference import Preference
 from trainer.stages.progressive import Progressive
+from trainer.stages.stage import Stage
 
 SMALL_BUCKET = 10_000
 PROMPT_TOKENS = 4

@@ -1,4 +1,4 @@
-"""Which settings fit: GPUs x memory x clip, from the formulas of trainer/memory.py.
+"""Which settings fit: GPUs x memory x clip, from the formulas of trainer/planning/memory.py.
 
 python benchmarks/recipes.py    # writes docs/recipes.md
 """
@@ -14,11 +14,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from pipeline.config import ModelConfig, load_section
+from common.config import load_section
+from pipeline.model.config import ModelConfig
 from trainer.config import StageName, TrainerConfig
-from trainer.dry_run import count_parameters, meta_networks
-from trainer.memory import TRAINED, stage_memory
-from trainer.networks import DeepSpeedConfig
+from trainer.engine.network import DeepSpeedConfig
+from trainer.planning.dry_run import count_parameters, meta_networks
+from trainer.planning.memory import TRAINED, stage_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = ROOT / "configs" / "wan-1.3b.yaml"
@@ -106,8 +107,9 @@ def main() -> None:
     DOCUMENT.write_text(f"""# Recipes
 
 What fits into which GPUs for Wan2.1-T2V-1.3B in bf16 with float32 masters, by the formulas of
-[`trainer/memory.py`](../trainer/memory.py). **No figure here was measured on a GPU.** The formulas are checked on a
-CPU, where tests count the bytes of all live tensors: of blocks, of networks at ZeRO 1, 2 and 3, and over whole steps
+[`trainer/planning/memory.py`](../trainer/planning/memory.py). **No figure here was measured on a GPU.** The formulas
+are checked on a CPU, where tests count the bytes of all live tensors: of blocks, of networks at ZeRO 1, 2 and 3,
+and over whole steps
 ([`tests/trainer/test_memory.py`](../tests/trainer/test_memory.py)). Assumed are {CONTEXT_GIB} GiB for CUDA and NCCL,
 and {USABLE_SHARE:.0%} of the rest for tensors, since an allocator leaves gaps; and, from DeepSpeed's source,
 what ZeRO-3 keeps gathered. To compare with a GPU:

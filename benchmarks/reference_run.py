@@ -35,13 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from datagen.shards import Sample, write_manifest, write_shard
-from datagen.storage import open_folder
-from pipeline.config import ModelConfig, load_section, resolved_yaml
-from pipeline.errors import UserError, run_command
-from pipeline.seeding import seeded_noise
-from pipeline.text import DEFAULT_PROMPT, placeholder_cache
-from pipeline.tiny_vae import TinyVideoVAE
+from pipeline.model.config import ModelConfig
+
+from common.config import load_section, resolved_yaml
+from common.errors import UserError, run_command
+from common.seeding import seeded_noise
+from common.storage import open_folder
+from datagen.dataset.shard_format import Sample, write_manifest, write_shard
+from pipeline.model.prompts import DEFAULT_PROMPT, placeholder_cache
+from pipeline.model.tiny_vae import TinyVideoVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = ROOT / "configs" / "reference.yaml"
@@ -116,7 +118,7 @@ def train(output: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: `output` holds a run already, or an override is wrong.
     """
-    from trainer.networks import start_distributed
+    from trainer.engine.network import start_distributed
 
     if (output / "configuration.yaml").exists():
         raise UserError(

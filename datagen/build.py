@@ -1,7 +1,7 @@
 """The steps of a build and what they leave behind; `datagen/build_shards.py` is its command.
 
-survey/                   datagen/survey_parts.py                plan.json   hash and configuration of the plan
-shards/                   datagen/shards.py                      manifest.json   written last
+survey/                   datagen/survey/survey_cache.py                plan.json   hash and configuration of the plan
+shards/                   datagen/dataset/shard_format.py                      manifest.json   written last
 quarantine.jsonl          every source, window and sample that is not in the dataset, with the reason
 """
 
@@ -19,15 +19,12 @@ from typing import Any
 
 import ray
 
-from datagen.clip import Fault
-from datagen.cluster import start_ray
+from common.errors import UserError
+from common.progress import progress
+from common.storage import Folder, LocalFolder, open_folder
 from datagen.config import DatagenConfig
-from datagen.encode import vae_hash
-from datagen.jobs import Row, sample_rows
-from datagen.plan import Plan, deciding, make_plan
-from datagen.report import write_report
-from datagen.reuse import EarlierDataset, check_reusable, find_clips
-from datagen.shards import (
+from datagen.dataset.data_card import write_report
+from datagen.dataset.shard_format import (
     MANIFEST,
     DamagedShard,
     Manifest,
@@ -38,13 +35,16 @@ from datagen.shards import (
     write_manifest,
     write_shard,
 )
+from datagen.dataset.shard_statistics import ShardStatistics, summed
+from datagen.encode.clip import Fault
+from datagen.encode.latent_reuse import EarlierDataset, check_reusable, find_clips
+from datagen.encode.ray_jobs import Row, sample_rows
+from datagen.encode.vae_encoder import vae_hash
+from datagen.format_revision import code_versions
+from datagen.plan import Plan, deciding, make_plan
+from datagen.ray_cluster import start_ray
 from datagen.sources import find_sources
-from datagen.statistics import ShardStatistics, summed
-from datagen.storage import Folder, LocalFolder, open_folder
-from datagen.survey_parts import survey_all
-from datagen.versions import code_versions
-from pipeline.errors import UserError
-from pipeline.progress import progress
+from datagen.survey.survey_cache import survey_all
 
 #: below this many unreadable sources a job goes on as long as others are readable
 FEW_FAULTS = 10
@@ -230,7 +230,7 @@ def _user_error_within(error: BaseException | None) -> UserError | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, UserError):
-            return UserError(str(error).splitlines()[-1].removeprefix("pipeline.errors.UserError: "))
+            return UserError(str(error).splitlines()[-1].removeprefix("common.errors.UserError: "))
         error = getattr(error, "cause", None) or error.__cause__
     return None
 

@@ -13,10 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
+from pipeline.model.config import ModelConfig
+
+from common.config import load_section
+from common.errors import run_command
 from datagen.build import build
 from datagen.config import DatagenConfig
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import run_command
 
 
 def main() -> None:

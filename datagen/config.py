@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from datagen.recipe import Mixture
-from datagen.storage import StorageConfig
-from pipeline.config import Section
+from common.config import Section
+from common.storage import StorageConfig
+from datagen.degradation.recipe import Mixture
 
 
 class ClipConfig(Section):
@@ -83,7 +83,7 @@ class DatagenConfig(Section):
     seed: int = 0
     clip: ClipConfig = ClipConfig()
     filters: FilterConfig = FilterConfig()
-    #: recipes of datagen/recipe.py with weights; each variant of each clip draws one
+    #: recipes of datagen/degradation/recipe.py with weights; each variant of each clip draws one
     degradation: Mixture = Mixture()
     #: degradations per clip
     variants: int = Field(default=1, ge=1)

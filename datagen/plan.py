@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from common.seeding import derive_seed
 from datagen.config import DatagenConfig, FilterConfig
-from pipeline.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_plan(surveys: Iterable[dict[str, Any]], config: DatagenConfig, versions
     """Windows that pass the filters, crops and variants of each, in hashed order.
 
     Args:
-        surveys: datagen/survey.py's results with `source`, `path`, `caption` added, in the order of the sources.
+        surveys: results of `survey` with `source`, `path`, `caption` added, in the order of the sources.
         versions: what else decides the bytes of a shard (VAE hash, libraries); part of the plan's hash.
     """
     samples: list[SamplePlan] = []

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datagen.storage import StorageConfig, s3_filesystem, with_retries
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.storage import StorageConfig, s3_filesystem, with_retries
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 #: columns of a table that hold the video's path, in order of preference

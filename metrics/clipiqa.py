@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_video
+from metrics.registry import MetricSettings, check_video
 from metrics.weights import find_weights, missing_package
 
 _FILE = "RN50.pt"

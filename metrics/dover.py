@@ -15,9 +15,9 @@ import torch.nn.functional as functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_video
+from common.errors import UserError
+from metrics.registry import MetricSettings, check_video
 from metrics.weights import find_weights, missing_package
-from pipeline.errors import UserError
 
 _FILE = "onnx_dover.onnx"
 _SOURCE = "convert_to_onnx.py of https://github.com/VQAssessment/DOVER, run on its DOVER.pth"

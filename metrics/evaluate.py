@@ -4,7 +4,7 @@
     python -m metrics.evaluate --video OUT --reference HR --output metrics.json \
         --set weight-free --niqe-model niqe.safetensors
 
-OUT and HR are clips (metrics/frames.py) or folders of clips paired by name. metrics.json holds every clip's
+OUT and HR are clips (metrics/clips.py) or folders of clips paired by name. metrics.json holds every clip's
 scores, their means, and what produced them.
 """
 
@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from metrics.base import METRICS, SETS, Metric, MetricSettings, create_all, resolve_names
-from metrics.frames import VIDEO_SUFFIXES, find_clips, load_clip
+from common.errors import UserError, run_command
+from common.progress import progress
+from metrics.clips import VIDEO_SUFFIXES, find_clips, load_clip
 from metrics.published import load_published
-from pipeline.errors import UserError, run_command
-from pipeline.progress import progress
+from metrics.registry import METRICS, SETS, Metric, MetricSettings, create_all, resolve_names
 
 DEFAULT_METRICS = "psnr,ssim"
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from metrics.colour import luma
-from metrics.frames import find_clips, load_clip
+from common.errors import UserError, run_command
+from common.progress import progress
+from metrics.clips import find_clips, load_clip
+from metrics.luma import luma
 from metrics.niqe import OFFICIAL_BLOCK, NiqeModel, gaussian
 from metrics.niqe_features import FEATURES, OFFICIAL_SHARPNESS, sharp_block_features
-from pipeline.errors import UserError, run_command
-from pipeline.progress import progress
 
 # a covariance of 36 features from fewer blocks than this has no meaning
 _FEWEST_BLOCKS = 2 * FEATURES

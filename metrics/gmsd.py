@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_pair
-from metrics.colour import luma
+from metrics.luma import luma
+from metrics.registry import MetricSettings, check_pair
 
 #: the constant T of the paper, for planes in [0, 255]
 _STABILISER = 170.0

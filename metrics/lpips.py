@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_pair
+from common.errors import UserError
+from metrics.registry import MetricSettings, check_pair
 from metrics.weights import find_weights, load_state_dict, missing_package
-from pipeline.errors import UserError
 
 _BACKBONE = "alexnet-owt-7be5be79.pth"
 _SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_video
+from metrics.registry import MetricSettings, check_video
 from metrics.weights import find_weights, load_state_dict, missing_package
 
 _FILE = "musiq_koniq_ckpt-e95806b9.pth"

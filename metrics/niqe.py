@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_video
-from metrics.colour import luma
+from common.errors import UserError
+from metrics.luma import luma
 from metrics.niqe_features import FEATURES, block_features
+from metrics.registry import MetricSettings, check_video
 from metrics.weights import find_weights
-from pipeline.errors import UserError
 
 OFFICIAL_BLOCK = 96
 _OFFICIAL_FILE = "niqe_pris_params.npz"

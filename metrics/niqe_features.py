@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 from scipy.special import gamma
 
-from pipeline.errors import UserError
+from common.errors import UserError
 
 FEATURES = 36
 #: share of a picture's sharpest block that a block must exceed to be learnt from [NIQE]

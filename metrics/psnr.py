@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_pair
+from metrics.registry import MetricSettings, check_pair
 
 
 class Psnr:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """One printed table: `rows[method][metric]`, metric names as in metrics/base.py."""
+    """One printed table: `rows[method][metric]`, metric names as in metrics/registry.py."""
 
     key: str
     title: str

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_pair
-from metrics.colour import luma
-from pipeline.errors import UserError
+from common.errors import UserError
+from metrics.luma import luma
+from metrics.registry import MetricSettings, check_pair
 
 _RADIUS = 5
 _SIGMA = 1.5

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from metrics.base import MetricSettings, check_video
+from common.errors import UserError
+from metrics.registry import MetricSettings, check_video
 from metrics.weights import find_weights, load_state_dict
-from pipeline.errors import UserError
 
 #: (first, second), both (1, 3, H, W) in [0, 1] -> flow (1, 2, H, W) in px, x then y, from `first` to `second`
 FlowEstimator = Callable[[Tensor, Tensor], Tensor]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from common.errors import UserError
 
 #: environment variable that names a folder with weight files
 VARIABLE = "DUO_VSR_WEIGHTS"

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.attention import set_attention
-from pipeline.errors import UserError, run_command
-from pipeline.parts import FilmParts, Place
-from pipeline.progress import progress
-from pipeline.text import DEFAULT_PROMPT
-from pipeline.vae import SCALE, to_frames, upsample_low_resolution
-from pipeline.video import OUTPUT_SUFFIXES, VideoInfo, VideoWriter, probe, read_frames
+from common.errors import UserError, run_command
+from common.progress import progress
+from common.video_io import OUTPUT_SUFFIXES, VideoInfo, VideoWriter, probe, read_frames
+from pipeline.model.attention import set_attention
+from pipeline.model.prompts import DEFAULT_PROMPT
+from pipeline.model.vae import SCALE, to_frames, upsample_low_resolution
+from pipeline.resumable_video import FilmParts, Place
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 #: mean absolute change of 16x16-pixel thumbnails (0…255) from one frame to the next that is taken for a cut [ours]

@@ -22,14 +22,12 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from pipeline.colour import ColourFix, fix_colour
-from pipeline.errors import UserError
-from pipeline.sampling import euler_sample
-from pipeline.seeding import seeded_noise
-from pipeline.text import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
-from pipeline.tiling import blend_windows, spans
-from pipeline.transformer import VSRTransformer
-from pipeline.vae import (
+from common.errors import UserError
+from common.seeding import seeded_noise
+from pipeline.colour_fix import ColourFix, fix_colour
+from pipeline.model.prompts import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
     VAE,
@@ -39,6 +37,8 @@ from pipeline.vae import (
     to_frames,
     upsample_low_resolution,
 )
+from pipeline.sampling import euler_sample
+from pipeline.tiling import blend_windows, spans
 
 
 @dataclass

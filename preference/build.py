@@ -4,10 +4,10 @@
 
 For each clip the model is run from several noises (five in the paper); every candidate is decoded and scored;
 ranking.py combines the scores. Full-reference metrics compare with the HR clip where the dataset keeps it,
-else with the decoded z_HR. The output is a dataset folder (datagen/shards.py) of kind `pairs`:
+else with the decoded z_HR. The output is a dataset folder (datagen/dataset/shard_format.py) of kind `pairs`:
 
     <key>.pair.safetensors   z_win, z_lose, z_lr: bf16 (C, T, h, w)
-    <key>.json               caption, noise_win and noise_lose (the parts of pipeline.seeding.seeded_noise),
+    <key>.json               caption, noise_win and noise_lose (the parts of common.seeding.seeded_noise),
                              all candidates' scores by metric, their combined scores, best, worst, gap
 
 A shard is the unit of restart: the same command goes on after the last whole one. `--part 0/4` makes every
@@ -26,7 +26,11 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from datagen.shards import (
+from common.config import load_section
+from common.errors import UserError, run_command
+from common.progress import progress
+from common.storage import Folder, open_folder
+from datagen.dataset.shard_format import (
     Sample,
     Sidecar,
     read_sidecar,
@@ -35,16 +39,12 @@ from datagen.shards import (
     write_manifest,
     write_shard,
 )
-from datagen.storage import Folder, open_folder
-from metrics.base import Metric, resolve_names
-from pipeline.config import load_section
-from pipeline.errors import UserError, run_command
-from pipeline.progress import progress
+from metrics.registry import Metric, resolve_names
 from preference.candidates import CandidateModel, Candidates, model_fingerprint
 from preference.clips import Clip, ClipFolder
 from preference.config import PreferenceConfig
-from preference.judges import FITTED, directions, niqe_judge, open_judges
 from preference.ranking import Ranking, is_pair, rank
+from preference.ranking_metrics import FITTED, directions, niqe_judge, open_judges
 
 
 def build(

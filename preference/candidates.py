@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.seeding import seeded_noise
+from pipeline.model.prompts import DEFAULT_PROMPT
+from pipeline.model.vae import decode_latents
 from pipeline.sampling import one_step
-from pipeline.seeding import seeded_noise
-from pipeline.text import DEFAULT_PROMPT
-from pipeline.vae import decode_latents
 from pipeline.vsr_pipeline import open_pipeline
 from preference.clips import Clip
 from preference.config import PreferenceConfig
@@ -26,7 +26,7 @@ class Candidates:
 
     Attributes:
         latents: float32 (N, C, T, h, w).
-        noises: for each, the parts that `pipeline.seeding.seeded_noise` makes its noise from.
+        noises: for each, the parts that `common.seeding.seeded_noise` makes its noise from.
         caption: the prompt.
     """
 
@@ -57,7 +57,11 @@ class CandidateModel:
             )
         self._config = config
         self._device = device
-        self._transformer, self._vae, self._prompts = pipeline.transformer, pipeline.vae, pipeline.prompts
+        self._transformer, self._vae, self._prompts = (
+            pipeline.transformer,
+            pipeline.vae,
+            pipeline.prompts,
+        )
 
     @torch.inference_mode()
     def candidates(self, clip: Clip) -> Candidates:

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from datagen.media import decode_bytes
-from datagen.shards import DamagedShard, read_manifest, read_member, read_sidecar
-from datagen.storage import open_folder
-from metrics.frames import to_tensor
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.lossless_clip import decode_bytes
+from common.storage import open_folder
+from datagen.dataset.shard_format import DamagedShard, read_manifest, read_member, read_sidecar
+from metrics.clips import to_tensor
 
 
 @dataclass(frozen=True)

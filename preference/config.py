@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from metrics.base import METRICS, SETS
-from pipeline.config import Section
+from common.config import Section
+from metrics.registry import METRICS, SETS
 
 
 class PreferenceConfig(Section):

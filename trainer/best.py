@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from common.errors import UserError
 from trainer.checkpoint import checkpoint_of, read_state
-from trainer.stage import Stage
+from trainer.stages.stage import Stage
 
 if TYPE_CHECKING:
     from trainer.config import ScheduleConfig

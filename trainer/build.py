@@ -6,7 +6,7 @@
     dual_stream  the Stage-I student             the CFG-distilled teacher of Stage I (θ_R, and θ_F's start)
     preference   the Stage-II student            -
 
-A teacher given to any other stage is refused. With LoRA (trainer/lora.py) these are the weights beside the adapters of
+A teacher given to any other stage is refused. With LoRA these are the weights beside the adapters of
 student and fake score; what stays frozen anyway, real score and reference, has none.
 """
 
@@ -19,20 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.attention import set_attention
-from pipeline.config import ModelConfig
-from pipeline.errors import UserError
-from pipeline.sequence_parallel import ALONE, SequenceGroup
-from pipeline.transformer import VSRTransformer
-from pipeline.weights import build_transformer, load_transformer
+from common.errors import UserError
+from pipeline.model.attention import set_attention
+from pipeline.model.config import ModelConfig
+from pipeline.model.load_weights import build_transformer, load_transformer
+from pipeline.model.sequence_parallel import ALONE, SequenceGroup
+from pipeline.model.transformer import VSRTransformer
 from trainer.config import StageName, TrainerConfig
-from trainer.lora import add_adapter
-from trainer.networks import World
-from trainer.stage import Stage
+from trainer.engine.lora import add_adapter
+from trainer.engine.network import World
 from trainer.stages.base import Base
-from trainer.stages.dual_stream import DualStream
+from trainer.stages.dual_stream.algorithm import DualStream
 from trainer.stages.preference import Preference
 from trainer.stages.progressive import Progressive
+from trainer.stages.stage import Stage
 
 
 def check_roles(stage: StageName, init: Path | None, teacher: Path | None) -> None:

@@ -6,7 +6,7 @@
     <output>/checkpoints/best.json          which of them is the best (trainer/best.py)
 
 Written under a temporary name, renamed when every rank is done. Any number of ranks can read what any other number
-wrote (trainer/fragments.py), so there is one kind of checkpoint.
+wrote (trainer/engine/zero_shards.py), so there is one kind of checkpoint.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from pipeline.errors import UserError
-from trainer.stage import Stage
+from common.errors import UserError
+from trainer.stages.stage import Stage
 
 
 def save_checkpoint(folder: Path, step: int, stage: Stage, state: dict[str, Any]) -> Path:

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Section
-from trainer.lora import LoRAConfig
-from trainer.networks import DeepSpeedConfig
+from common.config import Section
+from trainer.engine.lora import LoRAConfig
+from trainer.engine.network import DeepSpeedConfig
 from trainer.stages.base import BaseConfig
-from trainer.stages.dual_stream import DualStreamConfig
+from trainer.stages.dual_stream.algorithm import DualStreamConfig
 from trainer.stages.preference import PreferenceTrainingConfig
 from trainer.stages.progressive import ProgressiveConfig
 
@@ -62,7 +62,7 @@ class TrackingConfig(Section):
     wandb: Literal["online", "offline", "off"] = "offline"
     project: str = "duo-vsr"
     log_every: int = Field(default=10, ge=1)
-    #: bf16 FLOP/s of one device, of which MFU is the share that was used; null = as trainer/throughput.py knows it
+    #: bf16 FLOP/s of one device, of which MFU is the share that was used; null = from the table of devices
     peak_flops: float | None = Field(default=None, gt=0)
 
     @field_validator("wandb", mode="before")
@@ -87,9 +87,9 @@ class TrainerConfig(Section):
     progressive: ProgressiveConfig = ProgressiveConfig()
     dual_stream: DualStreamConfig = DualStreamConfig()
     preference: PreferenceTrainingConfig = PreferenceTrainingConfig()
-    #: attention kernels of the DiT; auto takes the fastest one installed (pipeline/attention.py)
+    #: attention kernels of the DiT; auto takes the fastest one installed (pipeline/model/attention.py)
     attention: Literal["auto", "flash", "flash3", "xformers", "native"] = "auto"
-    #: ranks that share the tokens of each clip, for clips too long for one GPU (pipeline/sequence_parallel.py)
+    #: ranks that share the tokens of each clip, for clips too long for one GPU (pipeline/model/sequence_parallel.py)
     sequence_parallel: int = Field(default=1, ge=1)
     #: torch.compile the transformer blocks; pays on GPUs for long runs
     compile_blocks: bool = False
@@ -103,7 +103,7 @@ class TrainerConfig(Section):
     #: folder on a local disk where shards of an s3:// dataset are kept after their first use; null = read ranges of
     #: them over the network
     shard_cache: Path | None = None
-    #: what to do about damaged samples (datagen/reader.py)
+    #: what to do about damaged samples (datagen/dataset/loader.py)
     damaged_samples: Literal["skip", "error"] = "skip"
     #: precision of exported transformers
     export_precision: Literal["bf16", "fp32"] = "fp32"

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline.model.config import ModelConfig
 from torch import Tensor
 
-from pipeline.config import ModelConfig
-from pipeline.text import PromptCache
-from pipeline.transformer import VSRTransformer
-from pipeline.vae import VAE
+from common.atomic import whole_folder
+from pipeline.model.prompts import PromptCache
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import VAE
 from pipeline.vsr_pipeline import VSRPipeline
-from trainer.whole import whole_folder
 
 
 def export_model(

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from datagen.reader import Batch, ShardReader
-from pipeline.errors import UserError
-from pipeline.progress import Counter, progress
+from common.errors import UserError
+from common.progress import Counter, progress
+from datagen.dataset.loader import Batch, ShardReader
 from trainer.best import Best
 from trainer.checkpoint import delete_old_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import ScheduleConfig, TrainerConfig
-from trainer.networks import World
-from trainer.stage import Stage
-from trainer.throughput import Throughput
-from trainer.tracking import Tracker
-from trainer.validation import Validation
+from trainer.engine.network import World
+from trainer.monitoring.throughput import Throughput
+from trainer.monitoring.tracking import Tracker
+from trainer.monitoring.validation import Validation
+from trainer.stages.stage import Stage
 
 #: exit status after a signal was answered with a checkpoint: run the same command again (the SLURM launchers do)
 EXIT_SAVED_ON_SIGNAL = 85

@@ -28,8 +28,10 @@ if "DS_ACCELERATOR" not in os.environ:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
 
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError
+from pipeline.model.config import ModelConfig
+
+from common.config import load_section
+from common.errors import UserError
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
     config = load_section(arguments.config, "trainer", TrainerConfig, arguments.overrides)
     first = os.environ.get("RANK", "0") == "0"
     if arguments.dry_run:
-        from trainer.dry_run import describe
+        from trainer.planning.dry_run import describe
 
         if first:
             print(describe(arguments.stage, model, config, gpus=arguments.gpus))
@@ -59,17 +61,17 @@ def main() -> None:
 
 def train_stage(arguments: argparse.Namespace, model: ModelConfig, config: Any) -> bool:
     """Everything between checked arguments and the exported model. Returns whether the stage is finished."""
-    from datagen.reader import ShardReader
-    from pipeline.sequence_parallel import form_sequence_groups
-    from pipeline.text import load_prompts
-    from pipeline.vae import load_vae
+    from datagen.dataset.loader import ShardReader
+    from pipeline.model.prompts import load_prompts
+    from pipeline.model.sequence_parallel import form_sequence_groups
+    from pipeline.model.vae import load_vae
     from trainer.best import check_kept, load_best
     from trainer.build import build_stage, check_roles, initial_transformer
+    from trainer.engine.lora import merged_state, restore_adapter, save_adapter
+    from trainer.engine.network import start_distributed
     from trainer.export import code_version, export_model
     from trainer.loop import Run, train
-    from trainer.lora import merged_state, restore_adapter, save_adapter
-    from trainer.networks import start_distributed
-    from trainer.validation import Validation, fixed_batch
+    from trainer.monitoring.validation import Validation, fixed_batch
 
     stage_name = arguments.stage
     check_roles(stage_name, arguments.init, arguments.teacher)
@@ -240,6 +242,6 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from trainer.together import run_ranks
+    from trainer.engine.rank_failure import run_ranks
 
     run_ranks(main)

@@ -14,10 +14,10 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from datagen.media import write_lossless
-from datagen.shards import Manifest, Sample, write_manifest, write_shard
-from datagen.storage import open_folder
-from pipeline.tiny_vae import TinyVideoVAE
+from common.lossless_clip import write_lossless
+from common.storage import open_folder
+from datagen.dataset.shard_format import Manifest, Sample, write_manifest, write_shard
+from pipeline.model.tiny_vae import TinyVideoVAE
 
 SHARD_SIZES = (5, 1, 9, 3)
 #: twelve windows in three variants: long enough to be killed in the middle

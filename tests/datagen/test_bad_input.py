@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError, run_command
+from common.lossless_clip import UnreadableVideo, write_lossless
+from common.storage import open_folder
 from datagen.build import _check_limit, _only_writer
 from datagen.build_shards import main
 from datagen.config import DatagenConfig
-from datagen.isolated import decode_isolated, survey_isolated
-from datagen.media import UnreadableVideo, write_lossless
-from datagen.storage import open_folder
-from pipeline.errors import UserError, run_command
+from datagen.survey.decoder_process import decode_isolated, survey_isolated
 from tests.datagen.conftest import build_command, moving_picture
 
 
@@ -96,7 +96,7 @@ def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
     import os
     import signal
 
-    from datagen import isolated
+    from datagen.survey import decoder_process as isolated
 
     child = isolated._running_child()
     os.kill(child.pid, signal.SIGKILL)

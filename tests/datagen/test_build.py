@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from datagen.reader import ShardReader
-from datagen.shards import read_manifest, shard_name
-from datagen.storage import open_folder
-from datagen.verify import faults
+from common.storage import open_folder
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import read_manifest, shard_name
+from datagen.dataset.verify import faults
 from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, contents, run_build
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,7 @@ def test_the_dataset_is_whole_and_its_story_is_told(whole: Path) -> None:
 
 
 def test_lr_is_reproducible_from_the_metadata(whole: Path) -> None:
-    from datagen.degrade import apply_operations
+    from datagen.degradation.degrade import apply_operations
 
     batch = next(iter(ShardReader(whole, members=("lr", "hr"), seed=1, global_batch_size=3)))
     for index, metadata in enumerate(batch.metadata):

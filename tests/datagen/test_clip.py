@@ -7,16 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+from pipeline.model.config import ModelConfig
 from safetensors.torch import load
 
-from datagen.clip import Clip, Fault, Variant, make_clip
+from common.config import load_section
+from common.lossless_clip import write_lossless
 from datagen.config import DatagenConfig
-from datagen.jobs import _degraded, _EncodeActor, _samples
-from datagen.media import write_lossless
+from datagen.dataset.shard_format import Sample
+from datagen.encode.clip import Clip, Fault, Variant, make_clip
+from datagen.encode.latent_reuse import LATENTS
+from datagen.encode.ray_jobs import _degraded, _EncodeActor, _samples
 from datagen.plan import SamplePlan, make_plan
-from datagen.reuse import LATENTS
-from datagen.shards import Sample
-from pipeline.config import ModelConfig, load_section
 from tests.datagen.conftest import moving_picture
 from tests.datagen.test_plan import surveyed
 

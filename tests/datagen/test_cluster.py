@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from common.errors import run_command
 from datagen.build_shards import main
-from pipeline.errors import run_command
 from tests.datagen.conftest import VARIANTS, build_command, contents, run_build
 
 

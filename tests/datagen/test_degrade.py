@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 import pytest
 
-from datagen.codec import through_codec
-from datagen.degrade import apply_operations, degrade_clip, draw_operations
-from datagen.kernels import TOLERANCE, apply_kernel, gaussian_kernels, sinc_kernels
-from datagen.media import decode_bytes, encode_bytes, read_window
-from datagen.noise import add_gaussian, add_poisson
-from datagen.operations import _sharpen_frame
-from datagen.recipe import Mixture, Recipe, mild, static
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.lossless_clip import decode_bytes, encode_bytes, read_window
+from datagen.degradation.degrade import apply_operations, degrade_clip, draw_operations
+from datagen.degradation.kernels import TOLERANCE, apply_kernel, gaussian_kernels, sinc_kernels
+from datagen.degradation.noise import add_gaussian, add_poisson
+from datagen.degradation.operations import _sharpen_frame
+from datagen.degradation.recipe import Mixture, Recipe, mild, static
+from datagen.degradation.video_compression import through_codec
 from tests.datagen.conftest import moving_picture
 
 FRAMES = 5
@@ -48,7 +48,7 @@ def test_a_seed_fixes_every_bit(hr: np.ndarray, seed: int) -> None:
 def test_x264_does_not_depend_on_what_memory_held(tmp_path: Path) -> None:
     """With its macroblock tree it did: the same clip gave other streams for other garbage."""
     script = (
-        "import hashlib, numpy as np; from datagen.codec import through_codec;"
+        "import hashlib, numpy as np; from datagen.degradation.video_compression import through_codec;"
         "from tests.datagen.conftest import moving_picture;"
         "clips = [list(moving_picture(9, side, side, side)) for side in (44, 66, 82)];"
         "print(*[hashlib.sha256(np.stack(through_codec(clip, 'libx264', 9000, 'superfast'))).hexdigest()"
@@ -219,11 +219,17 @@ def test_bad_clips_and_names_are_refused() -> None:
 
 
 def test_the_command_degrades_a_film(tmp_path: Path) -> None:
-    from datagen.media import write_lossless
+    from common.lossless_clip import write_lossless
 
     film = moving_picture(12, 96, 128, 2)
     write_lossless(tmp_path / "in.mkv", film)
-    command = [sys.executable, "-m", "datagen.degrade", str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")]
+    command = [
+        sys.executable,
+        "-m",
+        "datagen.degradation.degrade",
+        str(tmp_path / "in.mkv"),
+        str(tmp_path / "out.mp4"),
+    ]
     command += ["--preset", "mild", "--seed", "3", "--start", "2", "--frames", "5", "--crop", "64x96"]
     command += ["--hr-output", str(tmp_path / "hr.mp4")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -1,7 +1,8 @@
 """The content of a small dataset is what golden.json says: order, frames, draws and latents.
 
 A failure means that datasets begun with older code would mix two kinds of samples. If the change is intended, raise
-the revision in datagen/versions.py that names it, then write the file anew: `python -m tests.datagen.test_golden_bytes`.
+the revision in datagen/format_revision.py that names it, then write the file anew:
+`python -m tests.datagen.test_golden_bytes`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load
 
-from datagen.shards import read_manifest, read_member, read_sidecar
-from datagen.storage import open_folder
+from common.storage import open_folder
+from datagen.dataset.shard_format import read_manifest, read_member, read_sidecar
 from tests.datagen.conftest import VARIANTS, run_build, write_config, write_videos
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -69,7 +70,7 @@ def test_a_dataset_has_the_committed_content(whole: Path) -> None:
 
 
 def test_the_summary_sees_a_changed_frame(tmp_path: Path) -> None:
-    from datagen.media import encode_bytes
+    from common.lossless_clip import encode_bytes
 
     frames = np.zeros((5, 32, 32, 3), np.uint8)
     before = _frames_hash(encode_bytes(frames))

@@ -12,14 +12,14 @@ import pandas
 import pytest
 from pydantic import ValidationError
 
+from common.errors import UserError
+from common.lossless_clip import UnreadableVideo, read_window, write_lossless
+from common.storage import StorageConfig
 from datagen.config import ClipConfig, DatagenConfig, FilterConfig
-from datagen.media import UnreadableVideo, read_window, write_lossless
 from datagen.plan import make_plan
 from datagen.sources import find_sources
-from datagen.storage import StorageConfig
-from datagen.survey import survey, window_starts
-from datagen.windows import WindowReader
-from pipeline.errors import UserError
+from datagen.survey.video_survey import survey, window_starts
+from datagen.survey.window_reader import WindowReader
 from tests.datagen.conftest import moving_picture
 
 S3 = StorageConfig()

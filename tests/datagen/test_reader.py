@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from datagen.reader import ShardReader
-from datagen.shards import read_sidecar, shard_name
-from datagen.storage import open_folder
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.storage import open_folder
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import read_sidecar, shard_name
 from tests.datagen.conftest import SHARD_SIZES
 
 SAMPLES = sum(SHARD_SIZES)

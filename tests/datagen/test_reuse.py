@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pipeline.model.config import ModelConfig
 from safetensors.torch import load
 
+from common.config import load_section
+from common.errors import UserError
+from common.storage import StorageConfig, open_folder
 from datagen.config import ClipConfig, DatagenConfig
-from datagen.encode import Encoder
-from datagen.jobs import clips_of
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import read_manifest, read_sidecar, shard_name
+from datagen.encode.latent_reuse import LATENTS, check_reusable, find_clips, read_latent
+from datagen.encode.ray_jobs import clips_of
+from datagen.encode.vae_encoder import Encoder
 from datagen.plan import SamplePlan, make_plan
-from datagen.reader import ShardReader
-from datagen.reuse import LATENTS, check_reusable, find_clips, read_latent
-from datagen.shards import read_manifest, read_sidecar, shard_name
-from datagen.storage import StorageConfig, open_folder
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError
 from tests.datagen.conftest import contents, run_build
 from tests.datagen.test_plan import surveyed
 

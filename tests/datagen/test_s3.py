@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import ray
+from pipeline.model.config import ModelConfig
 
-from datagen.cluster import start_ray
+from common.config import load_section
+from common.errors import UserError
+from common.lossless_clip import encode_bytes
+from common.storage import S3Folder, StorageConfig, open_folder
 from datagen.config import DatagenConfig
-from datagen.jobs import sample_rows
-from datagen.media import encode_bytes
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import Sample
+from datagen.dataset.verify import faults
+from datagen.encode.ray_jobs import sample_rows
 from datagen.plan import make_plan
-from datagen.reader import ShardReader
-from datagen.shards import Sample
-from datagen.storage import S3Folder, StorageConfig, open_folder
-from datagen.verify import faults
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError
+from datagen.ray_cluster import start_ray
 from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from datagen.shards import Sample, read_manifest, read_sidecar, shard_name, write_shard
-from datagen.storage import LocalFolder, open_folder
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.storage import LocalFolder, open_folder
+from datagen.dataset.shard_format import Sample, read_manifest, read_sidecar, shard_name, write_shard
 from tests.datagen.conftest import SHARD_SIZES, write_numbered
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metrics.base import MetricSettings, create
+from common.errors import UserError
 from metrics.dover import aesthetic_view, fragments, frame_indices, fuse, technical_view
-from pipeline.errors import UserError
+from metrics.registry import MetricSettings, create
 
 
 def test_fusion_weighs_technical_first() -> None:

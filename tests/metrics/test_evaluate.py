@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.errors import UserError
 from metrics import evaluate, fit_niqe
-from metrics.base import METRICS, create, resolve_names
-from metrics.frames import find_clips, load_clip
+from metrics.clips import find_clips, load_clip
 from metrics.published import load_published
-from pipeline.errors import UserError
+from metrics.registry import METRICS, create, resolve_names
 
 
 def write_pictures(folder: Path, video: Tensor) -> None:

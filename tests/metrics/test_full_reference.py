@@ -10,11 +10,11 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from metrics.base import METRICS, create
-from metrics.colour import luma
+from common.errors import UserError
 from metrics.gmsd import gmsd_plane
+from metrics.luma import luma
+from metrics.registry import METRICS, create
 from metrics.ssim import ssim_plane
-from pipeline.errors import UserError
 
 
 def noisy(video: Tensor, sigma: float) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from metrics.base import SETS, MetricSettings, create, create_all
-from pipeline.errors import UserError
+from common.errors import UserError
+from metrics.registry import SETS, MetricSettings, create, create_all
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 

@@ -12,12 +12,12 @@ from scipy.ndimage import convolve, gaussian_filter
 from scipy.special import gamma
 from torch import Tensor
 
-from metrics.base import MetricSettings, create
-from metrics.colour import luma
+from common.errors import UserError
 from metrics.fit_niqe import fit_niqe
+from metrics.luma import luma
 from metrics.niqe import Niqe, NiqeModel
 from metrics.niqe_features import block_features
-from pipeline.errors import UserError
+from metrics.registry import MetricSettings, create
 
 BLOCK = 48
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics.report import build_report, comparison, duration_text, read_description
-from metrics.report_description import ReportDescription, Series
-from metrics.report_pictures import read_series, running_mean
-from pipeline.errors import UserError
+from common.errors import UserError
+from metrics.report.description import ReportDescription, Series
+from metrics.report.page import build_report, comparison, duration_text, read_description
+from metrics.report.pictures import read_series, running_mean
 
 
 @pytest.fixture

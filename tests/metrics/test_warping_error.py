@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metrics.base import MetricSettings, create
+from common.errors import UserError
+from metrics.registry import MetricSettings, create
 from metrics.warping_error import WarpingError, inside, motion_boundary, occluded, warp
-from pipeline.errors import UserError
 
 DX, DY = 3, -2
 

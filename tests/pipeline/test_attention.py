@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 import torch
 
-from pipeline.attention import BACKENDS, set_attention
-from pipeline.errors import UserError
-from pipeline.transformer import VSRTransformer
+from common.errors import UserError
+from pipeline.model.attention import BACKENDS, set_attention
+from pipeline.model.transformer import VSRTransformer
 
 
 @pytest.fixture

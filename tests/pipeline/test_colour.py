@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.colour import fix_colour, low_frequencies
+from pipeline.colour_fix import fix_colour, low_frequencies
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+from pipeline.model.config import ModelConfig
 from pydantic import Field
 
-from pipeline.config import ModelConfig, Section, load_section
-from pipeline.errors import UserError
-from pipeline.seeding import derive_seed, seeded_noise
+from common.config import Section, load_section
+from common.errors import UserError
+from common.seeding import derive_seed, seeded_noise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -7,8 +7,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from pipeline.errors import UserError
-from pipeline.text import DEFAULT_PROMPT, NULL_PROMPT, encode_prompts, load_prompts, main, placeholder_cache
+from common.errors import UserError
+from pipeline.model.prompts import (
+    DEFAULT_PROMPT,
+    NULL_PROMPT,
+    encode_prompts,
+    load_prompts,
+    main,
+    placeholder_cache,
+)
 
 WORDS = ["<pad>", "</s>", "<unk>", *DEFAULT_PROMPT.split(), "a", "cat"]
 

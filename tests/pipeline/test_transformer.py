@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from pipeline.model.config import TransformerConfig
 
-from pipeline.config import TransformerConfig
-from pipeline.errors import UserError
-from pipeline.transformer import VSRTransformer, tapped_layers
-from pipeline.weights import ORIGINAL_NAMES, load_transformer, rename_original
+from common.errors import UserError
+from pipeline.model.load_weights import ORIGINAL_NAMES, load_transformer, rename_original
+from pipeline.model.transformer import VSRTransformer, tapped_layers
 
 TINY = {
     "num_attention_heads": 2,
@@ -82,8 +82,8 @@ def test_early_exit_runs_no_block_after_the_last_tap(model, inputs):
 
 
 def test_low_resolution_skip_starts_as_z_lr(inputs):
+    from pipeline.model.load_weights import build_transformer
     from pipeline.sampling import one_step
-    from pipeline.weights import build_transformer
 
     z_t, _, z_lr, prompt = inputs
     network = build_transformer(TransformerConfig(latent_channels=4, low_resolution_skip=True, **TINY))
@@ -139,7 +139,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path):
 
 
 def to_original(name: str) -> str:
-    """The published Wan2.1 spelling, written down independently of pipeline/weights.py."""
+    """The published Wan2.1 spelling, written down independently of pipeline/model/load_weights.py."""
     if not name.startswith("blocks."):
         for ours, theirs in {
             "condition_embedder.time_embedder.linear_1": "time_embedding.0",

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import run_command
-from pipeline.text import PromptCache, load_prompts, placeholder_cache
+from common.errors import run_command
+from common.video_io import VideoWriter, ffmpeg_binary, probe, read_video
+from pipeline.model.prompts import PromptCache, load_prompts, placeholder_cache
+from pipeline.model.tiny_vae import TinyVideoVAE
+from pipeline.model.transformer import VSRTransformer
 from pipeline.tiling import blend_windows, spans
-from pipeline.tiny_vae import TinyVideoVAE
-from pipeline.transformer import VSRTransformer
 from pipeline.upscale import main, split_film, upscale_film
-from pipeline.video import VideoWriter, ffmpeg_binary, probe, read_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 

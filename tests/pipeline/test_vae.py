@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.errors import UserError
-from pipeline.tiny_vae import TinyVideoVAE
-from pipeline.vae import (
+from common.errors import UserError
+from common.video_io import read_video
+from pipeline.model.tiny_vae import TinyVideoVAE
+from pipeline.model.vae import (
     decode_latents,
     encode_video,
     latent_shape,
@@ -20,7 +21,6 @@ from pipeline.vae import (
     to_pixels,
     upsample_low_resolution,
 )
-from pipeline.video import read_video
 
 ASSETS = Path(__file__).parents[2] / "assets/tiny/vae"
 

@@ -7,8 +7,8 @@ import ffmpeg
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.video import VideoWriter, ffmpeg_binary, join, probe, read_frames, read_video
+from common.errors import UserError
+from common.video_io import VideoWriter, ffmpeg_binary, join, probe, read_frames, read_video
 
 
 def make(path, *, size="48x32", seconds=0.5, audio=None, **options):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from pipeline.errors import UserError
-from pipeline.text import placeholder_cache
-from pipeline.transformer import VSRTransformer
-from pipeline.vae import to_frames
+from common.errors import UserError
+from pipeline.model.prompts import placeholder_cache
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import to_frames
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 

@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from datagen.media import encode_bytes
-from datagen.reader import ShardReader
-from datagen.shards import Sample, write_manifest, write_shard
-from datagen.storage import open_folder
-from metrics.base import create
-from metrics.frames import to_tensor
-from pipeline.errors import UserError
+from common.errors import UserError
+from common.lossless_clip import encode_bytes
+from common.seeding import seeded_noise
+from common.storage import open_folder
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import Sample, write_manifest, write_shard
+from metrics.clips import to_tensor
+from metrics.registry import create
+from pipeline.model.prompts import placeholder_cache
+from pipeline.model.tiny_vae import TinyVideoVAE
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import decode_latents
 from pipeline.sampling import one_step
-from pipeline.seeding import seeded_noise
-from pipeline.text import placeholder_cache
-from pipeline.tiny_vae import TinyVideoVAE
-from pipeline.transformer import VSRTransformer
-from pipeline.vae import decode_latents
 from pipeline.vsr_pipeline import VSRPipeline
 from preference.build import build
 from preference.config import PreferenceConfig

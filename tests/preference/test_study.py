@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from preference.study import Tally, make_study, tally
+from common.errors import UserError
+from preference.study.study import Tally, make_study, tally
 
 CLIPS = [f"clip{number}.mp4" for number in range(40)]
 

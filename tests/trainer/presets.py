@@ -18,11 +18,11 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from datagen.shards import Sample, write_manifest, write_shard
-from datagen.storage import open_folder
-from pipeline.seeding import seeded_noise
-from pipeline.text import DEFAULT_PROMPT, placeholder_cache
-from pipeline.tiny_vae import TinyVideoVAE
+from common.seeding import seeded_noise
+from common.storage import open_folder
+from datagen.dataset.shard_format import Sample, write_manifest, write_shard
+from pipeline.model.prompts import DEFAULT_PROMPT, placeholder_cache
+from pipeline.model.tiny_vae import TinyVideoVAE
 
 ROOT = Path(__file__).resolve().parents[2]
 LATENT = (4, 2, 4, 4)  # C, T, h, w

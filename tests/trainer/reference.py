@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datagen.reader import Batch
+from datagen.dataset.loader import Batch
 from tests.trainer import toys
-from trainer.discriminator import Critic
-from trainer.stage import Draws
-from trainer.stages.dual_stream import DualStreamConfig
+from trainer.stages.dual_stream.algorithm import DualStreamConfig
+from trainer.stages.dual_stream.auxiliary_networks import Critic
+from trainer.stages.stage import Draws
 
 
 class PlainDualStream:

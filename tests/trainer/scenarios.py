@@ -10,14 +10,14 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from pipeline.seeding import seeded_noise
-from pipeline.sequence_parallel import form_sequence_groups
+from common.seeding import seeded_noise
+from pipeline.model.sequence_parallel import form_sequence_groups
 from tests.trainer import toys
 from tests.trainer.presets import TRAINER
 from tests.trainer.stages import make_run
+from trainer.engine.lora import LoRAConfig
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
 from trainer.loop import train
-from trainer.lora import LoRAConfig
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
 
 #: the networks that can skip an update
 SKIPPED = ("critic", "student")

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pipeline.model.config import ModelConfig
 
-from datagen.reader import ShardReader
-from pipeline.config import ModelConfig
-from pipeline.text import load_prompts
-from pipeline.vae import load_vae
+from datagen.dataset.loader import ShardReader
+from pipeline.model.prompts import load_prompts
+from pipeline.model.vae import load_vae
 from tests.trainer.presets import TRAINER
 from trainer.build import build_stage
 from trainer.config import TrainerConfig
+from trainer.engine.network import World
 from trainer.loop import Run
-from trainer.networks import World
-from trainer.validation import Validation, fixed_batch
+from trainer.monitoring.validation import Validation, fixed_batch
 
 STAGES = ("base", "progressive", "dual_stream", "preference")
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.trainer import toys
-from trainer.networks import DeepSpeedConfig, OptimizerConfig, World
+from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
 from trainer.stages.base import Base, BaseConfig
 
 KEYS = [f"clip-{index}" for index in range(64)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.trainer import toys
-from trainer.discriminator import Critic, Head, HeadConfig, token_grid
+from trainer.stages.dual_stream.auxiliary_networks import Critic, Head, HeadConfig, token_grid
 
 
 def _inputs(keys: list[str]) -> tuple[torch.Tensor, ...]:

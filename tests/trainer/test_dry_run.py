@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pipeline.model.config import ModelConfig
 
-from pipeline.config import ModelConfig, load_section
+from common.config import load_section
 from trainer import run as command
 from trainer.config import STAGES, TrainerConfig
-from trainer.dry_run import describe, parameter_counts
-from trainer.memory import GIB, Activations, network_memory
-from trainer.networks import DeepSpeedConfig
+from trainer.engine.network import DeepSpeedConfig
+from trainer.planning.dry_run import describe, parameter_counts
+from trainer.planning.memory import GIB, Activations, network_memory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tests.trainer import toys
 from tests.trainer.reference import PlainDualStream
-from trainer.networks import DeepSpeedConfig, World
-from trainer.stage import Meter
-from trainer.stages.dual_stream import DualStream, DualStreamConfig
+from trainer.engine.network import DeepSpeedConfig, World
+from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
+from trainer.stages.stage import Meter
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all terms": {},

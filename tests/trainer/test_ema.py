@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.trainer import toys
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

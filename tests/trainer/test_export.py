@@ -13,19 +13,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError
-from pipeline.text import DEFAULT_PROMPT, load_prompts
-from pipeline.transformer import VSRTransformer
-from pipeline.vae import load_vae
+from common.config import load_section
+from common.errors import UserError
+from pipeline.model.config import ModelConfig
+from pipeline.model.prompts import DEFAULT_PROMPT, load_prompts
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import load_vae
 from pipeline.vsr_pipeline import open_pipeline
 from tests.trainer.presets import write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
 from trainer.config import TrainerConfig
+from trainer.engine.network import World
 from trainer.export import export_model
 from trainer.loop import train
-from trainer.networks import World
 
 CARD = {"stage": "base", "data": {"samples": 12}, "code": "v1", "metrics": {"validation/psnr": 30.5}}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.tiny_vae import TinyVideoVAE
-from trainer.fit_tiny_vae import NOISE, initialise, latent_noise, normalise, to_pixels, train
+from pipeline.model.tiny_vae import TinyVideoVAE
+from tools.fit_tiny_vae import NOISE, initialise, latent_noise, normalise, to_pixels, train
 
 
 def test_noise_is_partly_shared_by_patches_and_bounded():

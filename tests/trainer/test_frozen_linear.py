@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from tests.trainer import toys
-from trainer.frozen_linear import linear
-from trainer.networks import DeepSpeedConfig, Network, World
+from trainer.engine.frozen_linear import linear
+from trainer.engine.network import DeepSpeedConfig, Network, World
 
 PLAIN = functional.linear
 

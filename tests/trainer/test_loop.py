@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from common.errors import UserError
 from tests.trainer.presets import losses, write_preset
 from tests.trainer.ranks import run_on_ranks
 from tests.trainer.stages import STAGES, make_run
+from trainer.engine.network import World
 from trainer.loop import DivergenceWatch, Run, changes, train
-from trainer.networks import World
 
 
 @pytest.fixture(scope="module")

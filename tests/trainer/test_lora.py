@@ -12,16 +12,17 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from pipeline.model.config import ModelConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.config import ModelConfig, load_section
-from pipeline.errors import UserError
-from pipeline.seeding import seeded_noise
-from pipeline.transformer import VSRTransformer
+from common.config import load_section
+from common.errors import UserError
+from common.seeding import seeded_noise
+from pipeline.model.load_weights import load_transformer
+from pipeline.model.transformer import VSRTransformer
 from pipeline.vsr_pipeline import open_pipeline
-from pipeline.weights import load_transformer
 from tests.trainer import scenarios, toys
 from tests.trainer.parity import LOSSES, NORMS, deviation
 from tests.trainer.presets import TRAINER, losses, write_preset
@@ -31,11 +32,11 @@ from tests.trainer.stages import make_run
 from tests.trainer.test_throughput import counted_in_earnest
 from trainer.build import initial_transformer
 from trainer.config import TrainerConfig
-from trainer.dry_run import describe
-from trainer.flops import flops_per_sample
+from trainer.engine.lora import LoRAConfig, add_adapter, merged_state, restore_adapter, save_adapter
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
 from trainer.loop import train
-from trainer.lora import LoRAConfig, add_adapter, merged_state, restore_adapter, save_adapter
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.planning.dry_run import describe
+from trainer.planning.flops import flops_per_sample
 from trainer.run import parse_arguments, train_stage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import losses
+from trainer.stages import losses
 
 SHAPE = (3, 4, 2, 4, 6)
 

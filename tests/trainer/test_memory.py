@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline.model.config import ModelConfig
 
 from benchmarks import memory as measured
-from pipeline.config import ModelConfig
 from tests.trainer.ranks import run_on_ranks
-from trainer.frozen_linear import linear
-from trainer.memory import GIB, block_bytes, network_memory
-from trainer.networks import DeepSpeedConfig, World
+from trainer.engine.frozen_linear import linear
+from trainer.engine.network import DeepSpeedConfig, World
+from trainer.planning.memory import GIB, block_bytes, network_memory
 
 LATENT = (1, 32, 32)
 TOKENS = 256

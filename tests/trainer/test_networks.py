@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from common.errors import UserError
 from tests.trainer import scenarios, toys
 from tests.trainer.ranks import run_on_ranks
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
 
 
 def _update(network: Network, step: int = 0) -> float:

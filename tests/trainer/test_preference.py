@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from datagen.reader import Batch
-from pipeline.seeding import seeded_noise
+from common.seeding import seeded_noise
+from datagen.dataset.loader import Batch
 from tests.trainer import toys
-from trainer.networks import DeepSpeedConfig, OptimizerConfig, World
+from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
 from trainer.stages.preference import Preference, PreferenceTrainingConfig, dpo_loss
 
 KEYS = ["one", "two", "three"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.flow_matching import time_grid
 from tests.trainer import toys
-from trainer.networks import DeepSpeedConfig, OptimizerConfig, World
+from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
 from trainer.stages.progressive import Progressive, ProgressiveConfig, two_step_target
 
 CONFIG = ProgressiveConfig(

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks import reference_run
-from trainer import stage as stage_module
-from trainer.networks import Network, World
-from trainer.stages import base, dual_stream, preference, progressive
+from trainer.engine.network import Network, World
+from trainer.stages import base, preference, progressive
+from trainer.stages import stage as stage_module
+from trainer.stages.dual_stream import algorithm as dual_stream
 
 STEPS = 4
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from common.errors import UserError
 from tests.trainer.presets import losses, run_command, signal_after, start_command, write_preset
 from tests.trainer.stages import STAGES, make_run
 from trainer.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from trainer.engine.network import World
 from trainer.loop import EXIT_SAVED_ON_SIGNAL, Run, train
-from trainer.networks import World
 
 
 @pytest.fixture(scope="module")

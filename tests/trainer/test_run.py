@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from common.errors import UserError
 from pipeline.vsr_pipeline import open_pipeline
 from tests.trainer.presets import losses, run_command, write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
+from trainer.engine.network import World
 from trainer.loop import EXIT_SAVED_ON_SIGNAL, train
-from trainer.networks import World
 
 ZERO_3 = ("--set", "trainer.engine.zero_stage=3")
 

@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.seeding import seeded_noise
-from pipeline.sequence_parallel import ALONE, SequenceGroup, form_sequence_groups
-from pipeline.transformer import VSRTransformer
+from common.errors import UserError
+from common.seeding import seeded_noise
+from pipeline.model.sequence_parallel import ALONE, SequenceGroup, form_sequence_groups
+from pipeline.model.transformer import VSRTransformer
 from tests.trainer import scenarios, toys
 from tests.trainer.presets import losses, run_command, write_preset
 from tests.trainer.ranks import run_on_ranks
 from tests.trainer.stages import make_run
+from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
 from trainer.loop import EXIT_SAVED_ON_SIGNAL, train
-from trainer.networks import DeepSpeedConfig, OptimizerConfig, World
 from trainer.stages.base import Base, BaseConfig
 
 #: 12 tokens, which 2 and 4 ranks divide; 9, of which the fourth of 4 ranks gets none

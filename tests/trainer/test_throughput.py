@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trainer.presets import LATENT, TRAINER, write_preset
 from tests.trainer.stages import make_run
-from trainer.flops import flops_per_sample
+from trainer.engine.network import World
 from trainer.loop import Run, train
-from trainer.networks import World
-from trainer.stage import Meter
-from trainer.throughput import Throughput, peak_flops
+from trainer.monitoring.throughput import Throughput, peak_flops
+from trainer.planning.flops import flops_per_sample
+from trainer.stages.stage import Meter
 
 
 @pytest.fixture(scope="module")

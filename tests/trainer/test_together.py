@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from datagen.reader import ShardReader
-from datagen.shards import Sample
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import Sample
 from tests.trainer.presets import TRAINER, clip, run_command, start_command, write_dataset, write_preset
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from datagen.reader import Batch
-from pipeline.errors import UserError
-from pipeline.tiny_vae import TinyVideoVAE
-from pipeline.vae import decode_latents
+from common.errors import UserError
+from datagen.dataset.loader import Batch
+from pipeline.model.tiny_vae import TinyVideoVAE
+from pipeline.model.vae import decode_latents
 from tests.trainer import toys
 from trainer.config import TrackingConfig
-from trainer.networks import World
-from trainer.tracking import Tracker
-from trainer.validation import Validation, psnr
+from trainer.engine.network import World
+from trainer.monitoring.tracking import Tracker
+from trainer.monitoring.validation import Validation, psnr
 
 OFF = TrackingConfig(wandb="off")
 

@@ -1,7 +1,7 @@
 """The table of calls: how a network may run beside the one being updated, and what every other way does.
 
 Each row was found by trial; a new DeepSpeed that changes one of them shows up here. Rows marked wrong are
-what `trainer.networks.Network` forbids.
+what `trainer.engine.network.Network` forbids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainer import scenarios, toys
 from tests.trainer.ranks import run_on_ranks
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
 
 EXACT = 1e-5
 #: zero_stage, network, call, requires_grad, outcome: "exact", "wrong" without an error, or the error's name

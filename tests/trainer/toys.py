@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from datagen.reader import Batch
-from pipeline.seeding import seeded_noise
-from pipeline.sequence_parallel import ALONE, SequenceGroup
-from pipeline.transformer import VSRTransformer
-from trainer.discriminator import HeadConfig
-from trainer.lora import LoRAConfig, add_adapter
-from trainer.networks import DeepSpeedConfig, OptimizerConfig
-from trainer.stages.dual_stream import DualStream, DualStreamConfig
+from common.seeding import seeded_noise
+from datagen.dataset.loader import Batch
+from pipeline.model.sequence_parallel import ALONE, SequenceGroup
+from pipeline.model.transformer import VSRTransformer
+from trainer.engine.lora import LoRAConfig, add_adapter
+from trainer.engine.network import DeepSpeedConfig, OptimizerConfig
+from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
+from trainer.stages.dual_stream.auxiliary_networks import HeadConfig
 
 LATENT = (4, 2, 4, 6)  # C, T, H, W
 

@@ -12,16 +12,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipeline.config import Section
+from common.config import Section
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
-from pipeline.text import NULL_PROMPT
-from pipeline.transformer import VSRTransformer
-from trainer.losses import velocity_loss
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig
-from trainer.stage import Draws, Meter
+from pipeline.model.prompts import NULL_PROMPT
+from pipeline.model.transformer import VSRTransformer
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.stages.losses import velocity_loss
+from trainer.stages.stage import Draws, Meter
 
 if TYPE_CHECKING:
-    from datagen.reader import Batch
+    from datagen.dataset.loader import Batch
 
 
 class BaseConfig(Section):
@@ -49,7 +49,7 @@ class BaseConfig(Section):
 
 
 class Base:
-    """Implements `trainer.stage.Stage`."""
+    """Implements `trainer.stages.stage.Stage`."""
 
     name = "base"
     preview_names: tuple[str, ...] = ("x0_at_t_1.0", "x0_at_t_0.5")

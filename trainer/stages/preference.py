@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.config import Section
+from common.config import Section
+from common.seeding import seeded_noise
 from pipeline.flow_matching import q_t, velocity
+from pipeline.model.transformer import VSRTransformer
 from pipeline.sampling import one_step
-from pipeline.seeding import seeded_noise
-from pipeline.transformer import VSRTransformer
-from trainer.losses import velocity_loss
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig
-from trainer.stage import Draws, Meter
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.stages.losses import velocity_loss
+from trainer.stages.stage import Draws, Meter
 
 if TYPE_CHECKING:
-    from datagen.reader import Batch
+    from datagen.dataset.loader import Batch
 
 
 class PreferenceTrainingConfig(Section):
@@ -57,7 +57,7 @@ def dpo_loss(m_w: Tensor, r_w: Tensor, m_l: Tensor, r_l: Tensor, beta: float) ->
 
 
 class Preference:
-    """Implements `trainer.stage.Stage`; its batches hold the member `pair`."""
+    """Implements `trainer.stages.stage.Stage`; its batches hold the member `pair`."""
 
     name = "preference"
     preview_names: tuple[str, ...] = ("student", "reference")

@@ -20,17 +20,17 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipeline.config import Section
+from common.config import Section
 from pipeline.flow_matching import q_t, time_grid
+from pipeline.model.prompts import NULL_PROMPT
+from pipeline.model.transformer import VSRTransformer
 from pipeline.sampling import guided_velocity, one_step
-from pipeline.text import NULL_PROMPT
-from pipeline.transformer import VSRTransformer
-from trainer.losses import velocity_loss
-from trainer.networks import DeepSpeedConfig, Network, OptimizerConfig
-from trainer.stage import Draws, Meter
+from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.stages.losses import velocity_loss
+from trainer.stages.stage import Draws, Meter
 
 if TYPE_CHECKING:
-    from datagen.reader import Batch
+    from datagen.dataset.loader import Batch
 
 
 class ProgressiveConfig(Section):
@@ -73,7 +73,7 @@ class ProgressiveConfig(Section):
 
 
 class Progressive:
-    """Implements `trainer.stage.Stage`."""
+    """Implements `trainer.stages.stage.Stage`."""
 
     name = "progressive"
     preview_names: tuple[str, ...] = ("student",)

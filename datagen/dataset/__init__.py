@@ -1,0 +1,1 @@
+"""The dataset folder: shard format, loader, verification, data card."""

@@ -1,0 +1,248 @@
+"""The shard format: WebDataset tars, a sidecar that commits each of them, a manifest over all.
+
+    shards/shard-000000.tar     members `<key>.<member>`, in plan order, times and owners zero (byte-identical)
+    shards/shard-000000.json    sidecar, written last: a shard without one does not exist
+    manifest.json               counts, sha256 of every shard, schema version, recipe, versions
+
+The tars open with the plain `webdataset` library. The sidecar adds what a tar lacks: where each member lies (so
+that samples are read in any order) and its CRC-32 (so that damage is seen where it is read).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import UserError
+from common.storage import Folder, open_folder
+
+#: of the folder's layout; a reader refuses a newer one
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example.
+
+    Attributes:
+        key: unique in the dataset, without dots or slashes (WebDataset groups members by what
+            precedes the first dot).
+        members: content by member name, for instance `latents.safetensors` and `json`.
+    """
+
+    key: str
+    members: dict[str, bytes]
+
+
+class Span(NamedTuple):
+    """Where a member's content lies in its tar."""
+
+    offset: int
+    length: int
+    crc32: int
+
+
+class ShardEntry(BaseModel):
+    """What the manifest says of a shard."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Sidecar(ShardEntry):
+    """What lies in a shard and where. `extra` belongs to whoever wrote it (plan hash, statistics)."""
+
+    schema_version: int = SCHEMA_VERSION
+    keys: list[str]
+    members: list[dict[str, Span]]
+    extra: dict[str, Any] = {}
+
+
+class Manifest(BaseModel):
+    """The whole dataset. `kind` is `clips` or `pairs`; `extra` holds recipe, versions, counts, statistics."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    samples: int
+    shards: list[ShardEntry]
+    extra: dict[str, Any] = {}
+
+
+def shard_name(index: int) -> str:
+    """Name of shard `index` inside the dataset folder."""
+    return f"shards/shard-{index:06d}.tar"
+
+
+def sidecar_name(shard: str) -> str:
+    """Name of the sidecar that belongs to the tar `shard`."""
+    return shard.removesuffix(".tar") + ".json"
+
+
+def write_shard(
+    folder: Folder | str | os.PathLike[str],
+    index: int,
+    samples: Iterable[Sample],
+    extra: dict[str, Any] | None = None,
+) -> Sidecar:
+    """Write shard `index` whole or not at all, the sidecar last.
+
+    Samples are taken one at a time, so memory holds one sample, not a shard.
+
+    Raises:
+        ValueError: a key with a dot or slash, or a key twice.
+    """
+    if isinstance(folder, (str, os.PathLike)):
+        folder = open_folder(folder)
+    name = shard_name(index)
+    temporary = folder.temporary(name)
+    keys: list[str] = []
+    members: list[dict[str, Span]] = []
+    try:
+        with (
+            temporary.open("wb") as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for sample in samples:
+                if "." in sample.key or "/" in sample.key or sample.key in keys:
+                    raise ValueError(
+                        f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}"
+                    )
+                keys.append(sample.key)
+                members.append(
+                    {
+                        member: _add(tar, f"{sample.key}.{member}", content)
+                        for member, content in sample.members.items()
+                    }
+                )
+        size, digest = _digest(temporary)
+        folder.commit(temporary, name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sidecar = Sidecar(
+        name=name, samples=len(keys), bytes=size, sha256=digest, keys=keys, members=members, extra=extra or {}
+    )
+    folder.write(sidecar_name(name), _to_json(sidecar))
+    return sidecar
+
+
+def read_sidecar(folder: Folder, shard: str) -> Sidecar:
+    """The sidecar of tar `shard`.
+
+    Raises:
+        FileNotFoundError: the shard is not committed.
+        DamagedShard: the sidecar is damaged.
+    """
+    name = sidecar_name(shard)
+    try:
+        return Sidecar.model_validate_json(folder.read(name))
+    except ValidationError as error:
+        raise DamagedShard(f"{folder.url}/{name} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """The manifest of a finished dataset.
+
+    Raises:
+        UserError: there is none, it is damaged, or its schema is newer than this code.
+    """
+    path = f"{folder.url}/{MANIFEST}"
+    try:
+        content = folder.read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path} does not exist: not a dataset folder, or its job has not finished; "
+            "then run the same command again"
+        ) from None
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        fault = error.errors()[0]["msg"]
+        raise UserError(
+            f"{path} is damaged ({fault}); run the same build command again to write it"
+        ) from None
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version {manifest.schema_version} is newer than "
+            f"this code's {SCHEMA_VERSION}; update duo-vsr"
+        )
+    return manifest
+
+
+def write_manifest(
+    folder: Folder, kind: str, shards: Iterable[ShardEntry], extra: dict[str, Any] | None = None
+) -> Manifest:
+    """Write `manifest.json` over committed shards: from then on the dataset is complete."""
+    entries = [
+        ShardEntry(**{field: getattr(shard, field) for field in ShardEntry.model_fields}) for shard in shards
+    ]
+    entries.sort(key=lambda entry: entry.name)
+    manifest = Manifest(
+        kind=kind, samples=sum(entry.samples for entry in entries), shards=entries, extra=extra or {}
+    )
+    folder.write(MANIFEST, _to_json(manifest, indent=1))
+    return manifest
+
+
+def read_member(folder: Folder, shard: str, span: Span) -> bytes:
+    """One member's content, checked.
+
+    Raises:
+        DamagedShard: too short or with another CRC-32 than when it was written.
+    """
+    return check_member(folder.read_range(shard, span.offset, span.length), span, f"{folder.url}/{shard}")
+
+
+def check_member(content: bytes, span: Span, where: str) -> bytes:
+    """`content` itself if it is what was written, else `DamagedShard`."""
+    if len(content) != span.length:
+        raise DamagedShard(f"{where}: ends inside the member at byte {span.offset}")
+    if zlib.crc32(content) != span.crc32:
+        raise DamagedShard(f"{where}: the member at byte {span.offset} has changed since it was written")
+    return content
+
+
+class DamagedShard(Exception):
+    """A shard's bytes are not those that were written."""
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> Span:
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    header.mode = 0o644
+    start = tar.offset
+    tar.addfile(header, io.BytesIO(content))
+    return Span(start + tarfile.BLOCKSIZE, len(content), zlib.crc32(content))
+
+
+def _digest(path: os.PathLike[str]) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _sha256(file)
+        return file.tell(), digest.hexdigest()
+
+
+def _sha256(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _to_json(model: BaseModel, indent: int | None = None) -> bytes:
+    return (json.dumps(model.model_dump(mode="json"), indent=indent, sort_keys=True) + "\n").encode()

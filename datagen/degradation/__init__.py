@@ -1,0 +1,1 @@
+"""The degradation: HR in, LR out, one file per operation."""

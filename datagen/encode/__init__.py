@@ -1,0 +1,1 @@
+"""Planned samples to latents: decode, degrade and encode in Ray tasks."""

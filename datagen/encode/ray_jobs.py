@@ -1,0 +1,213 @@
+"""The two Ray Data jobs: survey of the sources, and samples of the plan.
+
+Both stream rows to the driver in order, so that whoever consumes them writes files in an order that no worker decides.
+Rows are Arrow: the bytes of a clip travel as they are (NumPy would cut trailing zeros off byte strings).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+from safetensors.torch import load
+
+from common.errors import UserError
+from datagen.config import DatagenConfig
+from datagen.dataset.shard_format import Sample
+from datagen.degradation.degrade import SCALE
+from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
+from datagen.encode.latent_reuse import LATENTS, EarlierDataset, Place, read_latent
+from datagen.plan import SamplePlan
+from datagen.ray_cluster import VARIANTS_PER_ROW
+from datagen.sources import Source
+from datagen.survey.decoder_process import survey_isolated
+
+#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
+MAX_RETRIES = 3
+
+
+def survey_rows(sources: list[Source], config: DatagenConfig) -> Iterator[dict[str, Any]]:
+    """Survey of each source, in order: the result of `survey`, or `{"error": ...}`, with source and path."""
+
+    def work(table: pa.Table) -> pa.Table:
+        results = []
+        for row in table.to_pylist():
+            facts = {"source": row["id"], "path": row["path"], "caption": row["caption"]}
+            try:
+                facts |= survey_isolated(row["path"], row["id"], config)
+            except UserError as error:
+                facts["error"] = str(error)
+            except Exception as error:
+                facts["error"] = f"{row['id']}: {type(error).__name__}: {error}"
+            results.append(json.dumps(facts))
+        return pa.table({"survey": pa.array(results, pa.large_string())})
+
+    rows = [asdict(source) | {"caption": source.caption or ""} for source in sources]
+    dataset = _dataset(rows).map_batches(
+        work, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
+    )
+    for row in _rows(dataset):
+        yield json.loads(row["survey"])
+
+
+class Row(NamedTuple):
+    """A planned sample, made, or why it could not be; and whether its z_hr came from an earlier dataset."""
+
+    plan: SamplePlan
+    made: Sample | Fault
+    reused: bool
+
+
+def sample_rows(
+    plans: list[SamplePlan],
+    config: DatagenConfig,
+    vae: str,
+    versions: dict[str, str],
+    earlier: EarlierDataset | None = None,
+) -> Iterator[Row]:
+    """Each planned sample in order."""
+    earlier_url, places = (earlier.url, earlier.places) if earlier else ("", {})
+
+    def degrade(table: pa.Table) -> pa.Table:
+        plans, place = _plans(table["plans"][0].as_py()), json.loads(table["place"][0].as_py())
+        z_hr = read_latent(earlier_url, Place.of(place), plans[0], config.storage) if place else b""
+        return _degraded(table["plans"], make_clip(plans, config), len(plans), z_hr)
+
+    class Actor(_EncodeActor):
+        def __init__(self) -> None:
+            super().__init__(vae, config)
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    actors = config.encode.actors or max(1, gpus)
+    share = {"num_gpus": 1} if gpus else {"num_cpus": config.encode.cpus}
+    rows = [
+        {
+            "plans": json.dumps([asdict(plan) for plan in clip]),
+            "place": json.dumps(places.get(clip[0].clip)),
+        }
+        for clip in clips_of(plans)
+    ]
+    dataset = (
+        _dataset(rows)
+        .map_batches(degrade, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES)
+        .map_batches(
+            Actor,
+            # a clip brings its variants
+            batch_size=-(-config.encode.batch_size // (1 + min(config.variants, VARIANTS_PER_ROW))),
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=actors),
+            **share,
+        )
+    )
+    for row in _rows(dataset):
+        yield from _samples(row, versions)
+
+
+def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:
+    """`plans` in order, variants of a clip together: what is left of them, where a job goes on in a clip's middle."""
+    for _, variants in itertools.groupby(plans, lambda plan: plan.clip):
+        while part := list(itertools.islice(variants, VARIANTS_PER_ROW)):
+            yield part
+
+
+def _degraded(plans: pa.ChunkedArray, made: Clip | Fault, variants: int, z_hr: bytes) -> pa.Table:
+    """What travels to the VAE: LR of each variant, and HR unless its latent is known."""
+    parts = [made] * variants if isinstance(made, Fault) else made.variants
+    good = [part if isinstance(part, Variant) else None for part in parts]
+    hr, stored = (made.hr, made.stored) if isinstance(made, Clip) and any(good) else (None, b"")
+    return pa.table(
+        {
+            "plans": plans,
+            "faults": _texts(
+                [json.dumps([asdict(part) if isinstance(part, Fault) else None for part in parts])]
+            ),
+            "draws": _texts([json.dumps([part and part.draws for part in good])]),
+            "hr": _bytes([hr.tobytes() if hr is not None and not z_hr else b""]),
+            "z_hr": _bytes([z_hr]),
+            "reused": [bool(z_hr)],
+            "lr": _byte_lists([[part.lr.tobytes() if part else b"" for part in good]]),
+            "hr.mkv": _bytes([stored]),
+            "lr.mkv": _byte_lists([[part.stored if part else b"" for part in good]]),
+        }
+    )
+
+
+class _EncodeActor:
+    """datagen/encode/vae_encoder.py over Arrow rows: HR once, LR of each variant that was made."""
+
+    def __init__(self, vae: str, config: DatagenConfig) -> None:
+        from datagen.encode.vae_encoder import Encoder
+
+        self._encoder = Encoder(vae, config.encode.cpus, config.encode.batch_size)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        from datagen.encode.vae_encoder import latents_member
+
+        rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()
+        shapes = [_plans(row["plans"])[0] for row in rows]
+        hr = [_pixels(row["hr"], plan, 1) for row, plan in zip(rows, shapes, strict=True) if row["hr"]]
+        lr = [
+            _pixels(content, plan, SCALE)
+            for row, plan in zip(rows, shapes, strict=True)
+            for content in row["lr"]
+            if content
+        ]
+        z_hr, z_lr = map(iter, self._encoder.latents(hr, lr))
+        latents = []
+        for row in rows:
+            high = next(z_hr) if row["hr"] else row["z_hr"] and load(row["z_hr"])["z_hr"]
+            latents.append([latents_member(high, next(z_lr)) if content else b"" for content in row["lr"]])
+        return table.drop_columns(["hr", "z_hr", "lr"]).append_column("latents", _byte_lists(latents))
+
+
+def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[Row]:
+    plans, faults, draws = _plans(row["plans"]), json.loads(row["faults"]), json.loads(row["draws"])
+    for index, plan in enumerate(plans):
+        if faults[index]:
+            yield Row(plan, Fault(**faults[index]), False)
+            continue
+        members = {LATENTS: row["latents"][index], "lr.mkv": row["lr.mkv"][index], "hr.mkv": row["hr.mkv"]}
+        yield Row(plan, make_sample(plan, draws[index], members, versions), row["reused"])
+
+
+def _pixels(content: bytes, plan: SamplePlan, scale: int) -> np.ndarray:
+    _, _, height, width = plan.crop
+    return np.frombuffer(bytearray(content), np.uint8).reshape(
+        plan.frames, height // scale, width // scale, 3
+    )
+
+
+def _plans(text: str) -> list[SamplePlan]:
+    return [SamplePlan(**fields | {"crop": tuple(fields["crop"])}) for fields in json.loads(text)]
+
+
+def _texts(values: list[str]) -> pa.Array:
+    return pa.array(values, pa.large_string())
+
+
+def _bytes(values: list[bytes]) -> pa.Array:
+    return pa.array(values, pa.large_binary())
+
+
+def _byte_lists(values: list[list[bytes]]) -> pa.Array:
+    return pa.array(values, pa.list_(pa.large_binary()))
+
+
+def _dataset(rows: list[dict[str, Any]]) -> ray.data.Dataset:
+    """Few rows per task: tasks are short enough to balance, and long enough to outweigh their scheduling."""
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    per_task = int(np.clip(len(rows) // (8 * cpus), 1, 8))
+    return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
+
+
+def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for index in range(batch.num_rows):
+            yield batch.slice(index, 1).to_pylist()[0]

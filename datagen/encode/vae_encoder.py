@@ -1,0 +1,78 @@
+"""Clips to latents: the VAE actor, and what identifies a VAE."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from common.errors import UserError
+
+
+def vae_hash(folder: Path) -> str:
+    """sha256 over the configuration and weights of a VAE folder: equal hashes give equal latents.
+
+    Raises:
+        UserError: no such folder, or no safetensors in it.
+    """
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(
+            f"model.vae: {folder} holds no VAE (config.json and *.safetensors); see the README on weights"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes:
+    """The member `latents.safetensors` of a sample."""
+    # copies: parts of one batch share its memory, which safetensors refuses
+    return save({"z_hr": z_hr.clone(), "z_lr": z_lr.clone()})
+
+
+class Encoder:
+    """A VAE in memory, on the GPU where there is one. One per Ray actor.
+
+    Every call of the VAE takes a batch of the same size, filled up where clips are short: a GPU picks its kernels by
+    shape, and a clip's latents must not depend on which others are encoded with it. On a CPU that size is one, which
+    is as fast and holds less.
+    """
+
+    def __init__(self, folder: str, threads: int, batch_size: int = 1) -> None:
+        from pipeline.model.vae import load_vae
+
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._batch_size = batch_size if self._device.type == "cuda" else 1
+        self._vae = load_vae(folder).to(self._device)
+
+    def latents(
+        self, hr: list[np.ndarray], lr: list[np.ndarray]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """z_hr of each HR clip and z_lr of each LR clip, bf16 (C, T, H/8, W/8) on the CPU.
+
+        Args:
+            hr: uint8 (F, H, W, 3) each. lr: uint8 (F, H/4, W/4, 3) each, not necessarily as many.
+        """
+        latents = list(self._encoded(hr, lr))
+        return latents[: len(hr)], latents[len(hr) :]
+
+    @torch.no_grad()
+    def _encoded(self, hr: list[np.ndarray], lr: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        from pipeline.model.vae import encode_video, to_pixels, upsample_low_resolution
+
+        clips = [(to_pixels, clip) for clip in hr] + [(upsample_low_resolution, clip) for clip in lr]
+        for first in range(0, len(clips), self._batch_size):
+            part = clips[first : first + self._batch_size]
+            pixels = [enlarge(clip).to(self._device) for enlarge, clip in part]
+            pixels += pixels[-1:] * (self._batch_size - len(part))
+            yield from encode_video(self._vae, torch.stack(pixels))[: len(part)].to(torch.bfloat16).cpu()

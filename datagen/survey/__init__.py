@@ -1,0 +1,1 @@
+"""Videos to windows: decoded once and small, cut at scene changes, measured."""

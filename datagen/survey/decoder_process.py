@@ -1,0 +1,154 @@
+"""Decoding in a child process: what a hostile file does to FFmpeg happens there.
+
+A file that crashes the decoder, or keeps it busy for ever, costs its child and is quarantined; inside a Ray worker it
+would kill the worker, be retried, and kill the next. One child serves a worker for all its files. Requests are JSON
+lines, frames come back as raw bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.lossless_clip import UnreadableVideo
+from common.storage import StorageConfig
+from datagen.config import ClipConfig, DatagenConfig
+from datagen.sources import open_source
+from datagen.survey.video_survey import survey
+from datagen.survey.window_reader import WindowReader
+
+PR_SET_PDEATHSIG = 1
+
+
+def survey_isolated(path: str, name: str, config: DatagenConfig) -> dict[str, Any]:
+    """`survey`, in the child; UnreadableVideo also when it crashes or takes too long."""
+    request = {"do": "survey", "path": path, "name": name, "clip": config.clip.model_dump(mode="json")}
+    # a survey decodes everything, a window a little: the limit is per window, a film has many
+    header, _ = _ask(request, config, name, patience=20)
+    return dict(header["survey"])
+
+
+def decode_isolated(
+    path: str, name: str, start: int, pts: int | None, frames: int, config: DatagenConfig
+) -> np.ndarray:
+    """A window by `WindowReader`, in the child; UnreadableVideo also when it crashes or takes too long."""
+    request = {"do": "window", "path": path, "name": name, "start": start, "pts": pts, "frames": frames}
+    header, content = _ask(request, config, name, patience=1)
+    return np.frombuffer(content, np.uint8).reshape(header["shape"])
+
+
+_child: subprocess.Popen[bytes] | None = None
+
+
+def _ask(
+    request: dict[str, Any], config: DatagenConfig, name: str, patience: int
+) -> tuple[dict[str, Any], bytearray]:
+    """Send one request and wait for header and content."""
+    child = _running_child()
+    assert child.stdin is not None and child.stdout is not None
+    limit_s = config.decode_timeout_s * patience
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        child.kill()
+
+    timer = threading.Timer(limit_s, expire)
+    timer.start()
+    try:
+        request["storage"] = config.storage.model_dump(mode="json")
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.flush()
+        header = json.loads(child.stdout.readline())
+        content = bytearray(header.get("bytes", 0))
+        view = memoryview(content)
+        while len(view):
+            count = child.stdout.readinto(view)  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError
+            view = view[count:]
+    except (EOFError, BrokenPipeError, json.JSONDecodeError):
+        _end_child()
+        if expired.is_set():
+            raise UnreadableVideo(f"{name}: not decoded within {limit_s:g} s") from None
+        raise UnreadableVideo(f"{name}: crashes the decoder") from None
+    finally:
+        timer.cancel()
+    if "unreadable" in header:
+        raise UnreadableVideo(header["unreadable"])
+    if "error" in header:
+        raise UserError(header["error"])
+    return header, content
+
+
+def _running_child() -> subprocess.Popen[bytes]:
+    global _child
+    if _child is None or _child.poll() is not None:
+        _child = subprocess.Popen(
+            [sys.executable, "-m", "datagen.survey.decoder_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+        )
+        atexit.register(_end_child)
+    return _child
+
+
+def _end_child() -> None:
+    global _child
+    if _child is not None:
+        _child.kill()
+        _child.wait()
+        for pipe in (_child.stdin, _child.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+        _child = None
+
+
+def _serve() -> None:
+    """The child: answer requests until the worker closes the pipe or dies."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # nothing but answers may reach the pipe
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    reader = WindowReader()
+    for line in sys.stdin.buffer:
+        header, content = _answer(json.loads(line), reader)
+        answers.write(json.dumps(header | {"bytes": len(content)}).encode() + b"\n")
+        answers.write(content)
+        answers.flush()
+
+
+def _answer(request: dict[str, Any], reader: WindowReader) -> tuple[dict[str, Any], memoryview]:
+    nothing = memoryview(b"")
+    try:
+        path, name = request["path"], request["name"]
+        source = partial(open_source, path, StorageConfig(**request["storage"]))
+        if request["do"] == "survey":
+            return {"survey": survey(source(), name, ClipConfig(**request["clip"]))}, nothing
+        window = reader.read(path, source, name, request["start"], request["pts"], request["frames"])
+        return {"shape": window.shape}, window.data.cast("B")
+    except UnreadableVideo as error:
+        return {"unreadable": str(error)}, nothing
+    except UserError as error:
+        return {"error": str(error)}, nothing
+    except Exception as error:
+        return {"unreadable": f"{request['name']}: {type(error).__name__}: {error}"}, nothing
+
+
+if __name__ == "__main__":
+    _serve()

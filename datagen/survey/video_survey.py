@@ -1,0 +1,180 @@
+"""Survey of one video: decoded once, small, to learn its scenes and what each window is like.
+
+The survey knows nothing of filters or crops: those are the plan's (datagen/plan.py), so that changing a threshold
+does not mean decoding a million videos again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+
+from common.lossless_clip import UnreadableVideo, opened
+from datagen.config import ClipConfig
+
+#: width of the pictures that scenes are found in, px
+SURVEY_WIDTH = 256
+#: sharpness is measured on every n-th frame
+SHARPNESS_EVERY = 4
+
+
+@dataclass
+class _Features:
+    """Of one frame."""
+
+    pts: int | None
+    luma: float
+    contrast: float
+    motion: float
+    sharpness: float
+    hash: int
+
+
+def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
+    """Size, length and the windows of a video, JSON-able.
+
+    Returns:
+        `{"width", "height", "frames", "frames_per_second", "content", "windows": [{"start", "pts", "luma", ...}]}`;
+        a window's measures are means over its frames (motion leaves out the first), `hashes` of its first, middle,
+        last frame; `content` tells one video from another of the same name.
+
+    Raises:
+        UnreadableVideo: no video, or it breaks off.
+    """
+    features: list[_Features] = []
+    with opened(source, name) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        finder = _SceneFinder(clip, float(rate or 25))
+        previous = None
+        content = _content(stream)
+        try:
+            for frame in _decoded(container, stream, content):
+                small = _small(frame)
+                thumbnail = cv2.resize(
+                    cv2.cvtColor(small, cv2.COLOR_BGR2GRAY), (32, 32), interpolation=cv2.INTER_AREA
+                )
+                sharpness = (
+                    _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
+                )
+                finder.add(small)
+                features.append(_measure(frame.pts, thumbnail, previous, sharpness))
+                previous = thumbnail
+        except av.error.FFmpegError as error:
+            raise UnreadableVideo(f"{name}: breaks off after {len(features)} frames: {error}") from None
+        facts = {"width": stream.width, "height": stream.height, "frames": len(features)}
+        content.update(repr([frame.pts for frame in features]).encode())
+        facts["content"] = content.hexdigest()
+    if not features:
+        raise UnreadableVideo(f"{name}: holds no frame that can be decoded")
+    cuts = finder.cuts()
+    windows = [
+        _window(features, start, clip.frames)
+        for start in window_starts(len(features), cuts, clip.frames, clip.stride)
+    ]
+    return facts | {"frames_per_second": float(rate or 0), "cuts": cuts, "windows": windows}
+
+
+def _content(stream: Any) -> Any:
+    """A sha256 that has seen what the decoder is told of the stream; its packets follow."""
+    context = stream.codec_context
+    told = (
+        context.name,
+        context.pix_fmt,
+        context.width,
+        context.height,
+        context.color_range,
+        context.colorspace,
+    )
+    return hashlib.sha256(repr(told).encode() + bytes(context.extradata or b""))
+
+
+def _decoded(container: Any, stream: Any, content: Any) -> Iterator[av.VideoFrame]:
+    """All frames; the packets they come from are added to the hash `content`."""
+    for packet in container.demux(stream):
+        content.update(bytes(packet))
+        yield from packet.decode()
+
+
+def window_starts(frames: int, cuts: list[int], length: int, stride: int | None) -> list[int]:
+    """First frames of windows that lie within one scene; `cuts` are the first frames of later scenes."""
+    ends = [0, *cuts, frames]
+    starts: list[int] = []
+    for first, after in itertools.pairwise(ends):
+        starts += range(first, after - length + 1, stride or length)
+    return starts
+
+
+class _SceneFinder:
+    """PySceneDetect's AdaptiveDetector, fed frame by frame."""
+
+    def __init__(self, clip: ClipConfig, rate: float) -> None:
+        from scenedetect import FrameTimecode
+        from scenedetect.detectors import AdaptiveDetector
+
+        self._timecode = FrameTimecode
+        self._rate = rate
+        self._count = 0
+        self._cuts: list[int] = []
+        self._detector = None
+        if clip.respect_scenes:
+            self._detector = AdaptiveDetector(
+                adaptive_threshold=clip.scene_threshold, min_scene_len=clip.frames
+            )
+
+    def add(self, picture: np.ndarray) -> None:
+        if self._detector is not None:
+            found = self._detector.process_frame(self._timecode(self._count, fps=self._rate), picture)
+            self._cuts += [cut.frame_num for cut in found]
+        self._count += 1
+
+    def cuts(self) -> list[int]:
+        if self._detector is not None and self._count:
+            found = self._detector.post_process(self._timecode(self._count - 1, fps=self._rate))
+            self._cuts += [cut.frame_num for cut in found]
+        return sorted({cut for cut in self._cuts if 0 < cut < self._count})
+
+
+def _small(frame: av.VideoFrame) -> np.ndarray:
+    height = max(8, round(frame.height * SURVEY_WIDTH / frame.width))
+    return frame.reformat(SURVEY_WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
+
+
+def _sharpness(frame: av.VideoFrame) -> float:
+    grey = frame.to_ndarray(format="gray")
+    return float(cv2.Laplacian(grey, cv2.CV_16S).var())
+
+
+def _measure(
+    pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, sharpness: float
+) -> _Features:
+    motion = 0.0 if previous is None else float(cv2.absdiff(thumbnail, previous).mean())
+    return _Features(
+        pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, _hash(thumbnail)
+    )
+
+
+def _hash(thumbnail: np.ndarray) -> int:
+    """64-bit difference hash: is each cell of a 9 x 8 grid brighter than its right neighbour?"""
+    grid = cv2.resize(thumbnail, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
+    return int.from_bytes(np.packbits(grid[:, :-1] > grid[:, 1:]).tobytes(), "big")
+
+
+def _window(features: list[_Features], start: int, length: int) -> dict[str, Any]:
+    part = features[start : start + length]
+    return {
+        "start": start,
+        "pts": part[0].pts,
+        "luma": round(float(np.mean([frame.luma for frame in part])), 2),
+        "contrast": round(float(np.mean([frame.contrast for frame in part])), 2),
+        "motion": round(float(np.mean([frame.motion for frame in part[1:]] or [0.0])), 3),
+        "sharpness": round(float(np.mean([frame.sharpness for frame in part])), 2),
+        "hashes": [f"{part[index].hash:016x}" for index in (0, length // 2, -1)],
+    }

@@ -1,0 +1,1 @@
+"""The demo: it starts the commands of the other packages and imports none of them."""

@@ -1,0 +1,1 @@
+"""The networks and their weights: DiT, VAE, prompts, attention kernels."""

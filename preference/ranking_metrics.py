@@ -1,0 +1,60 @@
+"""The metrics that judge candidates, with the NIQE model they may need fitted on the dataset's own HR
+clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from common.progress import progress
+from metrics.fit_niqe import fit_niqe
+from metrics.registry import Metric, MetricSettings, create, create_all, resolve_names
+from preference.candidates import CandidateModel
+from preference.clips import ClipFolder
+from preference.config import PreferenceConfig
+from preference.ranking import Judge
+
+NIQE_MODEL = "niqe.safetensors"
+FITTED = "niqe_fitted"
+
+
+def open_judges(config: PreferenceConfig, weights: Path | None, device: str) -> list[Metric]:
+    """The metrics of `config.metrics` but for `niqe_fitted`, which needs HR clips: see `niqe_judge`.
+
+    Raises:
+        UserError: everything that is missing, and the set that needs no weights.
+    """
+    names = [name for name in resolve_names(config.metrics) if name != FITTED]
+    return create_all(names, MetricSettings(weights=weights, device=device))
+
+
+def niqe_judge(
+    config: PreferenceConfig, clips: ClipFolder, model: CandidateModel, output: Path, *, keep: bool
+) -> Metric:
+    """`niqe_fitted` with a model fitted on the first HR clips, OUTPUT/niqe.safetensors.
+
+    Args:
+        keep: use the model that lies there, because pairs were judged by it; else it may be another
+        dataset's.
+    """
+    path = output / NIQE_MODEL
+    if not (keep and path.exists()):
+        count = min(config.niqe_clips, len(clips))
+        fitted, blocks = fit_niqe(_high_resolution(clips, model, count), config.niqe_block)
+        output.mkdir(parents=True, exist_ok=True)
+        fitted.save(path, {"dataset": clips.fingerprint, "clips": count, "blocks": blocks})
+    return create(FITTED, MetricSettings(niqe_model=path))
+
+
+def directions(judges: Iterable[Metric]) -> dict[str, Judge]:
+    """How the ranking is to read each metric."""
+    return {judge.name: Judge(judge.lower_is_better, judge.needs_reference) for judge in judges}
+
+
+def _high_resolution(clips: ClipFolder, model: CandidateModel, count: int) -> Iterator[Tensor]:
+    with progress(count, "fitting NIQE on HR clips", "clips") as bar:
+        for position in range(count):
+            yield model.reference(clips[position])[0]
+            bar.advance(1)

@@ -1,0 +1,1 @@
+"""The blind study: do people prefer our videos?"""

@@ -1,0 +1,1 @@
+"""One DeepSpeed engine per network: ranks, ZeRO, EMA, LoRA."""

@@ -1,0 +1,118 @@
+"""Looking at a run: fixed clips, fixed noise, pictures and numbers. In distillation the loss curves say little; these
+pictures show a drift first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from datagen.dataset.loader import Batch
+from pipeline.model.vae import VAE, decode_latents, to_frames
+from trainer.monitoring.tracking import Tracker
+from trainer.stages.stage import Stage
+
+LABEL_HEIGHT_PX = 14
+
+
+class Validation:
+    """The fixed batch of a run."""
+
+    def __init__(self, batch: Batch, vae: VAE | None, device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            batch: the same size on every rank; rank 0's first clip is the one shown.
+            vae: on rank 0, which decodes; other ranks only take part in the forwards.
+            device: where the VAE goes while it decodes; between looks it makes room for the training.
+        """
+        self._batch, self._vae, self._device = batch, vae, torch.device(device)
+        self._target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
+
+    def look(self, stage: Stage, step: int, tracker: Tracker | None) -> dict[str, float]:
+        """Log and return latent errors over all ranks' clips and PSNR over rank 0's; save a picture. Collective.
+
+        Every rank returns the same.
+        """
+        shown = stage.previews(self._batch)
+        values = self._errors(shown)
+        names = ("z_lr", *shown)
+        psnrs = torch.zeros(len(names), dtype=torch.float64, device=next(iter(shown.values())).device)
+        if tracker is not None and self._vae is not None:
+            decoded = self._decode_all({"z_lr": self._batch.tensors["z_lr"], **shown, "target": self._target})
+            measured = [psnr(decoded[name], decoded["target"]) for name in names]
+            psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
+            tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
+        dist.broadcast(psnrs, src=0)
+        values |= {
+            f"validation/{name}/psnr": value for name, value in zip(names, psnrs.tolist(), strict=True)
+        }
+        if tracker is not None:
+            tracker.log(step, values)
+        return values
+
+    def _decode_all(self, columns: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The clips of each column; the VAE is on the device only meanwhile."""
+        assert self._vae is not None
+        self._vae.to(self._device)
+        decoded = {name: self._decode(self._vae, latents) for name, latents in columns.items()}
+        self._vae.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return decoded
+
+    def _decode(self, vae: VAE, latents: Tensor) -> list[Tensor]:
+        """One (3, F, H, W) in [-1, 1] per clip, on the CPU; one at a time, as the VAE needs much more memory than the
+        DiT."""
+        clips = []
+        for latent in latents.split(1):
+            try:
+                clip = decode_latents(vae, latent)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                vae.enable_tiling()  # from now on: what did not fit beside the training will not fit later
+                clip = decode_latents(vae, latent)
+            clips.append(clip[0].cpu())
+        return clips
+
+    def _errors(self, shown: dict[str, Tensor]) -> dict[str, float]:
+        """Latent MSE against the target, mean and deviation of each preview, over all ranks."""
+        values: dict[str, Tensor] = {}
+        for name, latents in shown.items():
+            target = self._target.to(latents.device, torch.float32)
+            values[f"validation/{name}/latent_mse"] = (latents - target).square().mean()
+            values[f"validation/{name}/latent_mean"] = latents.mean()
+            values[f"validation/{name}/latent_std"] = latents.std()
+        means = torch.stack(list(values.values()))
+        dist.all_reduce(means)
+        return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))
+
+
+def psnr(clips: list[Tensor], targets: list[Tensor]) -> float:
+    """Mean over clips in [-1, 1] of the PSNR over all of a clip's values, dB."""
+    pairs = zip(clips, targets, strict=True)
+    errors = torch.stack([((clip - target) / 2).square().mean() for clip, target in pairs])
+    return float((-10 * errors.clamp_min(1e-10).log10()).mean())
+
+
+def picture(columns: dict[str, Tensor]) -> Image.Image:
+    """The middle frame of each clip (3, F, H, W) in [-1, 1], side by side under their names."""
+    tiles = []
+    for name, clip in columns.items():
+        frame = to_frames(clip)[clip.shape[1] // 2].numpy()
+        tile = Image.new("RGB", (frame.shape[1], frame.shape[0] + LABEL_HEIGHT_PX), "white")
+        ImageDraw.Draw(tile).text((2, 1), name, fill="black")
+        tile.paste(Image.fromarray(frame), (0, LABEL_HEIGHT_PX))
+        tiles.append(np.asarray(tile))
+    return Image.fromarray(np.concatenate(tiles, axis=1))
+
+
+def fixed_batch(reader: Any) -> Batch:
+    """The first batch of a reader made for the purpose."""
+    iterator = iter(reader)
+    batch = next(iterator)
+    iterator.close()
+    return batch

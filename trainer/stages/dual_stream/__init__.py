@@ -1,0 +1,1 @@
+"""Stage II, dual-stream distillation."""

@@ -1,0 +1,181 @@
+"""The critic of Stage II: fake score θ_F and discriminator heads φ on tapped features of θ_R and θ_F.
+
+One module, hence one engine: heads in an engine of their own gave wrong gradients under accumulation. It
+runs as one forward per micro-batch, of which the fake score's pass at z_t^S serves L_Diff, DMD, GAN and
+feature matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from common.config import Section
+from pipeline.model.transformer import VSRTransformer
+
+#: which score models the discriminator looks through; both is RFS-GAN [paper, Tab. 5]
+Tapped = Literal["both", "real", "fake"]
+
+
+class HeadConfig(Section):
+    """Shape of one convolutional head; the paper says only that they are convolutional."""
+
+    hidden_channels: int = Field(default=256, ge=1)  # [ours]
+    #: odd kernel over (time, height, width) of the token grid
+    kernel_size: tuple[int, int, int] = (1, 3, 3)  # [ours] the causal VAE has few latent frames
+    #: hidden convolutions with that kernel
+    layers: int = Field(default=2, ge=1)  # [ours]
+
+
+class Head(nn.Module):
+    """Features on the token grid, (B, C, T', H', W') -> logits (B, 1, T', H', W')."""
+
+    def __init__(self, channels: int, config: HeadConfig) -> None:
+        super().__init__()
+        width, kernel = config.hidden_channels, config.kernel_size
+        padding = tuple(size // 2 for size in kernel)
+        layers: list[nn.Module] = [nn.Conv3d(channels, width, 1)]
+        for _ in range(config.layers):
+            layers += [nn.SiLU(), nn.Conv3d(width, width, kernel, padding=padding)]
+        layers += [nn.SiLU(), nn.Conv3d(width, 1, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+class CriticOutput(NamedTuple):
+    """v_F where asked for; features and logits are one tensor per tap, empty without a discriminator."""
+
+    velocity: Tensor | None
+    features_s: tuple[Tensor, ...]
+    features_hr: tuple[Tensor, ...]
+    logits_s: tuple[Tensor, ...]
+    logits_hr: tuple[Tensor, ...]
+
+
+class Critic(nn.Module):
+    """Fake score and heads: `heads` is empty without a GAN stream, `transformer` None where nothing looks at it."""
+
+    def __init__(
+        self,
+        transformer: VSRTransformer | None,
+        *,
+        shape: Any = None,
+        taps: tuple[int, ...] = (),
+        tapped: Tapped = "both",
+        head: HeadConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            shape: configuration of the tapped models, needed where there is no `transformer`.
+            taps: the 1-based layers the heads look at; none means no discriminator.
+        """
+        super().__init__()
+        self.transformer = transformer
+        self.shape = shape if transformer is None else transformer.config
+        self.taps = taps
+        self.tapped = tapped
+        self.head_config = head or HeadConfig()
+        width = self.shape.num_attention_heads * self.shape.attention_head_dim
+        channels = width * (2 if tapped == "both" else 1)
+        self.heads = nn.ModuleList([Head(channels, self.head_config) for _ in taps])
+
+    def forward(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        z_lr: Tensor,
+        prompt: Tensor,
+        judged_hr: Tensor | None = None,
+        clean_s: Tensor | None = None,
+        real_s: tuple[Tensor, ...] = (),
+        real_hr: tuple[Tensor, ...] = (),
+        *,
+        velocity: bool = True,
+        stop_gradient: bool = False,
+        judge_hr: bool = True,
+    ) -> CriticOutput:
+        """Everything one update needs of θ_F and φ.
+
+        Args:
+            z_t, t, z_lr, prompt: as in `VSRTransformer`; the diffused student sample.
+            judged_hr: what the discriminator takes for real, None without GAN.
+            clean_s: what it takes for fake at t = 0; None: it looks at `z_t`, so that one forward gives both
+                velocity and features.
+            real_s, real_hr: the tapped features of θ_R for both, empty if it isn't tapped.
+            velocity: whether v_F is needed.
+            stop_gradient: sg[h^S]: the heads learn, the fake score learns nothing from them.
+            judge_hr: whether the heads look at h^HR too.
+        """
+        if not self.heads or judged_hr is None:
+            assert self.transformer is not None
+            return CriticOutput(self.transformer(z_t, t, z_lr, prompt).velocity, (), (), (), ())
+        judged_t = t if clean_s is None else torch.zeros_like(t)
+        taps = self.taps if self.tapped != "real" else ()
+        features_hr: tuple[Tensor, ...] = ()
+        if taps:
+            with torch.no_grad():
+                features_hr = features_of(self.transformer, judged_hr, judged_t, z_lr, prompt, taps)
+        v, features_s = velocity_and_features(
+            self.transformer, z_t, t, z_lr, prompt, taps, velocity=velocity, clean=clean_s
+        )
+        if stop_gradient:
+            features_s = tuple(feature.detach() for feature in features_s)
+
+        grid = token_grid(z_t.shape, self.shape.patch_size)
+        logits_s = self._judge(real_s, features_s, grid)
+        logits_hr = self._judge(real_hr, features_hr, grid) if judge_hr else ()
+        return CriticOutput(v, features_s, features_hr, logits_s, logits_hr)
+
+    def _judge(
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], grid: tuple[int, int, int]
+    ) -> tuple[Tensor, ...]:
+        """D(h): h = concat(Feat_θR, Feat_θF) along channels, laid out on the token grid."""
+        logits = []
+        for index, head in enumerate(self.heads):
+            parts = [features[index] for features in (real, fake) if features]
+            # The residual stream grows with depth and training; without this the heads' learning rate would
+            # too.
+            h = torch.cat([F.layer_norm(part.float(), part.shape[-1:]) for part in parts], dim=-1)
+            h = h.transpose(1, 2).unflatten(2, grid)
+            logits.append(head(h.to(head.layers[0].weight.dtype)).float())
+        return tuple(logits)
+
+
+def velocity_and_features(
+    model: Any,
+    z_t: Tensor,
+    t: Tensor,
+    z_lr: Tensor,
+    prompt: Tensor,
+    taps: tuple[int, ...],
+    *,
+    velocity: bool = True,
+    clean: Tensor | None = None,
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """v(z_t, t) and tapped features: in one forward, or features of `clean` at t = 0 in a second one."""
+    if clean is None and (velocity or taps):
+        out = model(z_t, t, z_lr, prompt, taps, features_only=not velocity)
+        return out.velocity, out.features
+    v = model(z_t, t, z_lr, prompt).velocity if velocity else None
+    features = features_of(model, clean, torch.zeros_like(t), z_lr, prompt, taps) if taps else ()
+    return v, features
+
+
+def features_of(
+    model: Any, z_t: Tensor, t: Tensor, z_lr: Tensor, prompt: Tensor, taps: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """Tapped features alone: the pass stops after the last tap (layer 27 of 30)."""
+    return model(z_t, t, z_lr, prompt, taps, features_only=True).features
+
+
+def token_grid(latent_shape: torch.Size, patch_size: Sequence[int]) -> tuple[int, int, int]:
+    """(T', H', W') of the tokens of a latent (B, C, T, H, W)."""
+    t, h, w = (size // patch for size, patch in zip(latent_shape[2:], patch_size, strict=True))
+    return t, h, w

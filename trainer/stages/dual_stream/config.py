@@ -1,0 +1,77 @@
+"""Every number of Stage II with its source; the code that uses them is trainer/stages/dual_stream/algorithm.py."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from common.config import Section
+from trainer.engine.network import OptimizerConfig
+from trainer.stages.dual_stream.auxiliary_networks import HeadConfig, Tapped
+from trainer.stages.losses import GanLoss
+
+
+class DualStreamConfig(Section):
+    """All numbers of Stage II. The paper's ablations are settings of these fields (configs/ablations/)."""
+
+    #: N: auxiliary updates before each student update [paper]
+    auxiliary_updates: int = Field(default=3, ge=1)
+    #: λ_DMD; 0 is the ablation "RFS-GAN only" [note]
+    dmd_weight: float = Field(default=1.0, ge=0)
+    #: λ_GAN; 0 together with λ_FM is the ablation "DMD only" [note]
+    gan_weight: float = Field(default=0.1, ge=0)
+    #: λ_FM [note]
+    feature_matching_weight: float = Field(default=0.05, ge=0)
+    #: joint [paper]; sequential: DMD alone for `sequential_dmd_steps`, then GAN and FM alone (ablation)
+    schedule: Literal["joint", "sequential"] = "joint"
+    sequential_dmd_steps: int = Field(default=0, ge=0)
+    #: first steps in which the heads learn but the student doesn't hear them yet (λ_GAN = λ_FM = 0) [ours]
+    heads_warmup_steps: int = Field(default=0, ge=0)
+
+    gan_loss: GanLoss = "hinge"  # [paper]
+    #: tapped layers as fractions of the depth: 9, 18, 27 of 30 [paper]
+    tap_fractions: tuple[float, ...] = (0.3, 0.6, 0.9)
+    #: score models that are the discriminator's backbones; both [paper, Tab. 5]
+    tapped: Tapped = "both"
+    head: HeadConfig = HeadConfig()
+    #: noised [paper]; clean is the SeedVR2 way: unstable, grid artefacts, two forwards more (ablation)
+    discriminator_input: Literal["noised", "clean"] = "noised"
+    #: S and HR are diffused with the same ε [ours]: else feature matching compares noise
+    shared_noise: bool = True
+
+    #: w of v(c) + w·(v(c) − v(∅)) for θ_R; 0: θ_R is the CFG-distilled teacher and takes one forward [paper]
+    real_score_guidance: float = Field(default=0.0, ge=0)
+    #: t ~ U(0, 1), shifted, clamped [peer: shift 5, 0.02…0.98]
+    time_shift: float = Field(default=5.0, gt=0)
+    time_range: tuple[float, float] = (0.02, 0.98)
+
+    student: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer]
+    fake_score: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer: 4e-7…2e-6]
+    heads_learning_rate: float = Field(default=1e-5, gt=0)  # [peer]
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [peer]
+    #: t at which the previews of the two score models look at the student's sample [ours]
+    preview_time: float = Field(default=0.5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> DualStreamConfig:
+        low, high = self.time_range
+        if not 0 < low <= high <= 1:
+            raise ValueError("time_range must be 0 < low <= high <= 1")
+        if self.dmd_weight == self.gan_weight == self.feature_matching_weight == 0:
+            raise ValueError("all of dmd_weight, gan_weight, feature_matching_weight are 0: nothing to learn")
+        if self.schedule == "sequential" and not (self.sequential_dmd_steps and self.dmd_weight and self.gan):
+            raise ValueError("schedule: sequential needs sequential_dmd_steps and weights for DMD and GAN")
+        if self.gan and not self.tap_fractions:
+            raise ValueError("tap_fractions is empty: the GAN stream needs tapped layers")
+        return self
+
+    @property
+    def gan(self) -> bool:
+        """Whether there is a GAN stream, hence heads and passes over HR latents."""
+        return self.gan_weight > 0 or self.feature_matching_weight > 0
+
+    @property
+    def needs_fake_score(self) -> bool:
+        """Whether DMD or the discriminator looks at the fake score; if neither does, there is none."""
+        return self.dmd_weight > 0 or self.tapped != "real"
