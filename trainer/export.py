@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pipeline.model.config import ModelConfig
 from torch import Tensor
 
-from common.atomic import whole_folder
+from common.atomic import atomic_folder
+from pipeline.model.config import ModelConfig
 from pipeline.model.prompts import PromptCache
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import VAE
@@ -52,7 +52,7 @@ def export_model(
         shift=model.shift,
         guidance_weight=guidance_weight,
     )
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
         (partial / "README.md").write_text(model_card(steps, card))
 

@@ -41,7 +41,7 @@ def test_folder_holds_no_pickle_and_opens_to_the_same_model(pipeline, tmp_path):
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {"model_index.json", "config.json", "diffusion_pytorch_model.safetensors"}
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["transformer"] == ["pipeline.transformer", "VSRTransformer"]
+    assert index["transformer"] == ["pipeline.model.transformer", "VSRTransformer"]
     assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
     opened = open_pipeline(tmp_path)
     assert opened.config.num_inference_steps == 2

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from common.atomic import whole_folder
+from common.atomic import atomic_folder
 from common.config import Section
 from common.errors import UserError
 from common.seeding import derive_seed
@@ -120,7 +120,7 @@ def save_adapter(folder: Path, model: PeftModel) -> None:
     Raises:
         UserError: they cannot be written (a full disk); an older adapter is untouched.
     """
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         # No embedding layers: to find out whether there are any, peft would look up the base model on the Hub.
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's form with nothing filled in
