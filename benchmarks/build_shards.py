@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from pipeline.model.config import ModelConfig
 
 from common.config import load_section
 from common.errors import UserError, run_command
@@ -35,6 +34,7 @@ from datagen.encode.vae_encoder import Encoder
 from datagen.plan import make_plan
 from datagen.sources import find_sources
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
+from pipeline.model.config import ModelConfig
 
 
 def main() -> None:

@@ -25,12 +25,11 @@ from torch.utils._pytree import tree_leaves
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from pipeline.model.config import ModelConfig, TransformerConfig
-
 from common.config import load_section
 from common.errors import run_command
 from datagen.dataset.loader import Batch
 from pipeline.model.attention import set_attention
+from pipeline.model.config import ModelConfig, TransformerConfig
 from pipeline.model.transformer import VSRTransformer
 from trainer.config import STAGES, StageName, TrainerConfig
 from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World, start_distributed

@@ -35,13 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from pipeline.model.config import ModelConfig
-
 from common.config import load_section, resolved_yaml
 from common.errors import UserError, run_command
 from common.seeding import seeded_noise
 from common.storage import open_folder
 from datagen.dataset.shard_format import Sample, write_manifest, write_shard
+from pipeline.model.config import ModelConfig
 from pipeline.model.prompts import DEFAULT_PROMPT, placeholder_cache
 from pipeline.model.tiny_vae import TinyVideoVAE
 

@@ -13,12 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-from pipeline.model.config import ModelConfig
-
 from common.config import load_section
 from common.errors import run_command
 from datagen.build import build
 from datagen.config import DatagenConfig
+from pipeline.model.config import ModelConfig
 
 
 def main() -> None:

@@ -28,10 +28,9 @@ if "DS_ACCELERATOR" not in os.environ:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
 
-from pipeline.model.config import ModelConfig
-
 from common.config import load_section
 from common.errors import UserError
+from pipeline.model.config import ModelConfig
 
 
 def main() -> None:

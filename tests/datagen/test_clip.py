@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
-from pipeline.model.config import ModelConfig
 from safetensors.torch import load
 
 from common.config import load_section
@@ -18,6 +17,7 @@ from datagen.encode.clip import Clip, Fault, Variant, make_clip
 from datagen.encode.latent_reuse import LATENTS
 from datagen.encode.ray_jobs import _degraded, _EncodeActor, _samples
 from datagen.plan import SamplePlan, make_plan
+from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import moving_picture
 from tests.datagen.test_plan import surveyed
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipeline.model.config import ModelConfig
 from safetensors.torch import load
 
 from common.config import load_section
@@ -22,6 +21,7 @@ from datagen.encode.latent_reuse import LATENTS, check_reusable, find_clips, rea
 from datagen.encode.ray_jobs import clips_of
 from datagen.encode.vae_encoder import Encoder
 from datagen.plan import SamplePlan, make_plan
+from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import contents, run_build
 from tests.datagen.test_plan import surveyed
 

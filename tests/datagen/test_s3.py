@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import ray
-from pipeline.model.config import ModelConfig
 
 from common.config import load_section
 from common.errors import UserError
@@ -24,6 +23,7 @@ from datagen.dataset.verify import faults
 from datagen.encode.ray_jobs import sample_rows
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
+from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
 

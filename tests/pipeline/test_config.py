@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from pipeline.model.config import ModelConfig
 from pydantic import Field
 
 from common.config import Section, load_section
 from common.errors import UserError
 from common.seeding import derive_seed, seeded_noise
+from pipeline.model.config import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from pipeline.model.config import TransformerConfig
 
 from common.errors import UserError
+from pipeline.model.config import TransformerConfig
 from pipeline.model.load_weights import ORIGINAL_NAMES, load_transformer, rename_original
 from pipeline.model.transformer import VSRTransformer, tapped_layers
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pipeline.model.config import ModelConfig
 
 from datagen.dataset.loader import ShardReader
+from pipeline.model.config import ModelConfig
 from pipeline.model.prompts import load_prompts
 from pipeline.model.vae import load_vae
 from tests.trainer.presets import TRAINER

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from pipeline.model.config import ModelConfig
 
 from common.config import load_section
 from common.errors import UserError
+from pipeline.model.config import ModelConfig
 from trainer.config import TrainerConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pipeline.model.config import ModelConfig
 
 from common.config import load_section
+from pipeline.model.config import ModelConfig
 from trainer import run as command
 from trainer.config import STAGES, TrainerConfig
 from trainer.engine.network import DeepSpeedConfig

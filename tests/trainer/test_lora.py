@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from pipeline.model.config import ModelConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,6 +19,7 @@ from torch.func import functional_call
 from common.config import load_section
 from common.errors import UserError
 from common.seeding import seeded_noise
+from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import load_transformer
 from pipeline.model.transformer import VSRTransformer
 from pipeline.vsr_pipeline import open_pipeline

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.model.config import ModelConfig
 
 from benchmarks import memory as measured
+from pipeline.model.config import ModelConfig
 from tests.trainer.ranks import run_on_ranks
 from trainer.engine.frozen_linear import linear
 from trainer.engine.network import DeepSpeedConfig, World

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import torch
-from pipeline.model.config import ModelConfig
 from torch import nn
 
 from common.config import resolved_yaml
+from pipeline.model.config import ModelConfig
 from pipeline.model.transformer import VSRTransformer, tapped_layers
 from trainer.config import NETWORKS, StageName, TrainerConfig
 from trainer.engine.lora import add_adapter

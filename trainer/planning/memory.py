@@ -32,7 +32,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.model.config import ModelConfig
-
 from pipeline.model.transformer import tapped_layers
 from trainer.config import StageName, TrainerConfig
 from trainer.engine.network import DeepSpeedConfig
