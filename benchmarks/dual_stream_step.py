@@ -33,12 +33,15 @@ from benchmarks.literal_dual_stream import LiteralDualStream
 from benchmarks.memory import LiveBytes
 from datagen.dataset.loader import Batch
 from pipeline.model.transformer import VSRTransformer, tapped_layers
-from trainer.engine.network import DeepSpeedConfig, start_distributed
+from trainer.engine.config import DeepSpeedConfig
+from trainer.engine.process_group import start_distributed
 from trainer.monitoring.throughput import peak_flops
 from trainer.planning.flops import BareNetwork
-from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
-from trainer.stages.dual_stream.auxiliary_networks import Critic, HeadConfig
-from trainer.stages.stage import Meter
+from trainer.stages.dual_stream.algorithm import DualStream
+from trainer.stages.dual_stream.auxiliary_networks import Critic
+from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig
+from trainer.stages.dual_stream.spec import SPEC
+from trainer.stages.stage import Meter, StageSetup
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wan-1.3b": {},  # VSRTransformer's defaults
@@ -75,12 +78,35 @@ def build_stage(
     modules: dict[str, nn.Module], shape: str, device: str, config: DualStreamConfig
 ) -> DualStream:
     """The trainer's own stage over bare modules."""
-    networks: dict[str, Any] = {}
-    for name, module in modules.items():
-        learns = name != "real_score" and device != "meta"
-        adam = torch.optim.AdamW(module.parameters(), 1e-6) if learns else None
-        networks[name] = BareNetwork(module, optimizer=adam)
-    return DualStream(config, **networks, embed=_embedder(shape, device), seed=0, device=device)
+    return DualStream(_BareSetup(**_setup(modules, shape, device, config)))
+
+
+class _BareSetup(StageSetup):
+    """Networks without engines, with optimizers of their own."""
+
+    def network(self, name: str, parameter_groups: Any = None) -> Any:
+        trained = self.spec.network(name).optimizer is not None and self.device != "meta"
+        adam = torch.optim.AdamW(self.modules[name].parameters(), 1e-6) if trained else None
+        return BareNetwork(self.modules[name], optimizer=adam)
+
+
+def _setup(
+    modules: dict[str, nn.Module],
+    shape: str,
+    device: str,
+    config: DualStreamConfig,
+    engine: DeepSpeedConfig | None = None,
+) -> dict[str, Any]:
+    """Arguments of `StageSetup`."""
+    return {
+        "spec": SPEC,
+        "config": config,
+        "modules": modules,
+        "engine_of": lambda name: engine,
+        "embed": _embedder(shape, device),
+        "seed": 0,
+        "device": device,
+    }
 
 
 def _embedder(shape: str, device: str) -> Callable[[list[str]], Tensor]:
@@ -201,16 +227,7 @@ def time_engines(arguments: argparse.Namespace, flops: dict[str, float]) -> dict
     batch = make_batch(arguments.shape, device, arguments)
     results: dict[str, Any] = {}
     modules = build_modules(arguments.shape, device, torch.float32, config)
-    engined = DualStream.build(
-        config,
-        student=modules["student"],
-        real_score=modules["real_score"],
-        fake_score=modules["critic"].transformer,
-        engines=dict.fromkeys(("student", "critic", "real_score"), engine),
-        embed=_embedder(arguments.shape, device),
-        seed=0,
-        device=device,
-    )
+    engined = DualStream(StageSetup(**_setup(modules, arguments.shape, device, config, engine)))
     for backend in arguments.attention:
         for network in engined.networks.values():
             model = getattr(network.module, "transformer", network.module)

@@ -16,8 +16,8 @@ from datagen.dataset.loader import Batch
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.sampling import one_step
 from trainer.stages import losses
-from trainer.stages.dual_stream.algorithm import DualStreamConfig
 from trainer.stages.dual_stream.auxiliary_networks import token_grid
+from trainer.stages.dual_stream.config import DualStreamConfig
 
 
 class LiteralDualStream:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,16 +32,16 @@ from datagen.dataset.loader import Batch
 from pipeline.model.attention import set_attention
 from pipeline.model.config import ModelConfig, TransformerConfig
 from pipeline.model.transformer import VSRTransformer
-from trainer.config import STAGES, StageName, TrainerConfig
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World, start_distributed
+from trainer.config import TrainerConfig
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
+from trainer.engine.network import Network
+from trainer.engine.process_group import World, start_distributed
 from trainer.planning.dry_run import count_parameters, meta_networks
-from trainer.planning.memory import GIB, StageMemory, stage_memory
-from trainer.stages.base import Base
-from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
-from trainer.stages.dual_stream.auxiliary_networks import HeadConfig
-from trainer.stages.preference import Preference
-from trainer.stages.progressive import Progressive
-from trainer.stages.stage import Stage
+from trainer.planning.memory import GIB
+from trainer.planning.stage_memory import StageMemory, stage_memory
+from trainer.stages import STAGES
+from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig
+from trainer.stages.stage import StageSetup, StageSpec, TrainingStage
 
 SMALL_BUCKET = 10_000
 PROMPT_TOKENS = 4
@@ -151,34 +152,32 @@ def network_bytes(zero_stage: int, precision: str, *, bucket_size: int = SMALL_B
     return {"always": (live.now - tables) / count, "peak": (live.peak - tables) / count}
 
 
-def build_stage(stage: StageName, model: ModelConfig, config: TrainerConfig, device: torch.device) -> Stage:
+def build_stage(
+    stage: StageSpec, model: ModelConfig, config: TrainerConfig, device: torch.device
+) -> TrainingStage:
     """Random weights in real engines."""
-    student, other, third = (VSRTransformer(**model.transformer.model_dump()) for _ in range(3))
-    for transformer in (student, other, third):
-        set_attention(transformer, config.attention, config.engine_of("student").dtype)
-    width = model.transformer.text_dim
-    common: dict[str, Any] = {
-        "embed": lambda captions: torch.zeros(len(captions), PROMPT_TOKENS, width),
-        "seed": 0,
-        "device": device,
-    }
-    engines = {
-        name: config.engine_of(name) for name in ("student", "critic", "teacher", "real_score", "reference")
-    }
-    if stage == "base":
-        return Base(config.base, student=student, engine=engines["student"], **common)
-    if stage == "progressive":
-        return Progressive(config.progressive, student=student, engines=engines, **common)
-    if stage == "preference":
-        return Preference(config.preference, student=student, reference=other, engines=engines, **common)
-    return DualStream.build(
-        config.dual_stream, student=student, real_score=other, fake_score=third, engines=engines, **common
+    modules: dict[str, nn.Module] = {}
+    for network in stage.networks:
+        if network.has_transformer(config.section_of(stage)):
+            transformer = VSRTransformer(**model.transformer.model_dump())
+            set_attention(transformer, config.attention, config.engine_of("student").dtype)
+            modules[network.name] = transformer
+    shape, width = modules["student"].config, model.transformer.text_dim
+    setup = StageSetup(
+        stage,
+        config.section_of(stage),
+        stage.assemble(config.section_of(stage), modules, shape, config.seed),
+        engine_of=config.engine_of,
+        embed=lambda captions: torch.zeros(len(captions), PROMPT_TOKENS, width),
+        seed=0,
+        device=device,
     )
+    return stage.build(setup)
 
 
-def batch_of(stage: StageName, model: ModelConfig, latent: tuple[int, int, int], size: int) -> Batch:
+def batch_of(stage: StageSpec, model: ModelConfig, latent: tuple[int, int, int], size: int) -> Batch:
     keys = [str(index) for index in range(size)]
-    names = ("z_win", "z_lose", "z_lr") if stage == "preference" else ("z_hr", "z_lr")
+    names = ("z_win", "z_lose", "z_lr") if stage.member == "pair" else ("z_hr", "z_lr")
     shape = (size, model.transformer.latent_channels, *latent)
     noises = {"noise_win": ["w"], "noise_lose": ["l"]}
     return Batch(
@@ -187,7 +186,7 @@ def batch_of(stage: StageName, model: ModelConfig, latent: tuple[int, int, int],
 
 
 def stage_bytes(
-    stage: StageName,
+    stage: StageSpec,
     model: ModelConfig,
     config: TrainerConfig,
     world: World,
@@ -216,7 +215,7 @@ def stage_bytes(
 
 
 def predicted(
-    stage: StageName,
+    stage: StageSpec,
     model: ModelConfig,
     config: TrainerConfig,
     gpus: int,
@@ -267,12 +266,13 @@ def main() -> None:
         f"{'stage':<12} {'checkpointing':<14} {'MiB between steps':>18} {'formula':>9} {'peak':>9} {'formula':>9}"
     )
     for config in settings:
-        for stage in arguments.stage:
+        for name in arguments.stage:
+            stage = STAGES[name]
             always, peak = stage_bytes(stage, model, config, world, latent, arguments.batch)
             formula = predicted(stage, model, config, world.size, latent, arguments.batch)
             checkpointing = str(config.engine_of("student").activation_checkpointing)
             print(
-                f"{stage:<12} {checkpointing:<14} {always * 1024:>18.1f} {formula.static * 1024:>9.1f} "
+                f"{name:<12} {checkpointing:<14} {always * 1024:>18.1f} {formula.static * 1024:>9.1f} "
                 f"{peak * 1024:>9.1f} {formula.peak * 1024:>9.1f}",
                 flush=True,
             )

@@ -16,10 +16,12 @@ if not torch.cuda.is_available():
 
 from common.config import load_section
 from pipeline.model.config import ModelConfig
-from trainer.config import StageName, TrainerConfig
-from trainer.engine.network import DeepSpeedConfig
+from trainer.config import TrainerConfig
+from trainer.engine.config import DeepSpeedConfig
 from trainer.planning.dry_run import count_parameters, meta_networks
-from trainer.planning.memory import TRAINED, stage_memory
+from trainer.planning.stage_memory import stage_memory
+from trainer.stages import STAGES
+from trainer.stages.stage import StageSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = ROOT / "configs" / "wan-1.3b.yaml"
@@ -46,7 +48,7 @@ SETTINGS = [
 
 
 def recipe(
-    stage: StageName,
+    stage: StageSpec,
     model: ModelConfig,
     preset: TrainerConfig,
     counts: tuple[dict[str, int], dict[str, int]],
@@ -58,7 +60,7 @@ def recipe(
     frames, height, width = clip
     latent = ((frames - 1) // 4 + 1, height // 8, width // 8)
     limit = USABLE_SHARE * (memory_gib - CONTEXT_GIB)
-    global_batch = preset.schedule_of(stage).global_batch_size
+    global_batch = preset.schedules[stage.name].global_batch_size
     for checkpointing, zero, offload, shared in SETTINGS:
         if gpus % shared or (gpus == 1 and zero > 1 and not offload):
             continue
@@ -80,12 +82,16 @@ def recipe(
     return "–"
 
 
-def table(stage: StageName, model: ModelConfig, preset: TrainerConfig) -> str:
+def table(stage: StageSpec, model: ModelConfig, preset: TrainerConfig) -> str:
     """Markdown: one row per machine, one column per clip."""
     networks = meta_networks(stage, model, preset)
     counts = (
         {name: count_parameters(network) for name, network in networks.items()},
-        {name: count_parameters(n, trained=True) for name, n in networks.items() if name in TRAINED},
+        {
+            name: count_parameters(n, trained=True)
+            for name, n in networks.items()
+            if stage.network(name).optimizer
+        },
     )
     titles = [f"{frames} × {height} × {width}" for frames, height, width in CLIPS]
     lines = [f"| GPUs | GiB each | {' | '.join(titles)} |", "|---" * (len(CLIPS) + 2) + "|"]
@@ -135,19 +141,19 @@ checkpointing at ZeRO 1, 2, 3; with it; clips shared by 2 or 4 GPUs; the optimiz
 Three networks; the student's graph waits while both score models' are built and walked. Global batch
 {preset.schedules.dual_stream.global_batch_size}.
 
-{table("dual_stream", model, preset)}
+{table(STAGES["dual_stream"], model, preset)}
 
 ## dual_stream with LoRA
 
 `configs/wan-1.3b-lora.yaml`: student and fake score learn adapters.
 
-{table("dual_stream", model, lora)}
+{table(STAGES["dual_stream"], model, lora)}
 
 ## base
 
 One network. Global batch {preset.schedules.base.global_batch_size}.
 
-{table("base", model, preset)}
+{table(STAGES["base"], model, preset)}
 
 Written by `python benchmarks/recipes.py`.
 """)

@@ -117,7 +117,7 @@ def train(output: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: `output` holds a run already, or an override is wrong.
     """
-    from trainer.engine.network import start_distributed
+    from trainer.engine.process_group import start_distributed
 
     if (output / "configuration.yaml").exists():
         raise UserError(
@@ -141,9 +141,8 @@ def train_stage(
     stop_after: int | None = None,
 ) -> bool:
     """One stage from the models in `output`, into `into` or its usual place; whether it came to its end."""
-    from trainer.config import TrainerConfig
-    from trainer.run import parse_arguments
-    from trainer.run import train_stage as run_stage
+    from trainer import train as training
+    from trainer.run import parse_arguments, training_job
 
     roles = {
         "progressive": ["--init", output / "base" / "model"],
@@ -162,12 +161,7 @@ def train_stage(
         line += ["--set", override]
     if stop_after is not None:
         line += ["--stop-after", stop_after]
-    arguments = parse_arguments([str(word) for word in line])
-    sections: tuple[Any, Any] = (
-        load_section(PRESET, "model", ModelConfig, arguments.overrides),
-        load_section(PRESET, "trainer", TrainerConfig, arguments.overrides),
-    )
-    return run_stage(arguments, *sections)
+    return training.train(training_job(parse_arguments([str(word) for word in line])))
 
 
 def resolved_configuration(overrides: Sequence[str] = ()) -> str:

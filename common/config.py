@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +28,8 @@ class Section(BaseModel):
     """Base of every configuration class: unknown keys are errors, values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    #: old names of keys -> where the value is given now, as a full path; an old name is refused with the new one
+    renamed: ClassVar[dict[str, str]] = {}
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -117,6 +119,8 @@ def _explain(error: ValidationError, path: Path, section: str, schema: type[Base
     field = ".".join([section, *(str(part) for part in first["loc"])])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
+        if new_name := _renamed(schema, first["loc"]):
+            return f"{path}: {field} is now called {new_name}; rename it{more}"
         return f"{path}: unknown key {field}{_suggest(str(first['loc'][-1]), _fields(schema, first['loc']))}{more}"
     if first["type"] == "missing":
         return f"{path}: {field} is missing; add it{more}"
@@ -129,6 +133,16 @@ def _explain(error: ValidationError, path: Path, section: str, schema: type[Base
 
 def _fields(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Names that would be right at `location`, for the suggestion."""
+    return list(getattr(_section_at(schema, location), "model_fields", {}))
+
+
+def _renamed(schema: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    """The new name of the key at `location`, if it is an old one."""
+    return getattr(_section_at(schema, location), "renamed", {}).get(location[-1])
+
+
+def _section_at(schema: type[BaseModel], location: tuple[int | str, ...]) -> Any:
+    """The configuration class that holds the key at `location`."""
     current: Any = schema
     for part in location[:-1]:
         field = getattr(current, "model_fields", {}).get(part)
@@ -138,4 +152,4 @@ def _fields(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[st
         for candidate in getattr(current, "__args__", ()):
             if isinstance(candidate, type) and issubclass(candidate, BaseModel):
                 current = candidate
-    return list(getattr(current, "model_fields", {}))
+    return current

@@ -1,17 +1,20 @@
-"""Checkpoints: everything an exact resume needs, whole or not there.
+"""Checkpoints: everything an exact resume needs, written atomically.
 
     <output>/checkpoints/step-00001000/
-        state.json                          step, reader position, stage state, configuration
+        state.json                          step, reader position, configuration
         <network>/rank-00000.safetensors    masters, Adam moments, EMA of one rank
-    <output>/checkpoints/best.json          which of them is the best (trainer/best.py)
+    <output>/checkpoints/best.json    {"number": "validation/student/psnr", "step": 1000, "value": 31.2}
 
-Written under a temporary name, renamed when every rank is done. Any number of ranks can read what any other number
-wrote (trainer/engine/zero_shards.py), so there is one kind of checkpoint.
+A checkpoint is written under a temporary name and renamed when every rank is done. Any number of ranks can read what
+any other number wrote (trainer/engine/zero_shards.py). The best checkpoint by a number of the validation is kept beside
+the last ones. What decides is part of state.json, so a resumed run chooses as the uninterrupted one would have;
+best.json repeats it for people, scripts and `--export best`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -21,11 +24,12 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from common.atomic import write_atomic
 from common.errors import UserError
-from trainer.stages.stage import Stage
+from trainer.stages.stage import TrainingStage
 
 
-def save_checkpoint(folder: Path, step: int, stage: Stage, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, stage: TrainingStage, state: dict[str, Any]) -> Path:
     """Save `stage` after `step` steps. Collective.
 
     Raises:
@@ -44,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, stage: Stage, state: dict[str, Any]
                 network.save(partial / name)
         if dist.get_rank() == 0:
             partial.mkdir(parents=True, exist_ok=True)
-            document = {"step": step, "stage": stage.name, "stage_state": stage.state_dict(), **state}
+            document = {"step": step, "stage": stage.name, **state}
             (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         failure = str(error)
@@ -71,8 +75,8 @@ def delete_old_checkpoints(folder: Path, keep: int, best: Path | None) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(checkpoint: Path, stage: Stage) -> dict[str, Any]:
-    """Restore networks and stage; returns `state.json`. Collective.
+def load_checkpoint(checkpoint: Path, stage: TrainingStage) -> dict[str, Any]:
+    """Restore the networks; returns `state.json`. Collective.
 
     Raises:
         UserError: the checkpoint is of another stage or model.
@@ -85,7 +89,6 @@ def load_checkpoint(checkpoint: Path, stage: Stage) -> dict[str, Any]:
     for name, network in stage.networks.items():
         if network.fragments:
             network.load(checkpoint / name)
-    stage.load_state_dict(document["stage_state"])
     return document
 
 
@@ -95,7 +98,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return dict(json.loads((checkpoint / "state.json").read_text()))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{checkpoint} is not a whole checkpoint ({error}); delete it to resume from the one before"
+            f"{checkpoint} is not a complete checkpoint ({error}); delete it to resume from the one before"
         ) from None
 
 
@@ -105,13 +108,84 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     found = list_checkpoints(folder)
     return found[-1] if found else None
+
+
+#: numbers of a preview that can decide, and whether more of them is better
+HIGHER_IS_BETTER = {"psnr": True, "latent_mse": False}
+
+
+class Best:
+    """Which checkpoint of a run is the best so far. Every rank holds the same."""
+
+    def __init__(self, folder: Path, stage: TrainingStage, number: str | None) -> None:
+        """
+        Args:
+            folder: of the run's checkpoints.
+            number: a key of `HIGHER_IS_BETTER`, of the exported network's preview; None: no checkpoint is the best.
+        """
+        self._folder = folder
+        self._sign = 1 if number is None or HIGHER_IS_BETTER[number] else -1
+        self._number = None if number is None else f"validation/{stage.preview_names[0]}/{number}"
+        self._step: int | None = None
+        self._value = -self._sign * math.inf
+
+    def improved(self, step: int, values: dict[str, float]) -> bool:
+        """Whether a validation after `step` steps is the best so far; if so, its checkpoint is the best from now on."""
+        if self._number is None:
+            return False
+        value = values[self._number]
+        if not self._sign * value > self._sign * self._value:  # not a number is no improvement
+            return False
+        self._step, self._value = step, value
+        return True
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where it is, or will be once it is saved."""
+        return None if self._step is None else checkpoint_of(self._folder, self._step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON types; empty while there is none."""
+        if self._step is None:
+            return {}
+        return {"number": self._number, "step": self._step, "value": self._value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Forgets what another number chose, or what is no longer there."""
+        if state and state["number"] == self._number and checkpoint_of(self._folder, state["step"]).exists():
+            self._step, self._value = state["step"], state["value"]
+
+    def write(self) -> None:
+        """Make best.json say the same, on rank 0."""
+        if self._step is None or dist.get_rank() != 0:
+            return
+        write_atomic(self._folder / "best.json", json.dumps(self.state_dict()) + "\n")
+
+
+def load_best(checkpoints: Path, stage: TrainingStage) -> dict[str, float]:
+    """Give the exported network the weights of the best checkpoint; returns its validation metrics. Collective.
+
+    Raises:
+        UserError: there is none: every validation's number was not finite.
+    """
+    try:
+        step = json.loads((checkpoints / "best.json").read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(
+            f"--export best: {checkpoints} has no best.json, as no validation gave a finite number; "
+            "--export last exports the last weights"
+        ) from None
+    checkpoint = checkpoint_of(checkpoints, step)
+    (name,) = [name for name, network in stage.networks.items() if network is stage.exported]
+    stage.exported.load(checkpoint / name)
+    return dict(read_state(checkpoint)["metrics"])
 
 
 def _any_rank(flag: bool) -> bool:

@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from common.config import Section
-from trainer.engine.lora import LoRAConfig
-from trainer.engine.network import DeepSpeedConfig
+from common.errors import UserError
+from trainer.engine.config import DeepSpeedConfig, LoRAConfig
+from trainer.stages import STAGES
 from trainer.stages.base import BaseConfig
-from trainer.stages.dual_stream.algorithm import DualStreamConfig
+from trainer.stages.dual_stream.config import DualStreamConfig
 from trainer.stages.preference import PreferenceTrainingConfig
 from trainer.stages.progressive import ProgressiveConfig
-
-StageName = Literal["base", "progressive", "dual_stream", "preference"]
-STAGES: tuple[StageName, ...] = ("base", "progressive", "dual_stream", "preference")
-
-#: networks that may have an adapter: Stage I's teacher takes over the student's, and the others never learn
-ADAPTABLE = ("student", "critic")
-
-#: networks of each stage, in the order in which they are built on every rank
-NETWORKS: dict[StageName, tuple[str, ...]] = {
-    "base": ("student",),
-    "progressive": ("student", "teacher"),
-    "dual_stream": ("student", "critic", "real_score"),
-    "preference": ("student", "reference"),
-}
-
-
-class ScheduleConfig(Section):
-    """How long a stage runs and on how much at a time."""
-
-    #: updates of the exported network; Stage I's come from its own schedule
-    steps: int | None = Field(default=None, ge=1)
-    #: samples per update, over all ranks and accumulated micro-batches
-    global_batch_size: int = Field(default=16, ge=1)
-    checkpoint_every: int = Field(default=500, ge=1)
-    #: 0 = never
-    validate_every: int = Field(default=500, ge=0)
-    #: what makes a validation the best so far, whose checkpoint is kept beside the last ones: PSNR (highest) or error
-    #: in latents (lowest) of the exported network's preview; null = none [ours]
-    keep_best: Literal["psnr", "latent_mse"] | None = "psnr"
-    #: shape of the learning rate after warm-up; cosine falls to a tenth [ours]
-    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
-
-
-class Schedules(Section):
-    """One schedule per stage."""
-
-    base: ScheduleConfig = ScheduleConfig(steps=100_000)  # [ours]
-    progressive: ScheduleConfig = ScheduleConfig()
-    dual_stream: ScheduleConfig = ScheduleConfig(steps=5_000)  # [ours]
-    preference: ScheduleConfig = ScheduleConfig(steps=1_000)  # [method]
+from trainer.stages.stage import ScheduleConfig, StageSpec
 
 
 class TrackingConfig(Section):
@@ -75,14 +37,19 @@ class TrackingConfig(Section):
 class TrainerConfig(Section):
     """Everything about training."""
 
+    renamed: ClassVar[dict[str, str]] = {"engines": "trainer.engine_overrides"}
+    #: the stages whose sections and schedules are known; `config_class` adds one from outside the repository
+    specs: ClassVar[dict[str, StageSpec]] = STAGES
+
     seed: int = 0
     #: how networks are sharded and computed
     engine: DeepSpeedConfig = DeepSpeedConfig()
-    #: exceptions by network name (student, critic, real_score, teacher, reference)
-    engines: dict[str, DeepSpeedConfig] = Field(default_factory=dict)
-    #: LoRA by network name: student, critic (of which the fake score has it); a network not named learns whole
+    #: by network name (student, critic, real_score, teacher, reference): fields of `engine` that differ for it
+    engine_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    #: LoRA by network name: student, critic (its fake score); a network not named is trained in full
     lora: dict[str, LoRAConfig] = Field(default_factory=dict)
-    schedules: Schedules = Schedules()
+    #: by stage name; a field that is not given has the stage's own default
+    schedules: dict[str, ScheduleConfig] = Field(default_factory=dict, validate_default=True)
     base: BaseConfig = BaseConfig()
     progressive: ProgressiveConfig = ProgressiveConfig()
     dual_stream: DualStreamConfig = DualStreamConfig()
@@ -109,47 +76,102 @@ class TrainerConfig(Section):
     export_precision: Literal["bf16", "fp32"] = "fp32"
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("schedules", mode="before")
+    @classmethod
+    def _refine_the_stages_defaults(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        if unknown := sorted(value.keys() - cls.specs.keys()):
+            raise ValueError(f"unknown stage {unknown[0]!r}; known: {', '.join(cls.specs)}")
+        merged = {}
+        for name, spec in cls.specs.items():
+            given = value.get(name) or {}
+            given = given.model_dump(exclude_unset=True) if isinstance(given, ScheduleConfig) else dict(given)
+            if spec.steps is not None and given.get("steps") is not None:
+                raise ValueError(
+                    f"{name}.steps = {given['steps']}: the number of updates follows from trainer.{name}; leave it out"
+                )
+            merged[name] = spec.schedule.model_dump() | given
+        return merged
+
     @field_validator("lora")
     @classmethod
     def _has_an_adapter(cls, value: dict[str, LoRAConfig]) -> dict[str, LoRAConfig]:
+        networks = [network for spec in cls.specs.values() for network in spec.networks]
+        adaptable = dict.fromkeys(network.lora for network in networks if network.lora == network.name)
         for name in value:
-            if name not in ADAPTABLE:
-                reason = "follows the student's" if name == "teacher" else "has none"
-                raise ValueError(f"{name!r} {reason}; name one of {', '.join(ADAPTABLE)}")
+            if name not in adaptable:
+                leader = next((n.lora for n in networks if n.name == name and n.lora), None)
+                reason = f"follows the {leader}'s" if leader else "has none"
+                raise ValueError(f"{name!r} {reason}; name one of {', '.join(map(str, adaptable))}")
+        return value
+
+    @field_validator("engine_overrides")
+    @classmethod
+    def _known_networks_and_fields(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        known = {network.name for spec in cls.specs.values() for network in spec.networks}
+        for name, fields in value.items():
+            if name not in known:
+                raise ValueError(f"unknown network {name!r}; known: {', '.join(sorted(known))}")
+            for field in fields:
+                if field not in DeepSpeedConfig.model_fields:
+                    raise ValueError(
+                        f"unknown key {name}.{field}; known: {', '.join(DeepSpeedConfig.model_fields)}"
+                    )
+            DeepSpeedConfig.model_validate(fields)
         return value
 
     @model_validator(mode="after")
-    def _known_networks(self) -> TrainerConfig:
-        known = {name for names in NETWORKS.values() for name in names}
-        unknown = sorted(set(self.engines) - known)
-        if unknown:
-            raise ValueError(f"engines: unknown network {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    def _adapted_networks_are_there(self) -> TrainerConfig:
+        for spec in self.specs.values():
+            section = self.section_of(spec)
+            for network in spec.networks:
+                if network.name in self.lora and not network.has_transformer(section):
+                    raise ValueError(
+                        f"lora: with these settings of {spec.name} the {network.name} has no transformer; "
+                        f"leave out {network.name!r}"
+                    )
         return self
 
-    @model_validator(mode="after")
-    def _adapted_networks_are_there(self) -> TrainerConfig:
-        if "critic" in self.lora and not self.dual_stream.needs_fake_score:
-            raise ValueError(
-                "lora: with these settings of dual_stream no fake score is used; leave out 'critic'"
-            )
-        return self
+    def section_of(self, stage: StageSpec) -> Any:
+        """The configuration of a stage."""
+        return getattr(self, stage.name)
 
     def engine_of(self, network: str) -> DeepSpeedConfig:
-        """Sharding of one network."""
-        return self.engines.get(network, self.engine)
+        """Sharding of one network: `engine`, refined by its overrides."""
+        overrides = self.engine_overrides.get(network)
+        return (
+            DeepSpeedConfig.model_validate(self.engine.model_dump() | overrides) if overrides else self.engine
+        )
 
-    def lora_of(self, network: str) -> LoRAConfig | None:
-        """The adapter of one network."""
-        return self.lora.get("student" if network == "teacher" else network)
+    def steps_of(self, stage: StageSpec) -> int:
+        """Steps of the loop.
 
-    def schedule_of(self, stage: StageName) -> ScheduleConfig:
-        return getattr(self.schedules, stage)
-
-    def steps_of(self, stage: StageName) -> int:
-        """Steps of the loop."""
-        if stage == "progressive":
-            return self.progressive.steps
-        steps = self.schedule_of(stage).steps
+        Raises:
+            ValueError: the schedule of a stage from outside gives none.
+        """
+        steps = (
+            self.schedules[stage.name].steps if stage.steps is None else stage.steps(self.section_of(stage))
+        )
         if steps is None:
-            raise ValueError(f"trainer.schedules.{stage}.steps is missing")
+            raise ValueError(f"trainer.schedules.{stage.name}.steps is missing")
         return steps
+
+
+def config_class(stage: StageSpec) -> type[TrainerConfig]:
+    """`TrainerConfig`, with a section and a schedule for a stage from outside the repository.
+
+    Raises:
+        UserError: its name is taken.
+    """
+    if STAGES.get(stage.name) is stage:
+        return TrainerConfig
+    if stage.name in TrainerConfig.model_fields:
+        raise UserError(
+            f"--stage: trainer.{stage.name} exists already; give the spec another name than {stage.name}"
+        )
+    extended = create_model(
+        TrainerConfig.__name__, __base__=TrainerConfig, **{stage.name: (stage.config, stage.config())}
+    )  # type: ignore[call-overload]
+    extended.specs = STAGES | {stage.name: stage}
+    return extended

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from common.errors import UserError
 from common.progress import Counter, progress
 from datagen.dataset.loader import Batch, ShardReader
-from trainer.best import Best
-from trainer.checkpoint import delete_old_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
-from trainer.config import ScheduleConfig, TrainerConfig
-from trainer.engine.network import World
+from trainer.checkpoint import (
+    Best,
+    delete_old_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from trainer.config import TrainerConfig
+from trainer.divergence import DivergenceWatch
+from trainer.engine.process_group import World
 from trainer.monitoring.throughput import Throughput
 from trainer.monitoring.tracking import Tracker
 from trainer.monitoring.validation import Validation
-from trainer.stages.stage import Stage
-
-#: exit status after a signal was answered with a checkpoint: run the same command again (the SLURM launchers do)
-EXIT_SAVED_ON_SIGNAL = 85
+from trainer.preemption import StopSignal
+from trainer.stages.stage import ScheduleConfig, TrainingStage
 
 
 @dataclass
 class Run:
     """One stage being trained into one output folder."""
 
-    stage: Stage
+    stage: TrainingStage
     reader: ShardReader
     config: TrainerConfig
     schedule: ScheduleConfig
@@ -54,7 +55,7 @@ class Run:
         return self.output / "checkpoints"
 
 
-def train(run: Run) -> bool:
+def train_loop(run: Run) -> bool:
     """Train from the latest checkpoint, or the beginning, to the end. Collective.
 
     Returns:
@@ -206,81 +207,3 @@ def _check(run: Run, step: int, batches: list[Batch], fault: str | None, watch: 
             f"last good checkpoint: {last or 'none'}; all bad steps: {path}. "
             "Lower the learning rate or look at these samples"
         )
-
-
-class DivergenceWatch:
-    """Counts steps whose numbers are not finite or whose gradient norm exploded.
-
-    The engines have skipped an update that was not finite, and clipped an exploded one; what is left to do is to
-    notice when it does not pass. The numbers are means over the ranks, so every rank decides alike.
-    """
-
-    #: steps seen before a norm can count as exploded
-    SETTLING_STEPS = 20
-
-    def __init__(self, limit: int, factor: float) -> None:
-        """
-        Args:
-            limit: bad steps in a row that end the run.
-            factor: a norm so many times its running mean has exploded.
-        """
-        self.limit, self.factor = limit, factor
-        self.in_a_row = self.total = self.seen = 0
-        self._usual: dict[str, float] = {}
-
-    def observe(self, values: dict[str, float]) -> str | None:
-        """What is wrong with a step's numbers, or None."""
-        fault = self._fault(values)
-        self.seen += 1
-        if fault is not None:
-            self.in_a_row += 1
-            self.total += 1
-            return fault
-        self.in_a_row = 0
-        for name, norm in _norms(values).items():
-            self._usual[name] = 0.95 * self._usual.get(name, norm) + 0.05 * norm
-        return None
-
-    def _fault(self, values: dict[str, float]) -> str | None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                return f"{name} is {value}"
-        for name, norm in _norms(values).items() if self.seen >= self.SETTLING_STEPS else ():
-            if norm > self.factor * self._usual.get(name, math.inf):
-                return f"{name} is {norm:.3g}, usually {self._usual[name]:.3g}"
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"in_a_row": self.in_a_row, "total": self.total, "seen": self.seen, "usual": self._usual}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.in_a_row, self.total, self.seen = state["in_a_row"], state["total"], state["seen"]
-            self._usual = dict(state["usual"])
-
-
-def _norms(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name.startswith("gradient_norm")}
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1 (SLURM's warning before preemption) ask for a checkpoint; all ranks agree on when."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-
-    def requested(self, world: World) -> bool:
-        """Whether any rank was asked to stop. Collective."""
-        flag = torch.tensor([float(self._asked)], device=world.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from trainer.engine.network import World, start_distributed
+from trainer.engine.process_group import World, start_distributed
 
 LINEAR = torch.nn.functional.linear
 

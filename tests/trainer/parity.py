@@ -18,7 +18,7 @@ import torch
 from tests.trainer import scenarios, toys
 from tests.trainer.ranks import run_on_ranks
 from tests.trainer.reference import PlainDualStream
-from trainer.engine.network import World, start_distributed
+from trainer.engine.process_group import World, start_distributed
 
 ROUNDS = 5
 #: that are compared in bfloat16; in later ones rounding has moved what the hinge loss leaves open (see the page)

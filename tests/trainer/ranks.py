@@ -53,7 +53,7 @@ def run_on_ranks(target: str, ranks: int, **arguments: Any) -> list[dict[str, An
 
 def _main() -> None:
     target, arguments, folder = sys.argv[1:]
-    from trainer.engine.network import start_distributed
+    from trainer.engine.process_group import start_distributed
 
     torch.set_num_threads(1)
     world = start_distributed()

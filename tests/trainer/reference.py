@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from datagen.dataset.loader import Batch
 from tests.trainer import toys
-from trainer.stages.dual_stream.algorithm import DualStreamConfig
 from trainer.stages.dual_stream.auxiliary_networks import Critic
-from trainer.stages.stage import Draws
+from trainer.stages.dual_stream.config import DualStreamConfig
+from trainer.stages.random_draws import Draws
 
 
 class PlainDualStream:

@@ -15,9 +15,10 @@ from pipeline.model.sequence_parallel import form_sequence_groups
 from tests.trainer import toys
 from tests.trainer.presets import TRAINER
 from tests.trainer.stages import make_run
-from trainer.engine.lora import LoRAConfig
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
-from trainer.loop import train
+from trainer.engine.config import DeepSpeedConfig, LoRAConfig, OptimizerConfig
+from trainer.engine.network import Network
+from trainer.engine.process_group import World
+from trainer.loop import train_loop
 
 #: the networks that can skip an update
 SKIPPED = ("critic", "student")
@@ -197,4 +198,4 @@ def poisoned_run(world: World, *, preset: str, output: str) -> dict[str, Any]:
     finite: list[bool] = []
     skipped: list[list[int]] = []
     run.stage.train_step = poisoned  # type: ignore[method-assign]
-    return {"finished": train(run), "finite": finite, "skipped": skipped}
+    return {"finished": train_loop(run), "finite": finite, "skipped": skipped}

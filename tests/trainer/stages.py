@@ -12,13 +12,14 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.prompts import load_prompts
 from pipeline.model.vae import load_vae
 from tests.trainer.presets import TRAINER
-from trainer.build import build_stage
 from trainer.config import TrainerConfig
-from trainer.engine.network import World
+from trainer.engine.process_group import World
 from trainer.loop import Run
 from trainer.monitoring.validation import Validation, fixed_batch
+from trainer.stages import STAGES as SPECS
+from trainer.train import build_stage
 
-STAGES = ("base", "progressive", "dual_stream", "preference")
+STAGES = tuple(SPECS)
 
 
 def make_run(preset: Path, stage: str, output: Path, world: World, **changes: Any) -> Run:
@@ -31,12 +32,12 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
     stop_after = changes.pop("stop_after", None)
     model = ModelConfig(**yaml.safe_load(preset.read_text())["model"])
     config = TrainerConfig(**(TRAINER | changes))
-    schedule = config.schedule_of(stage)  # type: ignore[arg-type]
+    spec, schedule = SPECS[stage], config.schedules[stage]
 
     def reader(seed: int) -> ShardReader:
         return ShardReader(
             preset.parent / ("pairs" if stage == "preference" else "clips"),
-            members=("pair",) if stage == "preference" else ("latents",),
+            members=(spec.member,),
             seed=seed,
             global_batch_size=schedule.global_batch_size,
             rank=world.rank,
@@ -44,7 +45,7 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
         )
 
     built = build_stage(
-        stage,  # type: ignore[arg-type]
+        spec,
         config,
         model,
         init=None,
@@ -61,7 +62,7 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
         reader(config.seed),
         config,
         schedule,
-        config.steps_of(stage),  # type: ignore[arg-type]
+        config.steps_of(spec),
         output,
         world,
         settings,

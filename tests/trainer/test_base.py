@@ -9,22 +9,16 @@ import torch
 from pydantic import ValidationError
 
 from tests.trainer import toys
-from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
-from trainer.stages.base import Base, BaseConfig
+from trainer.engine.config import OptimizerConfig
+from trainer.engine.process_group import World
+from trainer.stages.base import SPEC, Base, BaseConfig
 
 KEYS = [f"clip-{index}" for index in range(64)]
 
 
 def build(**changes: object) -> Base:
     values: dict[str, object] = {"optimizer": OptimizerConfig(learning_rate=1e-3), "ema_decay": 0.9}
-    return Base(
-        BaseConfig(**(values | changes)),
-        student=toys.transformer(4),
-        engine=DeepSpeedConfig(zero_stage=1, precision="fp32"),
-        embed=toys.embed,
-        seed=5,
-        device="cpu",
-    )
+    return Base(toys.setup(SPEC, BaseConfig(**(values | changes)), {"student": toys.transformer(4)}))
 
 
 def test_loss_is_the_velocity_error(world: World) -> None:

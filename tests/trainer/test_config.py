@@ -12,6 +12,7 @@ from common.config import load_section
 from common.errors import UserError
 from pipeline.model.config import ModelConfig
 from trainer.config import TrainerConfig
+from trainer.stages import STAGES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = CONFIGS / "wan-1.3b.yaml"
@@ -50,14 +51,27 @@ def test_numbers_of_the_paper() -> None:
         config.progressive.schedule == (32, 16, 8, 4, 2, 1)
         and config.progressive.iterations_per_halving == 500
     )
-    assert config.steps_of("progressive") == 2000 + 6 * 500 and config.steps_of("preference") == 1000
+    assert config.steps_of(STAGES["progressive"]) == 2000 + 6 * 500
+    assert config.steps_of(STAGES["preference"]) == 1000
     assert config.preference.beta == 1000 and config.preference.operating_point == "one_step"
     assert config.base.low_resolution_noise == (200, 600) and config.base.null_prompt_probability == 0.1
 
 
 def test_a_network_may_be_sharded_its_own_way() -> None:
-    config = TrainerConfig(engines={"real_score": {"zero_stage": 2}})
-    assert config.engine_of("real_score").zero_stage == 2 and config.engine_of("student").zero_stage == 3
+    """Overrides refine `engine`: what they don't name stays as it is there."""
+    config = TrainerConfig(
+        engine={"precision": "fp32", "gradient_accumulation": 4},
+        engine_overrides={"real_score": {"zero_stage": 2}},
+    )
+    refined = config.engine_of("real_score")
+    assert (refined.zero_stage, refined.precision, refined.gradient_accumulation) == (2, "fp32", 4)
+    assert config.engine_of("student").zero_stage == 3
+
+
+def test_a_schedule_refines_the_stages_own_default() -> None:
+    config = TrainerConfig(schedules={"dual_stream": {"global_batch_size": 64}})
+    assert config.schedules["dual_stream"].global_batch_size == 64
+    assert config.steps_of(STAGES["dual_stream"]) == 5000 and config.steps_of(STAGES["base"]) == 100_000
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,16 @@ def test_a_network_may_be_sharded_its_own_way() -> None:
         ("trainer.engine.zero_stage=4", "trainer.engine.zero_stage = 4"),
         ("trainer.progressive.schedule=[4,3,1]", "must halve at every entry"),
         ("trainer.tracking.wandb=maybe", "trainer.tracking.wandb = 'maybe'"),
-        ("trainer.engines={discriminator: {}}", "unknown network 'discriminator'; known: critic"),
+        ("trainer.engine_overrides={discriminator: {}}", "unknown network 'discriminator'; known: critic"),
+        ("trainer.engine_overrides={critic: {stage: 3}}", "unknown key critic.stage; known: zero_stage"),
+        ("trainer.engine_overrides={critic: {zero_stage: 4}}", "zero_stage"),
+        ("trainer.engines={critic: {}}", "trainer.engines is now called trainer.engine_overrides"),
+        ("trainer.schedules.dualstream.steps=3", "unknown stage 'dualstream'; known: base, progressive"),
+        ("trainer.schedules.base.stepz=3", "unknown key trainer.schedules.base.stepz; did you mean 'steps'?"),
+        (
+            "trainer.schedules.progressive.steps=9",
+            "progressive.steps = 9: the number of updates follows from",
+        ),
         (
             "trainer.dual_stream={dmd_weight: 0, gan_weight: 0, feature_matching_weight: 0}",
             "nothing to learn",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.trainer import toys
-from trainer.stages.dual_stream.auxiliary_networks import Critic, Head, HeadConfig, token_grid
+from trainer.stages.dual_stream.auxiliary_networks import Critic, Head, token_grid
+from trainer.stages.dual_stream.config import HeadConfig
 
 
 def _inputs(keys: list[str]) -> tuple[torch.Tensor, ...]:

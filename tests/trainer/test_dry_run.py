@@ -12,10 +12,12 @@ import yaml
 from common.config import load_section
 from pipeline.model.config import ModelConfig
 from trainer import run as command
-from trainer.config import STAGES, TrainerConfig
-from trainer.engine.network import DeepSpeedConfig
-from trainer.planning.dry_run import describe, parameter_counts
-from trainer.planning.memory import GIB, Activations, network_memory
+from trainer.config import TrainerConfig
+from trainer.engine.config import DeepSpeedConfig
+from trainer.planning.dry_run import count_parameters, describe, meta_networks
+from trainer.planning.memory import GIB, ActivationSizes, network_memory
+from trainer.stages import STAGES
+from trainer.stages.dual_stream.activations import activation_bytes
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])
@@ -43,17 +45,22 @@ def test_the_papers_preset(
 def test_heads_count_with_the_critic() -> None:
     path = CONFIGS / "wan-1.3b.yaml"
     model, trainer = load_section(path, "model", ModelConfig), load_section(path, "trainer", TrainerConfig)
-    counts = parameter_counts("dual_stream", model, trainer)
+
+    def parameter_counts(config: TrainerConfig) -> dict[str, int]:
+        networks = meta_networks(STAGES["dual_stream"], model, config)
+        return {name: count_parameters(network) for name, network in networks.items()}
+
+    counts = parameter_counts(trainer)
     assert counts["student"] == counts["real_score"] < counts["critic"]
     no_gan = trainer.dual_stream.model_copy(update={"gan_weight": 0.0, "feature_matching_weight": 0.0})
-    without = parameter_counts("dual_stream", model, trainer.model_copy(update={"dual_stream": no_gan}))
+    without = parameter_counts(trainer.model_copy(update={"dual_stream": no_gan}))
     assert without["critic"] == counts["student"]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_resolves(path: Path) -> None:
     model, trainer = load_section(path, "model", ModelConfig), load_section(path, "trainer", TrainerConfig)
-    for stage in STAGES:
+    for stage in STAGES.values():
         assert "# DeepSpeed configuration" in describe(stage, model, trainer, gpus=8)
 
 
@@ -83,7 +90,7 @@ def test_offloaded_states_leave_the_gpu() -> None:
 def test_checkpointing_saves_activations() -> None:
     model = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig)
     plain, saving = (
-        Activations(model, TrainerConfig(engine=engine), (6, 88, 160), 1).of("base")
+        ActivationSizes.of(model.transformer, engine, (6, 88, 160), 1, 1).update()
         for engine in (DeepSpeedConfig(activation_checkpointing=on) for on in (False, True))
     )
     assert saving < 0.1 * plain
@@ -92,7 +99,8 @@ def test_checkpointing_saves_activations() -> None:
 def test_stage_2_holds_more_at_once_than_one_network() -> None:
     model = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig)
     config = load_section(CONFIGS / "wan-1.3b.yaml", "trainer", TrainerConfig)
-    activations = Activations(model, config, (6, 88, 160), 1)
-    assert activations.of("dual_stream") > 1.4 * activations.of("base")
-    shared = Activations(model, config.model_copy(update={"sequence_parallel": 4}), (6, 88, 160), 1)
-    assert shared.of("base") < 0.3 * activations.of("base")
+    engine = config.engine_of("student")
+    sizes = ActivationSizes.of(model.transformer, engine, (6, 88, 160), 1, 1)
+    assert activation_bytes(sizes, config.dual_stream) > 1.4 * sizes.update()
+    shared = ActivationSizes.of(model.transformer, engine, (6, 88, 160), 1, 4)
+    assert shared.update() < 0.3 * sizes.update()

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tests.trainer import toys
 from tests.trainer.reference import PlainDualStream
-from trainer.engine.network import DeepSpeedConfig, World
-from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
+from trainer.engine.config import DeepSpeedConfig
+from trainer.engine.process_group import World
+from trainer.stages.dual_stream.algorithm import DualStream
+from trainer.stages.dual_stream.config import DualStreamConfig
 from trainer.stages.stage import Meter
 
 VARIANTS: dict[str, dict[str, Any]] = {

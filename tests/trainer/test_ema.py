@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.trainer import toys
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
+from trainer.engine.network import Network
+from trainer.engine.process_group import World
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

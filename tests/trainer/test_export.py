@@ -13,7 +13,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from common.config import load_section
 from common.errors import UserError
 from pipeline.model.config import ModelConfig
 from pipeline.model.prompts import DEFAULT_PROMPT, load_prompts
@@ -23,10 +22,10 @@ from pipeline.vsr_pipeline import open_pipeline
 from tests.trainer.presets import write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
-from trainer.config import TrainerConfig
-from trainer.engine.network import World
+from trainer.engine.process_group import World
 from trainer.export import export_model
-from trainer.loop import train
+from trainer.loop import train_loop
+from trainer.train import train
 
 CARD = {"stage": "base", "data": {"samples": 12}, "code": "v1", "metrics": {"validation/psnr": 30.5}}
 
@@ -48,7 +47,7 @@ def export(preset: Path, folder: Path, state: dict[str, torch.Tensor], **changes
 
 def test_the_folder_holds_the_ema(preset: Path, tmp_path: Path, world: World) -> None:
     run = make_run(preset, "base", tmp_path / "run", world)
-    assert train(run)
+    assert train_loop(run)
     ema, last = (run.stage.exported.full_state_dict(ema=ema) for ema in (True, False))
     export(preset, tmp_path / "model", ema)
     pipeline = open_pipeline(tmp_path / "model")
@@ -76,9 +75,7 @@ def test_the_best_checkpoint_is_exported_on_request(
 
     def weights(export: str) -> tuple[torch.Tensor, str]:
         arguments = command.parse_arguments([*map(str, line), "--export", export])
-        model = load_section(preset, "model", ModelConfig, arguments.overrides)
-        config = load_section(preset, "trainer", TrainerConfig, arguments.overrides)
-        assert command.train_stage(arguments, model, config)
+        assert train(command.training_job(arguments))
         folder = tmp_path / "model"
         return open_pipeline(folder).transformer.proj_out.weight, (folder / "README.md").read_text()
 

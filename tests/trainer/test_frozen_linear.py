@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional
 
 from tests.trainer import toys
+from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.frozen_linear import linear
-from trainer.engine.network import DeepSpeedConfig, Network, World
+from trainer.engine.network import Network
+from trainer.engine.process_group import World
 
 PLAIN = functional.linear
 

@@ -13,8 +13,9 @@ from common.errors import UserError
 from tests.trainer.presets import losses, write_preset
 from tests.trainer.ranks import run_on_ranks
 from tests.trainer.stages import STAGES, make_run
-from trainer.engine.network import World
-from trainer.loop import DivergenceWatch, Run, changes, train
+from trainer.divergence import DivergenceWatch
+from trainer.engine.process_group import World
+from trainer.loop import Run, changes, train_loop
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_bad_batch_is_skipped_and_named(
 ) -> None:
     run = make_run(preset, stage, tmp_path / "run", world)
     poison(run, monkeypatch, {2})
-    assert train(run)
+    assert train_loop(run)
     rows = losses(tmp_path / "run")
     assert [row["bad_steps"] for row in rows] == [0, 0, 1, 1, 1]
     assert all(value == value and abs(value) < 1e6 for row in rows[3:] for value in row.values())
@@ -72,7 +73,7 @@ def test_too_many_bad_steps_end_the_run(
     run = make_run(preset, "base", tmp_path / "run", world, max_bad_steps=2)
     poison(run, monkeypatch, {3, 4})
     with pytest.raises(UserError) as error:
-        train(run)
+        train_loop(run)
     message = str(error.value)
     assert "2 bad steps in a row, the last one step 4" in message
     assert "clip-0" in message and "step-00000002" not in message and "step-00000004" in message
@@ -97,7 +98,7 @@ def test_cosine_falls_to_a_tenth(preset: Path, tmp_path: Path, world: World) -> 
         "base": {"steps": 8, "global_batch_size": 4, "learning_rate_schedule": "cosine", "validate_every": 0}
     }
     run = make_run(preset, "base", tmp_path / "run", world, schedules=schedules)
-    assert train(run)
+    assert train_loop(run)
     factors = [row["learning_rate_factor"] for row in losses(tmp_path / "run")]
     assert factors[0] == 1.0 and factors == sorted(factors, reverse=True)
     assert factors[4] == pytest.approx(0.55)

@@ -30,14 +30,17 @@ from tests.trainer.ranks import run_on_ranks
 from tests.trainer.reference import PlainDualStream
 from tests.trainer.stages import make_run
 from tests.trainer.test_throughput import counted_in_earnest
-from trainer.build import initial_transformer
 from trainer.config import TrainerConfig
-from trainer.engine.lora import LoRAConfig, add_adapter, merged_state, restore_adapter, save_adapter
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
-from trainer.loop import train
+from trainer.engine.config import DeepSpeedConfig, LoRAConfig, OptimizerConfig
+from trainer.engine.lora import add_adapter, merged_state, restore_adapter, save_adapter
+from trainer.engine.network import Network
+from trainer.engine.process_group import World
+from trainer.loop import train_loop
 from trainer.planning.dry_run import describe
 from trainer.planning.flops import flops_per_sample
-from trainer.run import parse_arguments, train_stage
+from trainer.run import parse_arguments, training_job
+from trainer.stages import STAGES
+from trainer.train import initial_transformer, train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ADAPTER = LoRAConfig(rank=3, alpha=6)
@@ -220,10 +223,10 @@ def test_every_stage_goes_on_exactly(
     engine = TRAINER["engine"] | {"zero_stage": zero_stage, "persistence_threshold": 100_000}
     changes: dict[str, Any] = {"lora": BOTH, "engine": engine}
     whole = make_run(preset, stage, tmp_path / "whole", world, **changes)
-    assert train(whole)
-    assert not train(make_run(preset, stage, tmp_path / "cut", world, stop_after=3, **changes))
+    assert train_loop(whole)
+    assert not train_loop(make_run(preset, stage, tmp_path / "cut", world, stop_after=3, **changes))
     last = make_run(preset, stage, tmp_path / "cut", world, **changes)
-    assert train(last)
+    assert train_loop(last)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, network in whole.stage.networks.items():
         found, expected = last.stage.networks[name].full_state_dict(), network.full_state_dict()
@@ -241,14 +244,14 @@ def test_every_stage_goes_on_exactly(
 
 
 def test_another_adapter_or_base_cannot_go_on(preset: Path, tmp_path: Path, world: World) -> None:
-    train(make_run(preset, "base", tmp_path / "run", world, stop_after=1, lora=BOTH))
+    train_loop(make_run(preset, "base", tmp_path / "run", world, stop_after=1, lora=BOTH))
     smaller = {"student": {"rank": 2, "alpha": 6}}  # every thinner matrix would fit into the saved ones
     with pytest.raises(UserError, match=r"trained parameters, student has .*trainer\.lora as they were"):
-        train(make_run(preset, "base", tmp_path / "run", world, lora=smaller))
+        train_loop(make_run(preset, "base", tmp_path / "run", world, lora=smaller))
     with pytest.raises(
         UserError, match="was trained beside other frozen weights of student: give the same --init"
     ):
-        train(make_run(preset, "base", tmp_path / "run", world, lora=BOTH, seed=4))
+        train_loop(make_run(preset, "base", tmp_path / "run", world, lora=BOTH, seed=4))
 
 
 def test_the_merged_model_is_the_adapted_one(tmp_path: Path) -> None:
@@ -315,7 +318,7 @@ def test_from_stage_to_stage(preset: Path, tmp_path: Path, world: World) -> None
     for stage, more in roles.items():
         output = tmp_path / stage
         line = ["--config", str(config), "--stage", stage, "--data", str(preset.parent / "clips")]
-        assert train_stage(parse_arguments([*line, "--output", str(output), *more]), model, trainer)
+        assert train(training_job(parse_arguments([*line, "--output", str(output), *more])))
         exported = open_pipeline(output / "model").transformer
         assert exported.state_dict().keys() == base.state_dict().keys()
         rebuilt = PeftModel.from_pretrained(copy.deepcopy(base), output / "adapter")
@@ -370,7 +373,7 @@ def test_only_student_and_critic_have_one() -> None:
 def test_a_fake_score_that_is_not_there_has_none() -> None:
     path = CONFIGS / "wan-1.3b-lora.yaml"
     changes = ["trainer.dual_stream.dmd_weight=0", "trainer.dual_stream.tapped=real"]
-    with pytest.raises(UserError, match="no fake score is used; leave out 'critic'"):
+    with pytest.raises(UserError, match="the critic has no transformer; leave out 'critic'"):
         load_section(path, "trainer", TrainerConfig, changes)
 
 
@@ -378,7 +381,7 @@ def test_the_dry_run_tells_what_learns_and_what_it_saves() -> None:
     path = CONFIGS / "wan-1.3b-lora.yaml"
     model, trainer = load_section(path, "model", ModelConfig), load_section(path, "trainer", TrainerConfig)
     whole = trainer.model_copy(update={"lora": {}})
-    adapter, plain = (describe("dual_stream", model, config, gpus=4) for config in (trainer, whole))
+    adapter, plain = (describe(STAGES["dual_stream"], model, config, gpus=4) for config in (trainer, whole))
     d, f, rank, depth = 1536, 8960, 64, 30
     thin = depth * rank * (8 * 2 * d + 2 * (d + f))
     patch, projection = (32 * 4 + 1) * d, (d + 1) * 64

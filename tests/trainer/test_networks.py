@@ -11,7 +11,9 @@ import torch
 from common.errors import UserError
 from tests.trainer import scenarios, toys
 from tests.trainer.ranks import run_on_ranks
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
+from trainer.engine.network import Network
+from trainer.engine.process_group import World
 
 
 def _update(network: Network, step: int = 0) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.trainer import parity
-from trainer.engine.network import World
+from trainer.engine.process_group import World
 
 
 @pytest.mark.distributed

@@ -11,8 +11,10 @@ import torch
 from common.seeding import seeded_noise
 from datagen.dataset.loader import Batch
 from tests.trainer import toys
-from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
-from trainer.stages.preference import Preference, PreferenceTrainingConfig, dpo_loss
+from trainer.engine.config import OptimizerConfig
+from trainer.engine.process_group import World
+from trainer.stages.losses import dpo_loss
+from trainer.stages.preference import SPEC, Preference, PreferenceTrainingConfig
 
 KEYS = ["one", "two", "three"]
 
@@ -29,22 +31,15 @@ def pairs() -> Batch:
 
 
 def build(**changes: object) -> Preference:
-    engine = DeepSpeedConfig(zero_stage=1, precision="fp32")
     values: dict[str, object] = {
         "beta": 20.0,
         "anchor_weight": 0.5,
         "optimizer": OptimizerConfig(learning_rate=1e-3),
     }
     reference = toys.transformer(4)
-    return Preference(
-        PreferenceTrainingConfig(**(values | changes)),
-        student=toys.moved(reference),  # a student that has moved, or every margin would be zero
-        reference=reference,
-        engines={"student": engine, "reference": engine},
-        embed=toys.embed,
-        seed=5,
-        device="cpu",
-    )
+    # a student that has moved, or every margin would be zero
+    transformers = {"student": toys.moved(reference), "reference": reference}
+    return Preference(toys.setup(SPEC, PreferenceTrainingConfig(**(values | changes)), transformers))
 
 
 @torch.no_grad()

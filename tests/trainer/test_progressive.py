@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.flow_matching import time_grid
 from tests.trainer import toys
-from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
-from trainer.stages.progressive import Progressive, ProgressiveConfig, two_step_target
+from trainer.engine.config import OptimizerConfig
+from trainer.engine.process_group import World
+from trainer.stages.progressive import SPEC, Progressive, ProgressiveConfig, two_step_target
 
 CONFIG = ProgressiveConfig(
     guidance_weight=3.0,
@@ -20,21 +21,14 @@ CONFIG = ProgressiveConfig(
     schedule=(4, 2, 1),
     iterations_per_halving=2,
     optimizer=OptimizerConfig(learning_rate=1e-3),
+    time_shift=5.0,
 )
 KEYS = [f"clip-{index}" for index in range(4)]
 
 
 def build(kept: list[dict[str, Tensor]] | None = None, config: ProgressiveConfig = CONFIG) -> Progressive:
-    engine = DeepSpeedConfig(zero_stage=1, precision="fp32")
-    return Progressive(
-        config,
-        student=toys.transformer(4),
-        engines={"student": engine, "teacher": engine},
-        embed=toys.embed,
-        seed=5,
-        device="cpu",
-        keep_teacher=None if kept is None else kept.append,
-    )
+    keep = None if kept is None else lambda name, state: kept.append(state)
+    return Progressive(toys.setup(SPEC, config, {"student": toys.transformer(4)}, keep_model=keep))
 
 
 def wide(stage: Progressive) -> tuple[nn.Module, nn.Module]:

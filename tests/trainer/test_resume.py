@@ -16,8 +16,9 @@ from common.errors import UserError
 from tests.trainer.presets import losses, run_command, signal_after, start_command, write_preset
 from tests.trainer.stages import STAGES, make_run
 from trainer.checkpoint import latest_checkpoint, list_checkpoints, read_state
-from trainer.engine.network import World
-from trainer.loop import EXIT_SAVED_ON_SIGNAL, Run, train
+from trainer.engine.process_group import World
+from trainer.loop import Run, train_loop
+from trainer.preemption import EXIT_SAVED_ON_SIGNAL
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +48,16 @@ def test_every_stage_goes_on_exactly(
     stage: str, preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_run(preset, stage, tmp_path / "whole", world)
-    assert train(whole)
+    assert train_loop(whole)
 
     dying = make_run(preset, stage, tmp_path / "cut", world)
     cut_power(dying, monkeypatch, step=3)  # one step past the checkpoint of step 2
     with pytest.raises(PowerCut):
-        train(dying)
+        train_loop(dying)
     stopped = make_run(preset, stage, tmp_path / "cut", world, stop_after=1)
-    assert not train(stopped)  # from 2 to 3, saved at 3 as on a signal
+    assert not train_loop(stopped)  # from 2 to 3, saved at 3 as on a signal
     last = make_run(preset, stage, tmp_path / "cut", world)
-    assert train(last)
+    assert train_loop(last)
 
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert [row["step"] for row in losses(tmp_path / "whole")] == list(range(whole.steps))
@@ -206,15 +207,15 @@ def test_every_later_stage_survives_a_kill_a_signal_and_a_full_disk(
 
 
 def test_another_configuration_is_named(preset: Path, tmp_path: Path, world: World, capsys: Any) -> None:
-    train(make_run(preset, "base", tmp_path / "run", world, stop_after=1))
-    train(make_run(preset, "base", tmp_path / "run", world, stop_after=1, max_bad_steps=7))
+    train_loop(make_run(preset, "base", tmp_path / "run", world, stop_after=1))
+    train_loop(make_run(preset, "base", tmp_path / "run", world, stop_after=1, max_bad_steps=7))
     assert "changed since then: trainer.max_bad_steps: 10 -> 7" in capsys.readouterr().out
 
 
 def test_the_checkpoint_of_another_stage_is_refused(preset: Path, tmp_path: Path, world: World) -> None:
-    train(make_run(preset, "base", tmp_path / "run", world, stop_after=1))
+    train_loop(make_run(preset, "base", tmp_path / "run", world, stop_after=1))
     with pytest.raises(UserError, match="is of stage base, not preference; choose another --output"):
-        train(make_run(preset, "preference", tmp_path / "run", world))
+        train_loop(make_run(preset, "preference", tmp_path / "run", world))
 
 
 def test_sigusr1_is_answered_like_sigterm(
@@ -230,14 +231,14 @@ def test_sigusr1_is_answered_like_sigterm(
 
     monkeypatch.setattr(run.stage, "train_step", warned)
     before = signal.getsignal(signal.SIGUSR1)
-    assert not train(run)
+    assert not train_loop(run)
     assert latest_checkpoint(run.checkpoints) == run.checkpoints / "step-00000003"
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_only_the_last_checkpoints_are_kept(preset: Path, tmp_path: Path, world: World) -> None:
     run = make_run(preset, "progressive", tmp_path / "run", world, keep_checkpoints=2)
-    assert train(run)
+    assert train_loop(run)
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step-00000004", "step-00000006"]
 
 
@@ -261,7 +262,7 @@ def test_the_best_checkpoint_is_kept(
     number, values = "validation/x0_at_t_1.0/latent_mse", iter([0.5, math.nan, 0.4, 0.7])
     assert run.validation is not None
     monkeypatch.setattr(run.validation, "look", lambda *_: {number: next(values)})
-    assert train(run)
+    assert train_loop(run)
     best = {"number": number, "step": 6, "value": 0.4}
     assert kept(tmp_path / "run") == (["step-00000006", "step-00000008"], best), "6 is no multiple of 4"
     assert read_state(run.checkpoints / "step-00000006")["metrics"] == {number: 0.4}
@@ -271,25 +272,27 @@ def test_what_is_best_survives_a_power_cut(
     preset: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_run(preset, "base", tmp_path / "whole", world, schedules=WATCHED, keep_checkpoints=1)
-    assert train(whole)
+    assert train_loop(whole)
     dying = make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1)
     cut_power(dying, monkeypatch, step=5)
     with pytest.raises(PowerCut):
-        train(dying)
+        train_loop(dying)
     (dying.checkpoints / "best.json").unlink()  # as if the power had gone before it was written
-    assert train(make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1))
+    assert train_loop(
+        make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1)
+    )
     assert kept(tmp_path / "cut") == kept(tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     unwatched = {"base": WATCHED["base"] | {"keep_best": None}}
     plain = make_run(preset, "base", tmp_path / "plain", world, schedules=unwatched, keep_checkpoints=1)
-    assert train(plain)
+    assert train_loop(plain)
     assert [path.name for path in plain.checkpoints.iterdir()] == ["step-00000008"]
     assert losses(tmp_path / "plain") == losses(tmp_path / "whole"), "keeping the best changes no number"
 
 
 def test_a_damaged_checkpoint_is_named(preset: Path, tmp_path: Path, world: World) -> None:
     run = make_run(preset, "base", tmp_path / "run", world, stop_after=1)
-    train(run)
+    train_loop(run)
     (run.checkpoints / "step-00000001" / "state.json").write_text('{"step": ')
-    with pytest.raises(UserError, match="step-00000001 is not a whole checkpoint"):
-        train(make_run(preset, "base", tmp_path / "run", world))
+    with pytest.raises(UserError, match="step-00000001 is not a complete checkpoint"):
+        train_loop(make_run(preset, "base", tmp_path / "run", world))

@@ -13,8 +13,9 @@ from pipeline.vsr_pipeline import open_pipeline
 from tests.trainer.presets import losses, run_command, write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
-from trainer.engine.network import World
-from trainer.loop import EXIT_SAVED_ON_SIGNAL, train
+from trainer.engine.process_group import World
+from trainer.loop import train_loop
+from trainer.preemption import EXIT_SAVED_ON_SIGNAL
 
 ZERO_3 = ("--set", "trainer.engine.zero_stage=3")
 
@@ -44,7 +45,7 @@ def test_two_ranks_at_zero_3_through_all_stages(preset: Path, tmp_path: Path, wo
         "preference": ("--init", tmp_path / "dual_stream/model"),
     }
     alone = make_run(preset, "base", tmp_path / "alone", world)
-    assert train(alone)
+    assert train_loop(alone)
     for stage, roles in models.items():
         line = arguments(preset, stage, tmp_path, *roles)
         if stage == "base":
@@ -70,14 +71,14 @@ def test_two_ranks_at_zero_3_through_all_stages(preset: Path, tmp_path: Path, wo
         ("base", ["--config", "nowhere.yaml"], "no configuration file nowhere.yaml"),
         ("base", ["--data", "nowhere"], "nowhere/manifest.json does not exist"),
         ("base", ["--init", "nowhere"], "--init nowhere: no such model folder"),
-        ("base", ["--teacher", "."], "--teacher is only for --stage dual_stream"),
+        ("base", ["--teacher", "."], "--stage base takes no --teacher"),
         ("base", ["--set", "model.vae=nowhere"], "no VAE in nowhere"),
         ("base", ["--set", "model.prompts=nowhere"], "no prompt cache in nowhere"),
         ("base", ["--set", "model.initial_weights=nowhere"], "no model folder nowhere"),
         ("base", ["--set", "trainer.schedules.base.global_batch_size=0"], "global_batch_size = 0"),
-        ("base", ["--set", "trainer.engines.critik={}"], "unknown network 'critik'"),
+        ("base", ["--set", "trainer.engine_overrides.critik={}"], "unknown network 'critik'"),
         ("progressive", [], "starts from the base model: give its folder with --init"),
-        ("dual_stream", ["--init", "."], "needs the real score"),
+        ("dual_stream", ["--init", "."], "needs Stage I's teacher folder"),
         ("preference", ["--init", "RANDOM", "--data", "CLIPS"], "samples have no member 'pair'"),
     ],
 )

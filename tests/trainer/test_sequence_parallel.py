@@ -22,9 +22,11 @@ from tests.trainer import scenarios, toys
 from tests.trainer.presets import losses, run_command, write_preset
 from tests.trainer.ranks import run_on_ranks
 from tests.trainer.stages import make_run
-from trainer.engine.network import DeepSpeedConfig, OptimizerConfig, World
-from trainer.loop import EXIT_SAVED_ON_SIGNAL, train
-from trainer.stages.base import Base, BaseConfig
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
+from trainer.engine.process_group import World
+from trainer.loop import train_loop
+from trainer.preemption import EXIT_SAVED_ON_SIGNAL
+from trainer.stages.base import SPEC, Base, BaseConfig
 
 #: 12 tokens, which 2 and 4 ranks divide; 9, of which the fourth of 4 ranks gets none
 LATENTS = (toys.LATENT, (4, 3, 2, 6))
@@ -79,7 +81,7 @@ def test_one_rank_goes_on_with_what_two_began(tmp_path: Path, world: World) -> N
     begun = run_command(*line, "--set", "trainer.sequence_parallel=2", "--stop-after", 3, ranks=2)
     assert begun.returncode == EXIT_SAVED_ON_SIGNAL, begun.stderr
     for output in (shared, alone):
-        assert train(make_run(preset, "base", output, world))
+        assert train_loop(make_run(preset, "base", output, world))
     for mine, theirs in zip(losses(shared), losses(alone), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
@@ -162,16 +164,9 @@ def _pass(model: VSRTransformer, latent: tuple[int, ...], clip: int) -> dict[str
 def base_steps(world: World, *, sequence_parallel: int = 1, **engine: Any) -> dict[str, Any]:
     """Three updates of the base stage on global batches of four."""
     group = form_sequence_groups(sequence_parallel)
-    student = toys.transformer(4)
-    student.share_sequence(group)
-    stage = Base(
-        BaseConfig(optimizer=OptimizerConfig(learning_rate=1e-3), ema_decay=0.9),
-        student=student,
-        engine=DeepSpeedConfig(precision="fp32", persistence_threshold=0, **engine),
-        embed=toys.embed,
-        seed=5,
-        device="cpu",
-    )
+    config = BaseConfig(optimizer=OptimizerConfig(learning_rate=1e-3), ema_decay=0.9)
+    settings = DeepSpeedConfig(precision="fp32", persistence_threshold=0, **engine)
+    stage = Base(toys.setup(SPEC, config, {"student": toys.transformer(4)}, engine=settings, sequence=group))
     reader, readers = world.rank // group.size, world.size // group.size
     logs = [
         stage.train_step(step, toys.local_batches(toys.global_batches(step, 1, 4), reader, readers, 1))

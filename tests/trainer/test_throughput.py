@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trainer.presets import LATENT, TRAINER, write_preset
 from tests.trainer.stages import make_run
-from trainer.engine.network import World
-from trainer.loop import Run, train
+from trainer.engine.process_group import World
+from trainer.loop import Run, train_loop
 from trainer.monitoring.throughput import Throughput, peak_flops
 from trainer.planning.flops import flops_per_sample
 from trainer.stages.stage import Meter
@@ -96,7 +96,7 @@ def test_rates_of_a_known_second(preset: Path, tmp_path: Path, world: World) -> 
 
 
 def test_a_run_logs_its_rates(preset: Path, tmp_path: Path, world: World) -> None:
-    train(make_run(preset, "progressive", tmp_path / "run", world, stop_after=2))
+    train_loop(make_run(preset, "progressive", tmp_path / "run", world, stop_after=2))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert row["samples_per_second"] == pytest.approx(4 / row["seconds_per_step"])

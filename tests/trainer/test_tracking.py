@@ -16,9 +16,10 @@ from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import decode_latents
 from tests.trainer import toys
 from trainer.config import TrackingConfig
-from trainer.engine.network import World
+from trainer.engine.process_group import World
 from trainer.monitoring.tracking import Tracker
 from trainer.monitoring.validation import Validation, psnr
+from trainer.stages import STAGES
 
 OFF = TrackingConfig(wandb="off")
 
@@ -65,6 +66,7 @@ class Previewed:
 
     def __init__(self, shown: dict[str, torch.Tensor]) -> None:
         self.previews = lambda batch: shown
+        self.spec = STAGES["base"]
 
 
 def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from tests.trainer import scenarios, toys
 from tests.trainer.ranks import run_on_ranks
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig, World
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
+from trainer.engine.network import Network
+from trainer.engine.process_group import World
 
 EXACT = 1e-5
 #: zero_stage, network, call, requires_grad, outcome: "exact", "wrong" without an error, or the error's name

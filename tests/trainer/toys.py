@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from common.seeding import seeded_noise
 from datagen.dataset.loader import Batch
 from pipeline.model.sequence_parallel import ALONE, SequenceGroup
 from pipeline.model.transformer import VSRTransformer
-from trainer.engine.lora import LoRAConfig, add_adapter
-from trainer.engine.network import DeepSpeedConfig, OptimizerConfig
-from trainer.stages.dual_stream.algorithm import DualStream, DualStreamConfig
-from trainer.stages.dual_stream.auxiliary_networks import HeadConfig
+from trainer.engine.config import DeepSpeedConfig, LoRAConfig, OptimizerConfig
+from trainer.engine.lora import add_adapter
+from trainer.stages.dual_stream.algorithm import DualStream
+from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig
+from trainer.stages.dual_stream.spec import SPEC
+from trainer.stages.stage import StageSetup, StageSpec
 
 LATENT = (4, 2, 4, 6)  # C, T, H, W
 
@@ -70,8 +74,40 @@ def configuration(**changes: object) -> DualStreamConfig:
         "fake_score": OptimizerConfig(learning_rate=1e-3),
         "heads_learning_rate": 3e-3,
         "ema_decay": 0.9,
+        "time_shift": 5.0,
     }
     return DualStreamConfig(**(values | changes))
+
+
+def setup(
+    spec: StageSpec,
+    config: Any,
+    transformers: dict[str, VSRTransformer],
+    *,
+    engine: DeepSpeedConfig | None = None,
+    sequence: SequenceGroup = ALONE,
+    lora: dict[str, LoRAConfig] | None = None,
+    seed: int = 5,
+    keep_model: Callable[[str, dict[str, torch.Tensor]], None] | None = None,
+) -> StageSetup:
+    """What a stage is built from; a network whose transformer is not given has a copy of the student's.
+
+    Args:
+        lora: adapters by network name: student, critic.
+    """
+    engine = engine or DeepSpeedConfig(zero_stage=1, precision="fp32")
+    shape = next(iter(transformers.values())).config
+    modules: dict[str, nn.Module] = {}
+    for network in spec.networks:
+        if network.has_transformer(config):
+            modules[network.name] = copy.deepcopy(transformers.get(network.name, transformers["student"]))
+            modules[network.name].share_sequence(sequence)
+            if network.lora in (lora or {}):
+                add_adapter(modules[network.name], lora[network.lora], network=network.lora, seed=seed)  # type: ignore[arg-type, index]
+    modules = spec.assemble(config, modules, shape, seed)
+    return StageSetup(
+        spec, config, modules, engine_of=lambda name: engine, embed=embed, seed=seed, keep_model=keep_model
+    )
 
 
 def dual_stream(
@@ -86,25 +122,11 @@ def dual_stream(
     Args:
         lora: adapters by network name: student, critic.
     """
-    engine = engine or DeepSpeedConfig(zero_stage=1, precision="fp32")
     student, real_score = transformer(2, layers), transformer(1, layers)
-    student.share_sequence(sequence)
-    real_score.share_sequence(sequence)
     # A fake score that has moved away from the real one, or DMD's gradient would be zero.
-    fake_score = moved(real_score) if config.needs_fake_score else None
-    for name, adapter in (lora or {}).items():
-        adapted = {"student": student, "critic": fake_score}[name]
-        assert adapted is not None
-        add_adapter(adapted, adapter, network=name, seed=seed)
-    return DualStream.build(
-        config,
-        student=student,
-        real_score=real_score,
-        fake_score=fake_score,
-        engines=dict.fromkeys(("student", "critic", "real_score"), engine),
-        embed=embed,
-        seed=seed,
-        device="cpu",
+    transformers = {"student": student, "critic": moved(real_score), "real_score": real_score}
+    return DualStream(
+        setup(SPEC, config, transformers, engine=engine, sequence=sequence, lora=lora, seed=seed)
     )
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from common.atomic import atomic_folder
-from common.config import Section
 from common.errors import UserError
 from common.seeding import derive_seed
 from pipeline.model.transformer import VSRTransformer
+from trainer.engine.config import LoRAConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -31,32 +30,18 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 
 
-class LoRAConfig(Section):
-    """The adapter of one network."""
+def peft_config(config: LoRAConfig, *, trained_modules: bool = False) -> LoraConfig:
+    """peft's configuration; with `trained_modules` also those modules, for a `PeftModel`, which copies them."""
+    from peft import LoraConfig
 
-    rank: int = Field(default=64, ge=1)  # [peer: LightX2V's step distillation of Wan2.1]
-    #: the product is scaled by alpha/rank; null = rank, that is by 1 [peer: diffusers' training scripts]
-    alpha: float | None = Field(default=None, gt=0)
-    #: linear layers with an adapter, each the end of a name: attention and FFN of every block [peer: LightX2V's too]
-    target_modules: tuple[str, ...] = Field(
-        default=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"), min_length=1
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,  # type: ignore[arg-type]
+        target_modules=list(config.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        modules_to_save=list(config.trained_modules) if trained_modules else None,
     )
-    #: modules that learn whole, by their full names: where z_LR enters (zero in text-to-video weights, so no thin
-    #: correction would do) and where the velocity leaves [ours]
-    trained_modules: tuple[str, ...] = ("patch_embedding", "proj_out")
-
-    def as_peft(self, *, whole_modules: bool = False) -> LoraConfig:
-        """peft's configuration; `whole_modules` names `trained_modules` too, for a `PeftModel`, which copies them."""
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
-            target_modules=list(self.target_modules),
-            lora_dropout=0.0,
-            bias="none",
-            modules_to_save=list(self.trained_modules) if whole_modules else None,
-        )
 
 
 def add_adapter(transformer: VSRTransformer, config: LoRAConfig, *, network: str, seed: int) -> None:
@@ -74,7 +59,7 @@ def add_adapter(transformer: VSRTransformer, config: LoRAConfig, *, network: str
     _check(transformer, config, network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora", network))
-        inject_adapter_in_model(config.as_peft(), transformer, ADAPTER)  # freezes all but the adapter
+        inject_adapter_in_model(peft_config(config), transformer, ADAPTER)  # freezes all but the adapter
     for name in config.trained_modules:
         transformer.get_submodule(name).requires_grad_(True)
 
@@ -101,7 +86,7 @@ def restore_adapter(
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    adapter = config.as_peft(whole_modules=True)
+    adapter = peft_config(config, trained_modules=True)
     model = get_peft_model(transformer, adapter, ADAPTER)
     adapter.base_model_name_or_path = None if base is None else str(base)
     state = {

@@ -15,126 +15,30 @@ tests/trainer/test_zero_calls.py shows what each of them would have done silentl
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Section
 from common.errors import UserError
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
+from trainer.engine.deepspeed_internals import (
+    find_fragments,
+    frozen_engine,
+    push_masters,
+    training_engine,
+    writable_moments,
+    written_moments,
+)
 from trainer.engine.ema import EMA
 from trainer.engine.frozen_linear import use_for_constant_weights
-from trainer.engine.zero_shards import (
-    MOMENTS,
-    Fragment,
-    find_fragments,
-    gather_to_rank_0,
-    load_fragments,
-    save_fragments,
-)
-
-
-class OptimizerConfig(Section):
-    """AdamW. Groups may override the learning rate (the discriminator heads do)."""
-
-    learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.0, 0.999)  # [peer] FastGen and DMD2: no momentum beside a discriminator
-    weight_decay: float = Field(0.01, ge=0)  # [peer]
-    #: largest global gradient norm of the network; 0 = no clipping
-    gradient_clip: float = Field(1.0, ge=0)  # [peer]
-    #: linear warm-up, in updates of this network; every group keeps its own peak
-    warmup_updates: int = Field(0, ge=0)
-
-
-class DeepSpeedConfig(Section):
-    """How one network is sharded and computed; each network of a stage may have its own."""
-
-    zero_stage: Literal[1, 2, 3] = 3
-    #: bf16: weights and activations in bfloat16, masters, moments and accumulated gradients in float32
-    precision: Literal["bf16", "fp32"] = "bf16"
-    #: where float32 masters and Adam moments live
-    offload_optimizer: bool = False
-    #: keep the weight shards on the host too (ZeRO-3)
-    offload_parameters: bool = False
-    gradient_accumulation: int = Field(1, ge=1)
-    activation_checkpointing: bool = False
-    #: ZeRO-3: parameters smaller than this stay whole on every rank [DeepSpeed's default is 1e5]
-    persistence_threshold: int = Field(100_000, ge=0)
-    #: ZeRO: elements reduced at a time
-    bucket_size: int = Field(100_000_000, ge=1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-    def as_deepspeed(self, optimizer: OptimizerConfig | None) -> dict[str, Any]:
-        """The dictionary given to `deepspeed.initialize`."""
-        zero: dict[str, Any] = {
-            "stage": self.zero_stage,
-            "contiguous_gradients": True,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": self.bucket_size,
-        }
-        if self.zero_stage == 3:
-            zero |= {
-                "stage3_param_persistence_threshold": self.persistence_threshold,
-                "stage3_prefetch_bucket_size": self.bucket_size,
-            }
-            if self.offload_parameters:
-                zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        else:
-            zero["allgather_bucket_size"] = self.bucket_size
-        if self.offload_optimizer and optimizer is not None:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the stages own their batches
-            "gradient_accumulation_steps": self.gradient_accumulation if optimizer is not None else 1,
-            "gradient_clipping": optimizer.gradient_clip if optimizer is not None else 0.0,
-            "zero_optimization": zero,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": None,
-        }
-        if self.precision == "bf16":
-            config["bf16"] = {"enabled": True}
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-        return config
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the ranks."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-
-def start_distributed() -> World:
-    """Join the ranks that a launcher started (RANK, WORLD_SIZE, …), or be alone; NCCL on GPUs, else gloo."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "WORLD_SIZE" not in os.environ and not dist.is_initialized():
-        # Alone: no port to find, and none left in the environment for child processes to trip over.
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if backend == "gloo":
-        # Else DeepSpeed compiles a shared-memory reduction on its first start: a minute and a C++ compiler for nothing.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+from trainer.engine.zero_shards import Fragment, gather_to_rank_0, load_fragments, save_fragments
 
 
 class Network:
@@ -183,10 +87,10 @@ class Network:
         self.fragments: list[Fragment] = []
         self.ema: EMA | None = None
         if optimizer is None:
-            self._engine = _frozen_engine(module, deepspeed)
+            self._engine = frozen_engine(module, deepspeed)
         else:
             groups = list(parameter_groups or [{"params": self._trainable}])
-            self._engine = _training_engine(module, groups, deepspeed, optimizer)
+            self._engine = training_engine(module, groups, deepspeed, optimizer)
             self.fragments = find_fragments(module, self._engine.optimizer)
             self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
             self._warmup = optimizer.warmup_updates
@@ -305,13 +209,9 @@ class Network:
 
         All ranks call it; the caller makes the folder and decides when it is whole.
         """
-        moments = [self._engine.optimizer.optimizer.state.get(f.flat, {}) for f in self.fragments]
-        step = max((float(moment["step"]) for moment in moments if "step" in moment), default=0.0)
+        step, moments = written_moments(self._engine, self.fragments)
         columns: dict[str, Sequence[Tensor]] = {"master": [fragment.master for fragment in self.fragments]}
-        if step:
-            for key in MOMENTS:
-                pairs = zip(self.fragments, moments, strict=True)
-                columns[key] = [fragment.view_of(moment[key]) for fragment, moment in pairs]
+        columns |= moments
         if self.ema is not None:
             columns["ema"] = self.ema.values
         state = {
@@ -346,8 +246,10 @@ class Network:
             )
         self.updates, self.skipped = state["updates"], state["skipped"]
         if state["adam_step"]:
-            load_fragments(folder, self.fragments, self._moments(state["adam_step"]))
-        self._push_masters()
+            load_fragments(
+                folder, self.fragments, writable_moments(self._engine, self.fragments, state["adam_step"])
+            )
+        push_masters(self._engine, self.config)
 
     def copy_weights_from(self, other: Network) -> None:
         """Take over the masters of a network of the same shape and sharding; nothing is gathered."""
@@ -358,74 +260,17 @@ class Network:
             )
         for mine, theirs in pairs:
             mine.master.copy_(theirs.master)
-        self._push_masters()
+        push_masters(self._engine, self.config)
 
     def restart_optimizer(self) -> None:
         """Forget the moments, as at the start of a new objective; masters, EMA and warm-up stay."""
-        for moments in self._moments(0.0).values():
+        for moments in writable_moments(self._engine, self.fragments, 0.0).values():
             for moment in moments:
                 moment.zero_()
-
-    def _moments(self, step: float) -> dict[str, Sequence[Tensor]]:
-        """Views of the Adam moments, allocated where the optimizer has not stepped yet."""
-        states = self._engine.optimizer.optimizer.state
-        for flat in {id(fragment.flat): fragment.flat for fragment in self.fragments}.values():
-            state = states[flat]
-            state["step"] = torch.tensor(step, device=flat.device)
-            for key in MOMENTS:
-                state.setdefault(key, torch.zeros_like(flat))
-        return {key: [f.view_of(states[f.flat][key]) for f in self.fragments] for key in MOMENTS}
-
-    def _push_masters(self) -> None:
-        """Make the (bf16) weights of the module equal to the masters."""
-        optimizer = self._engine.optimizer
-        if self.config.zero_stage == 3:
-            optimizer._partition_all_parameters()  # those that stay whole would keep their old values
-            for index in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            optimizer._post_step(set())
-        else:
-            optimizer.update_lp_params()
 
     @property
     def _device(self) -> torch.device:
         return torch.device(self._engine.device)
-
-
-class _Whole:
-    """Stands in for an engine around a frozen module that is not sharded."""
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module = module
-        self.device = device
-
-
-def _frozen_engine(module: nn.Module, config: DeepSpeedConfig) -> Any:
-    module.requires_grad_(False)
-    for parameter in module.parameters():  # parameters only: rotary tables stay float32
-        parameter.data = parameter.data.to(config.dtype)
-    if config.zero_stage < 3:
-        on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        return _Whole(module.to(device), device)
-    with _float32_buffers(module):
-        engine, *_ = deepspeed.initialize(model=module, config=config.as_deepspeed(None))
-    return engine
-
-
-def _training_engine(
-    module: nn.Module, groups: list[dict[str, Any]], config: DeepSpeedConfig, optimizer: OptimizerConfig
-) -> Any:
-    settings: dict[str, Any] = {
-        "lr": optimizer.learning_rate,
-        "betas": optimizer.betas,
-        "weight_decay": optimizer.weight_decay,
-        "fused": True,  # one kernel per flat buffer, on the GPU and, for offloaded masters, on the host
-    }
-    adam = torch.optim.AdamW(groups, **settings)
-    with _float32_buffers(module):
-        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config.as_deepspeed(optimizer))
-    return engine
 
 
 def _checksum(parameters: Iterable[Tensor]) -> int:
@@ -434,12 +279,3 @@ def _checksum(parameters: Iterable[Tensor]) -> int:
     for parameter in parameters:
         value = zlib.crc32(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy(), value)
     return value
-
-
-@contextmanager
-def _float32_buffers(module: nn.Module) -> Iterator[None]:
-    """DeepSpeed casts buffers with the weights; rotary tables in bf16 would blur positions."""
-    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    yield
-    for name, buffer in module.named_buffers():
-        buffer.data = kept[name].to(buffer.device)

@@ -8,7 +8,7 @@ another number of ranks can read, and an export that gathers one parameter at a 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
+#: Adam's moments, as torch names them
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -42,42 +43,6 @@ class Fragment:
     def view_of(self, flat: Tensor) -> Tensor:
         """The same piece of a buffer laid out like `flat` (a moment)."""
         return flat.detach().narrow(0, self.offset, self.numel)
-
-
-def find_fragments(module: torch.nn.Module, zero_optimizer: Any) -> list[Fragment]:
-    """The fragments of this rank, in the order of `module.named_parameters()`; masters only, no moments."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found = _stage_3(zero_optimizer) if hasattr(zero_optimizer, "fp16_groups") else _stage_1_2(zero_optimizer)
-    by_name = {
-        names[id(parameter)]: Fragment(names[id(parameter)], start, numel, flat, offset)
-        for parameter, start, numel, flat, offset in found
-        if numel > 0
-    }
-    return [by_name[name] for name in names.values() if name in by_name]
-
-
-def _stage_3(optimizer: Any) -> Iterator[tuple[Tensor, int, int, Tensor, int]]:
-    rank = dist.get_rank()
-    for group in optimizer.fp16_groups:
-        for parameter in group:
-            index, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = rank * padded  # the last ranks hold padding, or nothing at all
-            numel = max(0, min(padded, parameter.ds_numel - start))
-            yield parameter, start, numel, optimizer.fp32_partitioned_groups_flat[index], offset
-
-
-def _stage_1_2(optimizer: Any) -> Iterator[tuple[Tensor, int, int, Tensor, int]]:
-    # bf16 weights with float32 gradient accumulation at stage 1 get DeepSpeed's BF16_Optimizer.
-    groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    flats = (
-        getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
-    )
-    for group, flat in zip(groups, flats, strict=True):
-        for parameter in group:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield parameter, low.start, low.numel, flat, high.start
 
 
 def gather_to_rank_0(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
 
 import torch
 
 from datagen.dataset.loader import Batch
 from trainer.planning.flops import flops_per_sample
-from trainer.stages.stage import Stage
+from trainer.stages.stage import TrainingStage
 
 #: dense bf16 FLOP/s by the makers' data sheets, which often print twice as much ("with sparsity");
 #: the keys are found in torch.cuda.get_device_name()
@@ -41,10 +40,10 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class Throughput:
-    """Turns seconds into rates; operations are counted once for each phase of a stage (trainer/planning/flops.py)."""
+    """Turns seconds into rates; operations (trainer/planning/flops.py) are counted once per objective of a stage."""
 
     def __init__(
-        self, stage: Stage, *, global_batch_size: int, devices: int, peak: float | None = None
+        self, stage: TrainingStage, *, global_batch_size: int, devices: int, peak: float | None = None
     ) -> None:
         """
         Args:
@@ -55,14 +54,14 @@ class Throughput:
         if peak is None and torch.cuda.is_available():
             peak = peak_flops(torch.cuda.get_device_name())
         self._peak = peak
-        self._flops: dict[Hashable, float] = {}
+        self._flops: dict[tuple[str, torch.Size], float] = {}
 
     def rates(self, step: int, batch: Batch, seconds: float) -> dict[str, float]:
         """Of a step that took `seconds`, on batches of the shape of `batch`."""
-        target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
+        target = batch.tensors[self._stage.spec.target]
         patch = self._stage.exported.module.config.patch_size
         tokens = math.prod(size // p for size, p in zip(target.shape[2:], patch, strict=True))
-        kind = (self._stage.phase(step), target.shape[1:])
+        kind = (self._stage.objective(step), target.shape[1:])
         if kind not in self._flops:
             self._flops[kind] = flops_per_sample(self._stage, step, batch)
         achieved = self._flops[kind] * self._samples / self._devices / seconds

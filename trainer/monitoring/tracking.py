@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.atomic import write_atomic
 from common.errors import UserError
 from trainer.config import TrackingConfig
 
@@ -76,9 +77,7 @@ class Tracker:
                     kept.append(line)
             except (ValueError, KeyError):
                 continue  # the last line of a killed run may be cut short
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._path)
+        write_atomic(self._path, "".join(line + "\n" for line in kept))
 
 
 def _run_id(output: Path) -> str:

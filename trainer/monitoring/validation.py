@@ -14,7 +14,7 @@ from torch import Tensor
 from datagen.dataset.loader import Batch
 from pipeline.model.vae import VAE, decode_latents, to_frames
 from trainer.monitoring.tracking import Tracker
-from trainer.stages.stage import Stage
+from trainer.stages.stage import TrainingStage
 
 LABEL_HEIGHT_PX = 14
 
@@ -30,19 +30,18 @@ class Validation:
             device: where the VAE goes while it decodes; between looks it makes room for the training.
         """
         self._batch, self._vae, self._device = batch, vae, torch.device(device)
-        self._target = batch.tensors["z_hr" if "z_hr" in batch.tensors else "z_win"]
 
-    def look(self, stage: Stage, step: int, tracker: Tracker | None) -> dict[str, float]:
+    def look(self, stage: TrainingStage, step: int, tracker: Tracker | None) -> dict[str, float]:
         """Log and return latent errors over all ranks' clips and PSNR over rank 0's; save a picture. Collective.
 
         Every rank returns the same.
         """
-        shown = stage.previews(self._batch)
-        values = self._errors(shown)
+        shown, target = stage.previews(self._batch), self._batch.tensors[stage.spec.target]
+        values = _errors(shown, target)
         names = ("z_lr", *shown)
         psnrs = torch.zeros(len(names), dtype=torch.float64, device=next(iter(shown.values())).device)
         if tracker is not None and self._vae is not None:
-            decoded = self._decode_all({"z_lr": self._batch.tensors["z_lr"], **shown, "target": self._target})
+            decoded = self._decode_all({"z_lr": self._batch.tensors["z_lr"], **shown, "target": target})
             measured = [psnr(decoded[name], decoded["target"]) for name in names]
             psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
             tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
@@ -78,17 +77,19 @@ class Validation:
             clips.append(clip[0].cpu())
         return clips
 
-    def _errors(self, shown: dict[str, Tensor]) -> dict[str, float]:
-        """Latent MSE against the target, mean and deviation of each preview, over all ranks."""
-        values: dict[str, Tensor] = {}
-        for name, latents in shown.items():
-            target = self._target.to(latents.device, torch.float32)
-            values[f"validation/{name}/latent_mse"] = (latents - target).square().mean()
-            values[f"validation/{name}/latent_mean"] = latents.mean()
-            values[f"validation/{name}/latent_std"] = latents.std()
-        means = torch.stack(list(values.values()))
-        dist.all_reduce(means)
-        return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))
+
+def _errors(previews: dict[str, Tensor], target: Tensor) -> dict[str, float]:
+    """Latent MSE against the target, mean and deviation of each preview, over all ranks. Collective."""
+    values: dict[str, Tensor] = {}
+    for name, latents in previews.items():
+        values[f"validation/{name}/latent_mse"] = (
+            (latents - target.to(latents.device, torch.float32)).square().mean()
+        )
+        values[f"validation/{name}/latent_mean"] = latents.mean()
+        values[f"validation/{name}/latent_std"] = latents.std()
+    means = torch.stack(list(values.values()))
+    dist.all_reduce(means)
+    return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))
 
 
 def psnr(clips: list[Tensor], targets: list[Tensor]) -> float:

@@ -9,22 +9,25 @@ from torch import nn
 
 from common.config import resolved_yaml
 from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import VSRTransformer, tapped_layers
-from trainer.config import NETWORKS, StageName, TrainerConfig
+from pipeline.model.transformer import VSRTransformer
+from trainer.config import TrainerConfig
+from trainer.engine.deepspeed_internals import deepspeed_config
 from trainer.engine.lora import add_adapter
-from trainer.planning.memory import TRAINED, stage_memory
-from trainer.stages.dual_stream.auxiliary_networks import Critic
+from trainer.planning.stage_memory import stage_memory
+from trainer.stages.stage import StageSpec
 
 #: clips that memory is reckoned for: (frames, height, width), and their latents (T, h, w)
 CLIPS = {"21 x 704 x 1280": (6, 88, 160), "21 x 1088 x 1920": (6, 136, 240)}
 
 
-def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: int) -> str:
+def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: int) -> str:
     """The resolved configuration, parameter counts, memory of each GPU and the DeepSpeed configuration."""
     networks = meta_networks(stage, model, config)
     counts = {name: count_parameters(network) for name, network in networks.items()}
     trained = {
-        name: count_parameters(network, trained=True) for name, network in networks.items() if name in TRAINED
+        name: count_parameters(network, trained=True)
+        for name, network in networks.items()
+        if stage.network(name).optimizer
     }
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
@@ -40,43 +43,34 @@ def describe(stage: StageName, model: ModelConfig, config: TrainerConfig, gpus: 
     lines += memory_table(stage, model, config, counts, gpus, trained)
     lines += ["", "# DeepSpeed configuration"]
     for name in counts:
-        optimizer = _optimizer(stage, config) if name in TRAINED else None
-        lines += [f"{name}: {json.dumps(config.engine_of(name).as_deepspeed(optimizer), indent=2)}"]
+        field = stage.network(name).optimizer
+        optimizer = getattr(config.section_of(stage), field) if field else None
+        lines += [f"{name}: {json.dumps(deepspeed_config(config.engine_of(name), optimizer), indent=2)}"]
     return "\n".join(lines)
 
 
-def parameter_counts(stage: StageName, model: ModelConfig, config: TrainerConfig) -> dict[str, int]:
-    """Parameters of each network of the stage."""
-    return {name: count_parameters(network) for name, network in meta_networks(stage, model, config).items()}
-
-
-def meta_networks(stage: StageName, model: ModelConfig, config: TrainerConfig) -> dict[str, nn.Module]:
-    """The modules of the stage on the meta device, with adapters and heads; what learns asks for a gradient.
+def meta_networks(stage: StageSpec, model: ModelConfig, config: TrainerConfig) -> dict[str, nn.Module]:
+    """The modules of the stage on the meta device, with adapters and heads; what is trained asks for a gradient.
 
     Raises:
         UserError: an adapter names modules that are not there.
     """
-    networks: dict[str, nn.Module] = {}
+    section = config.section_of(stage)
+    transformers: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        for name in NETWORKS[stage]:
+        shape = VSRTransformer(**model.transformer.model_dump()).config
+        for network in stage.networks:
+            if not network.has_transformer(section):
+                continue
             transformer = VSRTransformer(**model.transformer.model_dump())
-            if (adapter := config.lora_of(name)) is not None:
-                add_adapter(transformer, adapter, network=name, seed=config.seed)
-            networks[name] = transformer
-        if stage == "dual_stream" and config.dual_stream.gan:
-            settings = config.dual_stream
-            networks["critic"] = Critic(
-                networks["critic"] if settings.needs_fake_score else None,
-                shape=networks["real_score"].config,
-                taps=tapped_layers(model.transformer.num_layers, settings.tap_fractions),
-                tapped=settings.tapped,
-                head=settings.head,
-            )
-    return networks
+            if network.lora is not None and network.lora in config.lora:
+                add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
+            transformers[network.name] = transformer
+        return stage.assemble(section, transformers, shape, config.seed)
 
 
 def memory_table(
-    stage: StageName,
+    stage: StageSpec,
     model: ModelConfig,
     config: TrainerConfig,
     counts: dict[str, int],
@@ -112,12 +106,3 @@ def memory_table(
 
 def count_parameters(module: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def _optimizer(stage: StageName, config: TrainerConfig):  # type: ignore[no-untyped-def]
-    return {
-        "base": config.base.optimizer,
-        "progressive": config.progressive.optimizer,
-        "dual_stream": config.dual_stream.student,
-        "preference": config.preference.optimizer,
-    }[stage]

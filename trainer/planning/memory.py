@@ -28,17 +28,13 @@ block and over whole steps of every stage; benchmarks/memory.py also does it on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 
-from pipeline.model.config import ModelConfig
-from pipeline.model.transformer import tapped_layers
-from trainer.config import StageName, TrainerConfig
-from trainer.engine.network import DeepSpeedConfig
+from pipeline.model.config import TransformerConfig
+from trainer.engine.config import DeepSpeedConfig
 
 GIB = 2**30
-#: networks with an optimizer; Stage I's teacher keeps masters, to be copied shard by shard
-TRAINED = ("student", "critic", "teacher")
 #: parameters that ZeRO-3 on several ranks keeps gathered of each network: what it needs again within
 #: stage3_max_reuse_distance (DeepSpeed's default is 1e9) forth and back, and a prefetched bucket
 REUSE_DISTANCE = 1_000_000_000
@@ -122,175 +118,80 @@ def block_bytes(dim: int, ffn_dim: int, precision: str, *, learns: bool) -> floa
     return 88 * dim + 8 * ffn_dim if learns else 48 * dim + 4 * ffn_dim
 
 
-class Activations:
-    """GiB that the passes of one micro-batch hold on one rank."""
+@dataclass(frozen=True)
+class ActivationSizes:
+    """Sizes of the parts of a pass over one micro-batch on one rank, in bytes. A stage adds them up (`StageSpec`)."""
 
-    def __init__(
-        self, model: ModelConfig, config: TrainerConfig, latent: tuple[int, int, int], batch: int
-    ) -> None:
+    #: transformer blocks, their width and their FFN's
+    layers: int
+    dim: int
+    ffn_dim: int
+    #: tokens of the micro-batch, and those of them that this rank computes
+    tokens: int
+    own_tokens: int
+    #: bytes per element of activations
+    width: int
+    #: a latent in float32, bytes per token
+    latent: int
+    precision: str
+    checkpointed: bool
+
+    @classmethod
+    def of(
+        cls,
+        shape: TransformerConfig,
+        engine: DeepSpeedConfig,
+        latent: tuple[int, int, int],
+        batch: int,
+        sequence_parallel: int,
+    ) -> ActivationSizes:
         """
         Args:
             latent: (T, h, w) of one clip.
             batch: clips per micro-batch.
+            sequence_parallel: ranks that share the tokens of a clip.
         """
-        shape, engine = model.transformer, config.engine_of("student")
-        self._config = config
-        self._layers, self._ffn = shape.num_layers, shape.ffn_dim
-        self._dim = shape.num_attention_heads * shape.attention_head_dim
-        self._precision, self._checkpointed = engine.precision, engine.activation_checkpointing
-        self._width = 2 if engine.precision == "bf16" else 4
-        tokens = 1
-        for size, patch in zip(latent, shape.patch_size, strict=True):
-            tokens *= size // patch
-        self._own = batch * -(-tokens // config.sequence_parallel)
-        self._whole = batch * tokens
-        #: a latent in float32, per token
-        self._latent = (
-            4 * shape.latent_channels * shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
+        tokens = math.prod(size // patch for size, patch in zip(latent, shape.patch_size, strict=True))
+        return cls(
+            layers=shape.num_layers,
+            dim=shape.num_attention_heads * shape.attention_head_dim,
+            ffn_dim=shape.ffn_dim,
+            tokens=batch * tokens,
+            own_tokens=batch * -(-tokens // sequence_parallel),
+            width=2 if engine.precision == "bf16" else 4,
+            latent=4 * shape.latent_channels * math.prod(shape.patch_size),
+            precision=engine.precision,
+            checkpointed=engine.activation_checkpointing,
         )
 
-    def of(self, stage: StageName) -> float:
-        """The most that is alive at once in any update of `stage`."""
-        if stage == "dual_stream":
-            return max(self.auxiliary_update(), self.student_update()) / GIB
-        return self._clips(stage) * self._update() / GIB
+    def update(self, latents: int = 1) -> float:
+        """Forward and backward of one trained network; `latents`: those per sample in its batch."""
+        return latents * (self.graph(self.layers, trained=True) + self.work(trained=True) + self.ends())
 
-    def last_block(self, stage: StageName) -> float:
-        """What is left of them when backward comes to its end."""
-        return self._clips(stage) * (self._graph(1, True) + self._work(True)) / GIB
+    def last_block(self, latents: int = 1) -> float:
+        """What is left of `update` when backward comes to its end."""
+        return latents * (self.graph(1, trained=True) + self.work(trained=True))
 
-    @staticmethod
-    def _clips(stage: StageName) -> int:
-        return 2 if stage == "preference" else 1  # winner and loser are one batch
-
-    def _update(self) -> float:
-        """Forward and backward of a network that learns."""
-        return self._graph(self._layers, True) + self._work(True) + self._ends()
-
-    def auxiliary_update(self) -> float:
-        """Stage II: features of the real score, then fake score and heads."""
-        features = self._feature() * self._taps * (3 if self._tapped_models == 2 else 2)
-        graph = self._graph(self._layers, True) + features + self._ends()
-        heads = 2 * self._taps * self._head(learns=True) + self._head_work()
-        return graph + max(self._work(True), heads)
-
-    def student_update(self) -> float:
-        """Stage II: the student's graph waits while both score models' are built, walked and freed."""
-        settings = self._config.dual_stream
-        student = self._graph(self._layers, True) + self._ends()
-        if not settings.gan:
-            return student + self._work(True)
-        last = tapped_layers(self._layers, settings.tap_fractions)[-1]
-        scores = self._ends()
-        if settings.tapped != "fake":
-            scores += self._graph(last, False)
-        if settings.tapped != "real":
-            scores += self._graph(self._layers if settings.dmd_weight else last, False)
-        scores += self._feature() * self._taps * self._tapped_models  # of HR
-        judged = self._taps * self._head(learns=False)
-        matched = self._taps * self._tapped_models * self._whole * 4 * self._dim
-        heads = judged + max(matched, self._head_work())
-        return student + max(scores + max(heads, self._work(False)), self._work(True))
-
-    # --- parts, in bytes ------------------------------------------------------------------------------------
-
-    def _graph(self, blocks: int, learns: bool) -> float:
+    def graph(self, blocks: int, *, trained: bool) -> float:
         """What `blocks` blocks hold between forward and backward."""
-        if self._checkpointed:
-            return blocks * self._own * self._width * self._dim
-        return blocks * self._own * self._block(learns)
+        if self.checkpointed:
+            return blocks * self.own_tokens * self.width * self.dim
+        return blocks * self.own_tokens * self._block(trained)
 
-    def _work(self, learns: bool) -> float:
+    def work(self, *, trained: bool) -> float:
         """What is alive besides while a block is computed, forward or backward."""
-        inside: float = self._own * self._width * (5 * self._dim + 2 * self._ffn)
-        if self._checkpointed:
-            inside += self._own * self._block(learns)
+        inside: float = self.own_tokens * self.width * (5 * self.dim + 2 * self.ffn_dim)
+        if self.checkpointed:
+            inside += self.own_tokens * self._block(trained)
         return inside
 
-    def _block(self, learns: bool) -> float:
-        return block_bytes(self._dim, self._ffn, self._precision, learns=learns)
-
-    def _ends(self) -> float:
+    def ends(self) -> float:
         """The last norm and projection, and latents: z, noise, targets, predictions."""
-        return self._own * 12 * self._dim + self._whole * 12 * self._latent
+        return self.own_tokens * 12 * self.dim + self.tokens * 12 * self.latent
 
-    def _feature(self) -> float:
-        return self._whole * self._width * self._dim
+    def feature(self) -> float:
+        """One tapped feature map, of all tokens."""
+        return self.tokens * self.width * self.dim
 
-    @property
-    def _taps(self) -> int:
-        settings = self._config.dual_stream
-        return len(tapped_layers(self._layers, settings.tap_fractions)) if settings.gan else 0
-
-    @property
-    def _tapped_models(self) -> int:
-        return 2 if self._config.dual_stream.tapped == "both" else 1
-
-    def _head(self, *, learns: bool) -> float:
-        """What one head holds of one latent: its normed input, and its hidden layers around each activation."""
-        head = self._config.dual_stream.head
-        channels = self._tapped_models * self._dim
-        hidden = head.hidden_channels * (head.layers + 1) * self._width
-        held = channels * self._width + 2 * hidden if learns else channels * 4 + hidden
-        return self._whole * held
-
-    def _head_work(self) -> float:
-        """Inputs of one head in float32: normed, joined, turned."""
-        return self._whole * 4 * 3 * self._tapped_models * self._dim
-
-
-@dataclass(frozen=True)
-class StageMemory:
-    """GiB on each GPU."""
-
-    networks: dict[str, NetworkMemory]
-    #: ZeRO's buckets, and parameters gathered ahead
-    buffers: float
-    #: the most of any update
-    activations: float
-    #: of which one block's while it is computed
-    last_block: float
-
-    @property
-    def static(self) -> float:
-        return sum(network.total for network in self.networks.values())
-
-    @property
-    def peak(self) -> float:
-        """Activations at their most, or the last gradients beside the last block."""
-        passing = max(network.passing for network in self.networks.values())
-        return self.static + self.buffers + max(self.activations, passing + self.last_block)
-
-
-def stage_memory(
-    stage: StageName,
-    model: ModelConfig,
-    config: TrainerConfig,
-    gpus: int,
-    latent: tuple[int, int, int],
-    batch: int,
-    counts: Mapping[str, int],
-    trained: Mapping[str, int],
-) -> StageMemory:
-    """The peak of a step of `stage`.
-
-    Args:
-        latent, batch: as in `Activations`.
-        counts: parameters of each network.
-        trained: how many of them learn, of those that have an optimizer.
-    """
-    networks, buffers = {}, 0.0
-    for name, count in counts.items():
-        engine, learns = config.engine_of(name), name in TRAINED
-        networks[name] = network_memory(
-            count,
-            engine,
-            gpus,
-            trained=learns,
-            ema=name == "student",
-            trained_parameters=trained.get(name),
-            moments=name != "teacher",
-        )
-        buffers += buffer_memory(count, engine, gpus, trained=learns)
-    activations = Activations(model, config, latent, batch)
-    return StageMemory(networks, buffers, activations.of(stage), activations.last_block(stage))
+    def _block(self, trained: bool) -> float:
+        return block_bytes(self.dim, self.ffn_dim, self.precision, learns=trained)

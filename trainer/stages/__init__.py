@@ -1,1 +1,31 @@
-"""The stages of the method, one file each."""
+"""The stages of training: `STAGES` by name. A stage is one file (Stage II: one folder) that ends with its `SPEC`."""
+
+from __future__ import annotations
+
+import difflib
+
+from common.errors import UserError
+from common.plugins import load_object
+from trainer.stages import base, preference, progressive
+from trainer.stages.dual_stream import spec as dual_stream
+from trainer.stages.stage import StageSpec
+
+#: in the order in which they are trained
+STAGES: dict[str, StageSpec] = {
+    spec.name: spec for spec in (base.SPEC, progressive.SPEC, dual_stream.SPEC, preference.SPEC)
+}
+
+
+def find_stage(name: str) -> StageSpec:
+    """The stage called `name`, or the spec at `package.module:SPEC`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ":" in name:
+        return load_object(name, StageSpec, option="--stage")
+    if name not in STAGES:
+        near = difflib.get_close_matches(name, STAGES, n=1)
+        suggestion = f"did you mean {near[0]}?" if near else f"known: {', '.join(STAGES)}"
+        raise UserError(f"--stage {name}: {suggestion} (a stage of your own: package.module:SPEC)")
+    return STAGES[name]

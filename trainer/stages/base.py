@@ -5,8 +5,8 @@ z_t = (1 - t)·z0 + t·ε,    v = ε - z0,    L = mean‖v_θ(z_t, t, z_LR, c) -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, field_validator
@@ -15,10 +15,10 @@ from torch import Tensor
 from common.config import Section
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.model.prompts import NULL_PROMPT
-from pipeline.model.transformer import VSRTransformer
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss
-from trainer.stages.stage import Draws, Meter
+from trainer.stages.random_draws import Draws
+from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
@@ -31,8 +31,8 @@ class BaseConfig(Section):
         learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100
     )  # [ours]
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # [ours]
-    #: s of t' = s·t / (1 + (s - 1)·t) [peer: Wan2.1]
-    time_shift: float = Field(default=5.0, gt=0)
+    #: s of t' = s·t / (1 + (s - 1)·t); null = model.shift [peer: Wan2.1]
+    time_shift: float | None = Field(default=None, gt=0)
     #: share of samples trained at exactly t = 1, where the one-step student will live; 0 for large models [ours]
     pure_noise_fraction: float = Field(default=0.0, ge=0, le=1)
     #: probability of training a sample without its prompt, so that CFG has something to subtract [method: p = 0.1]
@@ -48,42 +48,15 @@ class BaseConfig(Section):
         return value
 
 
-class Base:
-    """Implements `trainer.stages.stage.Stage`."""
+class Base(TrainingStage):
+    """One network, one loss."""
 
-    name = "base"
-    preview_names: tuple[str, ...] = ("x0_at_t_1.0", "x0_at_t_0.5")
+    preview_names = ("x0_at_t_1.0", "x0_at_t_0.5")
 
-    def __init__(
-        self,
-        config: BaseConfig,
-        *,
-        student: VSRTransformer,
-        engine: DeepSpeedConfig,
-        embed: Callable[[list[str]], Tensor],
-        seed: int,
-        device: torch.device | str,
-    ) -> None:
-        """
-        Args:
-            student: the transformer to train.
-            embed: captions to prompt embeddings (B, L, text_dim).
-            seed: run seed of all draws.
-        """
-        self.config = config
-        self.student = Network(
-            "student", student, deepspeed=engine, optimizer=config.optimizer, ema_decay=config.ema_decay
-        )
+    def __init__(self, setup: StageSetup) -> None:
+        super().__init__(setup)
+        self.student = self.exported = setup.network("student")
         self.networks = {"student": self.student}
-        self.exported = self.student
-        self.batches_per_step = engine.gradient_accumulation
-        self._embed, self._seed, self._device = embed, seed, torch.device(device)
-
-    def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """One update."""
-        meter = Meter(self._device)
-        self.updates(step, batches, meter)
-        return meter.means()
 
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """θ descends L."""
@@ -95,51 +68,46 @@ class Base:
                 meter.add(loss=loss)
             meter.add(gradient_norm_student=self.student.step())
 
-    def phase(self, step: int) -> None:
-        """There is only one."""
-
     def draw(self, step: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """z_t, t, (augmented) z_LR, prompt embeddings and the target v of one micro-batch."""
-        config = self.config
-        draws = Draws(batch.keys, self._seed, self.name, step, 0, device=self._device)
-        z_hr = batch.tensors["z_hr"].to(self._device, torch.float32)
-        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
-        t = draws.times("time", shift=config.time_shift, low=0.0, high=1.0)
+        config, draws = self.config, self.draws(step, batch)
+        z_hr, z_lr = self.latents(batch, "z_hr"), self.latents(batch, "z_lr")
+        t = draws.times("time", shift=self.shift, low=0.0, high=1.0)
         t = torch.where(draws.uniform("pure noise") < config.pure_noise_fraction, torch.ones_like(t), t)
         noise = draws.noise("diffusion", z_hr)
         if config.low_resolution_noise is not None:
             low, high = config.low_resolution_noise
             level = (low + (high - low) * draws.uniform("low resolution level")) / 1000
             z_lr = q_t(z_lr, draws.noise("low resolution", z_lr), level)
-        # on the CPU: which captions are dropped is no tensor's business
+        # On the CPU: these draws select captions, no tensor on the device depends on them.
         dropped = Draws(batch.keys, self._seed, self.name, step, 0).uniform("null prompt")
         captions = [
             NULL_PROMPT if drawn < config.null_prompt_probability else entry["caption"]
             for entry, drawn in zip(batch.metadata, dropped, strict=True)
         ]
-        prompt = self._embed(captions).to(self._device)
-        return q_t(z_hr, noise, t), t, z_lr, prompt, velocity(z_hr, noise)
+        return q_t(z_hr, noise, t), t, z_lr, self.embedded(captions), velocity(z_hr, noise)
 
     @torch.no_grad()
     def previews(self, batch: Batch) -> dict[str, Tensor]:
-        """The x0 prediction at t = 1 and at t = 0.5, with noise that is always the same for a sample."""
-        draws = Draws(batch.keys, self._seed, self.name, -1, 0, device=self._device)
-        z_hr = batch.tensors["z_hr"].to(self._device, torch.float32)
-        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
-        prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device)
-        noise = draws.noise("diffusion", z_hr)
-        shown = {}
+        """The x0 prediction at t = 1 and at t = 0.5."""
+        z_hr, z_lr, prompt = self.latents(batch, "z_hr"), self.latents(batch, "z_lr"), self.prompts(batch)
+        noise = self.draws(-1, batch).noise("diffusion", z_hr)
+        predictions = {}
         for time in (1.0, 0.5):
             t = torch.full((len(batch.keys),), time, device=self._device)
             z_t = q_t(z_hr, noise, t)
-            shown[f"x0_at_t_{time}"] = x0_from_velocity(
+            predictions[f"x0_at_t_{time}"] = x0_from_velocity(
                 z_t, self.student.frozen(z_t, t, z_lr, prompt).velocity, t
             )
-        return shown
+        return predictions
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: draws are functions of the step."""
-        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+SPEC = StageSpec(
+    name="base",
+    summary="the multi-step base model, by flow matching",
+    config=BaseConfig,
+    networks=(NetworkSpec("student", optimizer="optimizer", ema=True, lora="student"),),
+    build=Base,
+    schedule=ScheduleConfig(steps=100_000),  # [ours]
+    exported_steps=lambda model: model.base_steps,
+)

@@ -7,14 +7,14 @@ in float32 (or the precision of the input if that is higher); network outputs ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: hinge [paper]; softplus: non-saturating logistic [peer: DMD2]; relativistic: paired logistic [peer: R3GAN]
-GanLoss = Literal["hinge", "softplus", "relativistic"]
+if TYPE_CHECKING:
+    from trainer.stages.dual_stream.config import GanLoss
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -89,3 +89,18 @@ def dmd_loss(z0: Tensor, gradient: Tensor) -> Tensor:
     """L_DMD = ½·mean‖ẑ0 − sg[ẑ0 − Grad]‖²; its gradient with respect to ẑ0 is Grad / numel."""
     z0 = _wide(z0)
     return 0.5 * (z0 - (z0 - gradient).detach()).square().mean()
+
+
+def per_sample_error(v: Tensor, target: Tensor) -> Tensor:
+    """m = mean‖v* − v‖² over all but the batch dimension, (B,)."""
+    return (_wide(target) - _wide(v)).square().flatten(1).mean(1)
+
+
+def dpo_loss(m_w: Tensor, r_w: Tensor, m_l: Tensor, r_l: Tensor, beta: float) -> Tensor:
+    """L = mean over the batch of −log σ(−(β/2)·[(m_w − r_w) − (m_l − r_l)]).
+
+    Args:
+        m_w, m_l: the student's errors on the preferred and on the other candidate, (B,).
+        r_w, r_l: the reference's.
+    """
+    return -F.logsigmoid(-(beta / 2) * ((m_w - r_w) - (m_l - r_l))).mean()

@@ -9,22 +9,20 @@ anchor mean‖v_S - v_ref‖² keeps the student near the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from common.config import Section
 from common.seeding import seeded_noise
 from pipeline.flow_matching import q_t, velocity
-from pipeline.model.transformer import VSRTransformer
 from pipeline.sampling import one_step
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig
-from trainer.stages.losses import velocity_loss
-from trainer.stages.stage import Draws, Meter
+from trainer.engine.config import OptimizerConfig
+from trainer.stages.losses import dpo_loss, per_sample_error, velocity_loss
+from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
@@ -39,64 +37,23 @@ class PreferenceTrainingConfig(Section):
     operating_point: Literal["one_step", "random"] = "one_step"
     #: weight of mean‖v_S - v_ref‖² [ours]
     anchor_weight: float = Field(default=0.1, ge=0)
-    time_shift: float = Field(default=5.0, gt=0)  # only for operating_point: random [peer]
+    #: only for operating_point: random; null = model.shift [peer]
+    time_shift: float | None = Field(default=None, gt=0)
     time_range: tuple[float, float] = (0.02, 0.98)  # likewise [peer]
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, betas=(0.9, 0.999))  # [method]
     ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [ours]
 
 
-def per_sample_error(v: Tensor, target: Tensor) -> Tensor:
-    """mean‖target - v‖² over all but the batch dimension, float32 or wider, (B,)."""
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return (target.to(wide) - v.to(wide)).square().flatten(1).mean(1)
+class Preference(TrainingStage):
+    """Student and frozen reference, two copies of the Stage-II student; its batches hold the member `pair`."""
 
+    preview_names = ("student", "reference")
 
-def dpo_loss(m_w: Tensor, r_w: Tensor, m_l: Tensor, r_l: Tensor, beta: float) -> Tensor:
-    """mean over the batch of -log σ(-(β/2)·[(m_w - r_w) - (m_l - r_l)]); all arguments (B,)."""
-    return -F.logsigmoid(-(beta / 2) * ((m_w - r_w) - (m_l - r_l))).mean()
-
-
-class Preference:
-    """Implements `trainer.stages.stage.Stage`; its batches hold the member `pair`."""
-
-    name = "preference"
-    preview_names: tuple[str, ...] = ("student", "reference")
-
-    def __init__(
-        self,
-        config: PreferenceTrainingConfig,
-        *,
-        student: VSRTransformer,
-        reference: VSRTransformer,
-        engines: dict[str, DeepSpeedConfig],
-        embed: Callable[[list[str]], Tensor],
-        seed: int,
-        device: torch.device | str,
-    ) -> None:
-        """
-        Args:
-            student, reference: two copies of the Stage-II student; the second stays frozen.
-            engines: how `student` and `reference` are sharded.
-        """
-        self.config = config
-        self.student = Network(
-            "student",
-            student,
-            deepspeed=engines["student"],
-            optimizer=config.optimizer,
-            ema_decay=config.ema_decay,
-        )
-        self.reference = Network("reference", reference, deepspeed=engines["reference"])
+    def __init__(self, setup: StageSetup) -> None:
+        super().__init__(setup)
+        self.student = self.exported = setup.network("student")
+        self.reference = setup.network("reference")
         self.networks = {"student": self.student, "reference": self.reference}
-        self.exported = self.student
-        self.batches_per_step = engines["student"].gradient_accumulation
-        self._embed, self._seed, self._device = embed, seed, torch.device(device)
-
-    def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """One update."""
-        meter = Meter(self._device)
-        self.updates(step, batches, meter)
-        return meter.means()
 
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """θ_S descends L."""
@@ -116,31 +73,27 @@ class Preference:
                 meter.add(margin=margin.mean(), preferred=(margin > 0).float().mean())
             meter.add(gradient_norm_student=self.student.step())
 
-    def phase(self, step: int) -> None:
-        """There is only one."""
-
     def _pair(self, step: int, batch: Batch) -> Pair:
         """Winner and loser as one batch (winners first): one forward of each network."""
-        z0 = torch.cat([batch.tensors["z_win"], batch.tensors["z_lose"]]).to(self._device, torch.float32)
-        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32).repeat(2, 1, 1, 1, 1)
-        prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device).repeat(2, 1, 1)
+        z0 = torch.cat([self.latents(batch, "z_win"), self.latents(batch, "z_lose")])
+        z_lr = self.latents(batch, "z_lr").repeat(2, 1, 1, 1, 1)
+        prompt = self.prompts(batch).repeat(2, 1, 1)
         if self.config.operating_point == "one_step":
-            parts = [entry[key] for key in ("noise_win", "noise_lose") for entry in batch.metadata]
-            noise = torch.stack([seeded_noise(z0.shape[1:], *part) for part in parts]).to(self._device)
+            seeds = [entry[key] for key in ("noise_win", "noise_lose") for entry in batch.metadata]
+            noise = torch.stack([seeded_noise(z0.shape[1:], *seed) for seed in seeds]).to(self._device)
             t = torch.ones(len(z0), device=self._device)
         else:
-            draws = Draws(batch.keys, self._seed, self.name, step, 0, device=self._device)
+            draws = self.draws(step, batch)
             low, high = self.config.time_range
             # Winner and loser share t and ε: their errors are compared.
             noise = draws.noise("diffusion", batch.tensors["z_win"]).repeat(2, 1, 1, 1, 1)
-            t = draws.times("time", shift=self.config.time_shift, low=low, high=high).repeat(2)
+            t = draws.times("time", shift=self.shift, low=low, high=high).repeat(2)
         return Pair((q_t(z0, noise, t), t, z_lr, prompt), velocity(z0, noise))
 
     @torch.no_grad()
     def previews(self, batch: Batch) -> dict[str, Tensor]:
         """One step of student and reference from the preferred candidate's noise."""
-        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
-        prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device)
+        z_lr, prompt = self.latents(batch, "z_lr"), self.prompts(batch)
         noise = torch.stack([seeded_noise(z_lr.shape[1:], *entry["noise_win"]) for entry in batch.metadata])
         return {
             name: one_step(
@@ -149,16 +102,26 @@ class Preference:
             for name, network in self.networks.items()
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: draws are functions of the step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
 
 class Pair(NamedTuple):
     """(z_t, t, z_LR, prompt) and v* = ε - z0, winners in the first half of the batch."""
 
     inputs: tuple[Tensor, Tensor, Tensor, Tensor]
     target: Tensor
+
+
+SPEC = StageSpec(
+    name="preference",
+    summary="Stage III: preference refinement by DPO",
+    config=PreferenceTrainingConfig,
+    networks=(
+        NetworkSpec("student", optimizer="optimizer", ema=True, lora="student"),
+        NetworkSpec("reference"),
+    ),
+    build=Preference,
+    schedule=ScheduleConfig(steps=1_000),  # [note]
+    init="the Stage-II student",
+    member="pair",
+    target="z_win",
+    latents_per_sample=2,  # winner and loser are one batch
+)

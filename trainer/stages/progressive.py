@@ -11,23 +11,22 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from common.config import Section
 from pipeline.flow_matching import q_t, time_grid
 from pipeline.model.prompts import NULL_PROMPT
-from pipeline.model.transformer import VSRTransformer
 from pipeline.sampling import guided_velocity, one_step
-from trainer.engine.network import DeepSpeedConfig, Network, OptimizerConfig
+from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss
-from trainer.stages.stage import Draws, Meter
+from trainer.stages.stage import Meter, NetworkSpec, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
@@ -44,7 +43,8 @@ class ProgressiveConfig(Section):
     schedule: tuple[int, ...] = (32, 16, 8, 4, 2, 1)
     #: updates per halving [note]
     iterations_per_halving: int = Field(default=500, ge=1)
-    time_shift: float = Field(default=5.0, gt=0)  # [peer: Wan2.1]
+    #: null = model.shift [peer: Wan2.1]
+    time_shift: float | None = Field(default=None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999))  # [ours]
     ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [ours]
 
@@ -72,60 +72,38 @@ class ProgressiveConfig(Section):
         return self.student_steps(step) != self.student_steps(step + 1)
 
 
-class Progressive:
-    """Implements `trainer.stages.stage.Stage`."""
+class Progressive(TrainingStage):
+    """Student and teacher, two copies of the base model to begin with."""
 
-    name = "progressive"
-    preview_names: tuple[str, ...] = ("student",)
-
-    def __init__(
-        self,
-        config: ProgressiveConfig,
-        *,
-        student: VSRTransformer,
-        engines: dict[str, DeepSpeedConfig],
-        embed: Callable[[list[str]], Tensor],
-        seed: int,
-        device: torch.device | str,
-        keep_teacher: Callable[[dict[str, Tensor]], None] | None = None,
-    ) -> None:
-        """
-        Args:
-            student: the base model; a copy of it is the first teacher.
-            engines: how `student` and `teacher` are sharded.
-            keep_teacher: called once, on every rank, with the CFG-distilled weights (rank 0 holds them); with the
-                base's as they are if there is no CFG distillation.
-        """
-        self.config = config
-        teacher = copy.deepcopy(student)
-        self.student = Network(
-            "student",
-            student,
-            deepspeed=engines["student"],
-            optimizer=config.optimizer,
-            ema_decay=config.ema_decay,
-        )
-        # The teacher has an optimizer that never steps: it gives the teacher masters, so that it is saved, loaded and
-        # overwritten shard by shard like everything else.
-        self.teacher = Network("teacher", teacher, deepspeed=engines["teacher"], optimizer=config.optimizer)
+    def __init__(self, setup: StageSetup) -> None:
+        super().__init__(setup)
+        self.student = self.exported = setup.network("student")
+        # The teacher has an optimizer that never steps: so it has masters, which are saved, loaded and overwritten
+        # shard by shard.
+        self.teacher = setup.network("teacher")
         self.networks = {"student": self.student, "teacher": self.teacher}
-        self.exported = self.student
-        self.batches_per_step = engines["student"].gradient_accumulation
-        self._embed, self._seed, self._device = embed, seed, torch.device(device)
-        self._keep_teacher = keep_teacher
+        self._keep_model = setup.keep_model
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """One update; at the end of a phase the teacher becomes the student."""
-        if step == 0 and self.config.guidance_iterations == 0 and self._keep_teacher is not None:
-            self._keep_teacher(self.teacher.full_state_dict())  # Stage II needs one all the same
-        meter = Meter(self._device)
-        self.updates(step, batches, meter)
+        """One update; where a phase ends, the teacher becomes the student.
+
+        The CFG-distilled weights are kept as the model "teacher"; the base's, if there is no CFG distillation.
+        """
+        if step == 0 and self.config.guidance_iterations == 0 and self._keep_model is not None:
+            self._keep_model("teacher", self.teacher.full_state_dict())
+            if dist.get_rank() == 0:
+                print(
+                    "guidance_iterations is 0: the teacher is the base model as it is; "
+                    "trainer.dual_stream.real_score_guidance guides it in Stage II",
+                    flush=True,
+                )
+        values = super().train_step(step, batches)
         if self.config.new_teacher_at(step):
-            if self.config.student_steps(step) is None and self._keep_teacher is not None:
-                self._keep_teacher(self.student.full_state_dict(ema=True))
+            if self.config.student_steps(step) is None and self._keep_model is not None:
+                self._keep_model("teacher", self.student.full_state_dict(ema=True))
             self.teacher.copy_weights_from(self.student)
             self.student.restart_optimizer()
-        return meter.means()
+        return values
 
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """The student descends the loss of its phase."""
@@ -139,14 +117,15 @@ class Progressive:
                 meter.add(loss=loss)
             meter.add(gradient_norm_student=self.student.step(), student_steps=float(student_steps or 0))
 
-    def phase(self, step: int) -> bool:
-        """Whether it is the CFG distillation; all halvings are alike."""
-        return self.config.student_steps(step) is None
+    def objective(self, step: int) -> str:
+        """The CFG distillation, or the halving in steps."""
+        student_steps = self.config.student_steps(step)
+        return "guidance" if student_steps is None else f"{2 * student_steps} -> {student_steps} steps"
 
     @torch.no_grad()
     def _guided(self, s: ProgressiveSample) -> Tensor:
         """v_cfg = v(c) + w·(v(c) - v(∅)) of the teacher."""
-        null = self._embed([NULL_PROMPT] * len(s.t)).to(self._device)
+        null = self.embedded([NULL_PROMPT] * len(s.t))
         return guided_velocity(
             self._teacher_velocity, s.z_t, s.t, s.z_lr, s.prompt, null, self.config.guidance_weight
         )
@@ -160,13 +139,12 @@ class Progressive:
         return self.teacher.frozen(z_t, t, z_lr, prompt).velocity.float()
 
     def _sample(self, batch: Batch, step: int, student_steps: int | None) -> ProgressiveSample:
-        draws = Draws(batch.keys, self._seed, self.name, step, 0, device=self._device)
-        z_hr = batch.tensors["z_hr"].to(self._device, torch.float32)
+        draws, z_hr = self.draws(step, batch), self.latents(batch, "z_hr")
         if student_steps is None:
-            t = draws.times("time", shift=self.config.time_shift, low=0.0, high=1.0)
+            t = draws.times("time", shift=self.shift, low=0.0, high=1.0)
             middle = end = t
         else:
-            grid = time_grid(2 * student_steps, self.config.time_shift).float().to(self._device)
+            grid = time_grid(2 * student_steps, self.shift).float().to(self._device)
             position = 2 * (draws.uniform("time") * student_steps).long().clamp(max=student_steps - 1)
             t, middle, end = grid[position], grid[position + 1], grid[position + 2]
         return ProgressiveSample(
@@ -174,27 +152,18 @@ class Progressive:
             t=t,
             t_middle=middle,
             t_end=end,
-            z_lr=batch.tensors["z_lr"].to(self._device, torch.float32),
-            prompt=self._embed([entry["caption"] for entry in batch.metadata]).to(self._device),
+            z_lr=self.latents(batch, "z_lr"),
+            prompt=self.prompts(batch),
         )
 
     @torch.no_grad()
     def previews(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the student."""
-        draws = Draws(batch.keys, self._seed, self.name, -1, 0, device=self._device)
-        z_lr = batch.tensors["z_lr"].to(self._device, torch.float32)
-        prompt = self._embed([entry["caption"] for entry in batch.metadata]).to(self._device)
-        noise = draws.noise("diffusion", z_lr)
+        z_lr, prompt = self.latents(batch, "z_lr"), self.prompts(batch)
+        noise = self.draws(-1, batch).noise("diffusion", z_lr)
         return {
             "student": one_step(lambda *inputs: self.student.frozen(*inputs).velocity, noise, z_lr, prompt)
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the phase is a function of the step, and the teacher is one of the networks."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class ProgressiveSample(NamedTuple):
@@ -225,3 +194,17 @@ def two_step_target(
     z = z_t + column(t_middle - t) * teacher(z_t, t, z_lr, prompt)
     z = z + column(t_end - t_middle) * teacher(z, t_middle, z_lr, prompt)
     return (z_t - z) / column(t - t_end)
+
+
+SPEC = StageSpec(
+    name="progressive",
+    summary="Stage I: progressive guided distillation to one step",
+    config=ProgressiveConfig,
+    networks=(
+        NetworkSpec("student", optimizer="optimizer", ema=True, lora="student"),
+        NetworkSpec("teacher", optimizer="optimizer", moments=False, lora="student"),
+    ),
+    build=Progressive,
+    init="the base model",
+    steps=lambda config: config.steps,
+)

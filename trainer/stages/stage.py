@@ -1,96 +1,222 @@
-"""What a stage of training is to the loop: its networks, one step, and what it exports.
+"""What a stage is: `StageSpec` describes it, `StageSetup` is what it is built from, `TrainingStage` is its base class.
 
-The loop (trainer/loop.py) knows no method; a stage (trainer/stages/*.py) knows no files. Every random draw of
-a stage is a function of (run seed, stage, step, update, sample key), so there is no random state to save, and
-a sample meets the same noise on any number of ranks.
+The loop (trainer/loop.py) knows no method; a stage knows no files. A stage writes `updates` (forwards, backwards,
+optimizer steps) and `previews` (latents to look at). Command line, configuration, dry run, memory and validation ask
+the spec; none of them compares names of stages. A stage outside the repository brings a spec of its own:
+`--stage package.module:SPEC` (docs/extending.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from common.seeding import derive_seed
-from pipeline.flow_matching import shift_time
+from common.config import Section
+from pipeline.model.config import ModelConfig
+from trainer.engine.config import DeepSpeedConfig
+from trainer.stages.random_draws import Draws
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
     from trainer.engine.network import Network
+    from trainer.planning.memory import ActivationSizes
 
 
-class Stage(Protocol):
-    """One stage of the method; every rank calls `train_step` with its own share of the global batches.
+class ScheduleConfig(Section):
+    """How long a stage runs and on how much at a time."""
+
+    #: updates of the exported network; Stage I's follow from its own configuration
+    steps: int | None = Field(default=None, ge=1)
+    #: samples per update, over all ranks and accumulated micro-batches
+    global_batch_size: int = Field(default=16, ge=1)
+    #: updates between two checkpoints
+    checkpoint_every: int = Field(default=500, ge=1)
+    #: updates between two validations; 0 = never
+    validate_every: int = Field(default=500, ge=0)
+    #: what makes a validation the best so far, whose checkpoint is kept beside the last ones: PSNR (highest) or error
+    #: in latents (lowest) of the exported network's preview; null = none [ours]
+    keep_best: Literal["psnr", "latent_mse"] | None = "psnr"
+    #: shape of the learning rate after warm-up; cosine falls to a tenth [ours]
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One network of a stage."""
+
+    name: str
+    #: the option whose model folder holds its first weights
+    weights: Literal["init", "teacher"] = "init"
+    #: field of the stage's configuration with its `OptimizerConfig`; None: it is frozen
+    optimizer: str | None = None
+    #: False for a network that is only overwritten by another's masters: its optimizer never steps
+    moments: bool = True
+    #: an EMA with the configuration's `ema_decay`; the exported network has one
+    ema: bool = False
+    #: entry of `trainer.lora` that gives it an adapter; None: it never has one
+    lora: str | None = None
+    #: property of the stage's configuration that tells whether its transformer is needed; None: always
+    needed: str | None = None
+
+    def has_transformer(self, config: Any) -> bool:
+        """Whether there is one with these settings of the stage."""
+        return self.needed is None or bool(getattr(config, self.needed))
+
+
+def _same_modules(
+    config: Any, transformers: dict[str, nn.Module], shape: Any, seed: int
+) -> dict[str, nn.Module]:
+    return transformers
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of training."""
+
+    #: what `--stage` takes; also the name of its section `trainer.<name>` and of its `trainer.schedules.<name>`
+    name: str
+    #: one line, for `--help`
+    summary: str
+    #: class of the section `trainer.<name>`
+    config: type[Section]
+    #: every network, in the order in which they are built on every rank
+    networks: tuple[NetworkSpec, ...]
+    #: the stage itself
+    build: Callable[[StageSetup], TrainingStage]
+    #: defaults of `trainer.schedules.<name>`
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    #: what `--init` has to be; None: it may be left out
+    init: str | None = None
+    #: what `--teacher` has to be; None: the stage takes none
+    teacher: str | None = None
+    #: member of the dataset's samples that it reads
+    member: str = "latents"
+    #: tensor of that member that validation compares with
+    target: str = "z_hr"
+    #: Euler steps that the exported model is meant for
+    exported_steps: Callable[[ModelConfig], int] = lambda model: 1
+    #: number of updates, of a stage whose configuration decides it; None: `schedules.<name>.steps` does
+    steps: Callable[[Any], int] | None = None
+    #: networks from transformers: (config, transformers by name, the transformers' shape, seed) -> modules by name
+    assemble: Callable[[Any, dict[str, nn.Module], Any, int], dict[str, nn.Module]] = _same_modules
+    #: latents per sample in the batch of a trained network
+    latents_per_sample: int = 1
+    #: bytes that the passes of one micro-batch hold at most: (sizes, config) -> bytes; None: one trained network's
+    activation_bytes: Callable[[ActivationSizes, Any], float] | None = None
+
+    def network(self, name: str) -> NetworkSpec:
+        """The network called `name`."""
+        return next(network for network in self.networks if network.name == name)
+
+
+@dataclass
+class StageSetup:
+    """What a stage is built from; trainer/train.py makes it from configuration and model folders."""
+
+    spec: StageSpec
+    #: the section `trainer.<name>`
+    config: Any
+    #: modules by network name, weights loaded, adapters added, float32
+    modules: dict[str, nn.Module]
+    #: how a network is sharded and computed
+    engine_of: Callable[[str], DeepSpeedConfig]
+    #: captions -> prompt embeddings (B, L, text_dim), float32; "" is the null prompt
+    embed: Callable[[list[str]], Tensor]
+    #: run seed of all draws
+    seed: int
+    device: torch.device | str = "cpu"
+    #: `model.shift`: the timestep shift where the stage's own `time_shift` is null
+    model_shift: float = 5.0
+    #: keeps a further model beside the exported one: (name of the folder, state dict on rank 0). Called on every rank
+    keep_model: Callable[[str, dict[str, Tensor]], None] | None = None
+
+    def network(self, name: str, parameter_groups: list[dict[str, Any]] | None = None) -> Network:
+        """Wrap the module of a network in its engine, as the spec says. Collective.
+
+        Args:
+            parameter_groups: torch-style groups with learning rates of their own; None: one group.
+        """
+        from trainer.engine.network import Network
+
+        network = self.spec.network(name)
+        return Network(
+            name,
+            self.modules[name],
+            deepspeed=self.engine_of(name),
+            optimizer=getattr(self.config, network.optimizer) if network.optimizer else None,
+            parameter_groups=parameter_groups,
+            ema_decay=self.config.ema_decay if network.ema else None,
+        )
+
+
+class TrainingStage(ABC):
+    """One stage; every rank calls `train_step` with its own share of the global batches.
 
     Ranks that share clips (pipeline/model/sequence_parallel.py) call it with the same one.
     """
 
-    #: base, progressive, dual_stream or preference
-    name: str
-    #: every network of the stage, frozen ones too; the loop saves those that have an optimizer
+    #: every network, frozen ones too; those with an optimizer are saved
     networks: dict[str, Network]
     #: its EMA (its weights where it has none) becomes the model folder
     exported: Network
-    #: local batches that one `train_step` consumes (updates × gradient accumulation)
-    batches_per_step: int
-    #: names of what `previews` shows, the exported network's first
-    preview_names: tuple[str, ...]
+    #: names of what `previews` returns, the exported network's first
+    preview_names: tuple[str, ...] = ("student",)
+
+    def __init__(self, setup: StageSetup) -> None:
+        self.spec, self.config = setup.spec, setup.config
+        self.name = setup.spec.name
+        self.shift = getattr(setup.config, "time_shift", None) or setup.model_shift
+        self._embed, self._seed, self._device = setup.embed, setup.seed, torch.device(setup.device)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Local batches that one `train_step` consumes: updates × gradient accumulation."""
+        return self.exported.config.gradient_accumulation
 
     def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """Do all updates of step `step`; returns numbers to log, already averaged over the ranks."""
-        ...
+        """Do all updates of step `step`; returns numbers to log, averaged over updates and ranks. Collective."""
+        meter = Meter(self._device)
+        self.updates(step, batches, meter)
+        return meter.means()
 
+    @abstractmethod
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """The forwards, backwards and optimizer steps of `train_step`, and nothing else; `meter` takes the numbers."""
-        ...
 
-    def phase(self, step: int) -> Hashable:
-        """Steps of one phase run the same passes, so they cost the same number of operations."""
-        ...
-
+    @abstractmethod
     def previews(self, batch: Batch) -> dict[str, Tensor]:
         """Clean latents (B, C, T, H, W), float32, to look at: `preview_names`.
 
-        Every rank must call it (the weights may be sharded) with a batch of the same size.
+        Every rank calls it (the weights may be sharded) with a batch of the same size. Noise does not depend on the
+        step, so previews of different steps can be compared.
         """
-        ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the stage must remember beside its networks; JSON types only."""
-        ...
+    def objective(self, step: int) -> str:
+        """What step `step` minimises. Steps with the same objective need the same number of operations."""
+        return self.name
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def draws(self, step: int, batch: Batch, update: int = 0) -> Draws:
+        """The random draws of one update; step -1 for previews."""
+        return Draws(batch.keys, self._seed, self.name, step, update, device=self._device)
 
+    def latents(self, batch: Batch, name: str) -> Tensor:
+        """A tensor of the batch (`z_hr`, `z_lr`, …), (B, C, T, H, W), float32, on the device."""
+        return batch.tensors[name].to(self._device, torch.float32)
 
-class Draws:
-    """The random draws of one update of one batch, sample by sample."""
+    def prompts(self, batch: Batch) -> Tensor:
+        """Embeddings of the batch's captions, (B, L, text_dim), on the device."""
+        return self.embedded([entry["caption"] for entry in batch.metadata])
 
-    def __init__(self, keys: Sequence[str], *identity: object, device: torch.device | str = "cpu") -> None:
-        """`identity` is (run seed, stage, step, update); `keys` name the samples of the batch."""
-        self._keys = list(keys)
-        self._identity = identity
-        self._device = device
-
-    def noise(self, purpose: str, like: Tensor) -> Tensor:
-        """Standard normal noise of the shape of `like`, (B, ...), float32."""
-        shape = like.shape[1:]
-        rows = [torch.randn(shape, generator=self._generator(purpose, key)) for key in self._keys]
-        return torch.stack(rows).to(self._device)
-
-    def uniform(self, purpose: str) -> Tensor:
-        """U(0, 1), shape (B,), float32."""
-        rows = [torch.rand((), generator=self._generator(purpose, key)) for key in self._keys]
-        return torch.stack(rows).to(self._device)
-
-    def times(self, purpose: str, *, shift: float, low: float, high: float) -> Tensor:
-        """t ~ U(0, 1), shifted, clamped to [low, high]; shape (B,), float32."""
-        return shift_time(self.uniform(purpose), shift).clamp(low, high)
-
-    def _generator(self, purpose: str, key: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(*self._identity, purpose, key))
+    def embedded(self, captions: list[str]) -> Tensor:
+        """Embeddings of `captions`, (B, L, text_dim), on the device."""
+        return self._embed(captions).to(self._device)
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""Stage II, dual-stream distillation: the paper's Algorithm 1.
+"""Stage II, dual-stream distillation: the paper's Algorithm 1, whose line numbers stand beside the lines here.
 
 Per step: N auxiliary updates of the critic (fake score θ_F by L_Diff, heads φ by L_D), then one update of the
 student θ_S by L_S = λ_DMD·L_DMD + λ_GAN·L_G + λ_FM·L_FM. The real score θ_R is frozen. S marks what comes
@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
-from pipeline.model.transformer import VSRTransformer, tapped_layers
+from pipeline.model.prompts import NULL_PROMPT
 from pipeline.sampling import one_step
-from trainer.engine.network import DeepSpeedConfig, Network
-from trainer.stages.dual_stream.auxiliary_networks import Critic, features_of, velocity_and_features
-from trainer.stages.dual_stream.config import DualStreamConfig
+from trainer.stages.dual_stream.auxiliary_networks import (
+    Critic,
+    features_of,
+    parameter_groups,
+    velocity_and_features,
+)
 from trainer.stages.losses import (
     discriminator_loss,
     dmd_gradient,
@@ -31,12 +35,10 @@ from trainer.stages.losses import (
     generator_loss,
     velocity_loss,
 )
-from trainer.stages.stage import Draws, Meter
+from trainer.stages.stage import Meter, StageSetup, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
-
-__all__ = ["DualStream", "DualStreamConfig", "Sample"]
 
 
 class Sample(NamedTuple):
@@ -56,145 +58,69 @@ class Sample(NamedTuple):
     noise_hr: Tensor
 
 
-class DualStream:
-    """Implements `trainer.stages.stage.Stage`."""
+class DualStream(TrainingStage):
+    """Student, critic (fake score and heads) and frozen real score, each in an engine of its own."""
 
-    name = "dual_stream"
     preview_names: tuple[str, ...] = ("student", "real_score", "fake_score")
 
-    def __init__(
-        self,
-        config: DualStreamConfig,
-        *,
-        student: Network,
-        critic: Network,
-        real_score: Network,
-        embed: Callable[[list[str]], Tensor],
-        seed: int,
-        device: torch.device | str,
-    ) -> None:
-        """Take networks as they are; `build` makes them.
-
-        Args:
-            student: a `VSRTransformer`.
-            critic: a `Critic`.
-            real_score: a `VSRTransformer`, never updated.
-            embed: captions -> prompt embeddings (B, L, text_dim); "" is the null prompt.
-            seed: run seed of all draws.
-        """
-        self.config = config
-        self.student, self.critic, self.real_score = student, critic, real_score
-        self.networks: dict[str, Network] = {"student": student, "critic": critic, "real_score": real_score}
-        self.exported = student
-        accumulation = {student.config.gradient_accumulation, critic.config.gradient_accumulation}
-        if len(accumulation) > 1:
-            raise ValueError("student and critic must have the same gradient_accumulation")
-        self._accumulation = accumulation.pop()
-        self.batches_per_step = (config.auxiliary_updates + 1) * self._accumulation
-        self._embed, self._seed, self._device = embed, seed, torch.device(device)
-        taps = critic.module.taps
-        self._real_taps: tuple[int, ...] = taps if config.tapped != "fake" else ()
-        if not config.needs_fake_score:
+    def __init__(self, setup: StageSetup) -> None:
+        super().__init__(setup)
+        self.student = self.exported = setup.network("student")
+        critic = setup.modules["critic"]
+        assert isinstance(critic, Critic)
+        self.critic = setup.network("critic", parameter_groups(critic, self.config))
+        self.real_score = setup.network("real_score")
+        self.networks = {"student": self.student, "critic": self.critic, "real_score": self.real_score}
+        self._accumulation = self.student.config.gradient_accumulation
+        if self.critic.config.gradient_accumulation != self._accumulation:
+            raise UserError(
+                "trainer.engine_overrides: student and critic take the same batches; give both the same "
+                f"gradient_accumulation, not {self._accumulation} and {self.critic.config.gradient_accumulation}"
+            )
+        self._real_taps: tuple[int, ...] = critic.taps if self.config.tapped != "fake" else ()
+        if not self.config.needs_fake_score:
             self.preview_names = ("student", "real_score")
 
-    @classmethod
-    def build(
-        cls,
-        config: DualStreamConfig,
-        *,
-        student: VSRTransformer,
-        real_score: VSRTransformer,
-        fake_score: VSRTransformer | None,
-        engines: dict[str, DeepSpeedConfig],
-        embed: Callable[[list[str]], Tensor],
-        seed: int,
-        device: torch.device | str,
-    ) -> DualStream:
-        """Wrap modules in their engines.
-
-        Args:
-            student: from Stage I.
-            real_score: the multi-step teacher.
-            fake_score: a copy of `real_score`'s weights to begin with [paper], of which the parameters that ask for a
-                gradient learn; None where nothing asks for one (`DualStreamConfig.needs_fake_score`).
-            engines: how each of student, critic, real_score is sharded.
-        """
-        if (fake_score is not None) != config.needs_fake_score:
-            raise ValueError("a fake score must be given if and only if config.needs_fake_score")
-        depth = len(real_score.blocks)
-        torch.manual_seed(seed)  # the heads are the only weights made here: the same on every rank
-        critic = Critic(
-            fake_score,
-            shape=real_score.config,
-            taps=tapped_layers(depth, config.tap_fractions) if config.gan else (),
-            tapped=config.tapped,
-            head=config.head,
-        )
-        groups: list[dict[str, Any]] = []
-        if fake_score is not None:
-            groups.append({"params": [p for p in fake_score.parameters() if p.requires_grad]})
-        if config.gan:
-            groups.append({"params": list(critic.heads.parameters()), "lr": config.heads_learning_rate})
-        return cls(
-            config,
-            student=Network(
-                "student",
-                student,
-                deepspeed=engines["student"],
-                optimizer=config.student,
-                ema_decay=config.ema_decay,
-            ),
-            critic=Network(
-                "critic",
-                critic,
-                deepspeed=engines["critic"],
-                optimizer=config.fake_score,
-                parameter_groups=groups,
-            ),
-            real_score=Network("real_score", real_score, deepspeed=engines["real_score"]),
-            embed=embed,
-            seed=seed,
-            device=device,
-        )
+    @property
+    def batches_per_step(self) -> int:
+        """Those of N auxiliary updates and of the student's."""
+        return (self.config.auxiliary_updates + 1) * self._accumulation
 
     # --- Algorithm 1 ----------------------------------------------------------------------------------------
 
-    def train_step(self, step: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """N auxiliary updates, then one student update; each on batches of its own."""
-        meter = Meter(self._device)
-        self.updates(step, batches, meter)
-        return meter.means()
-
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
-        """θ_F and φ N times, then θ_S."""
+        """One round of line 1's loop: θ_F and φ N times, then θ_S; each update on batches of its own."""
         queue = [batches[i : i + self._accumulation] for i in range(0, len(batches), self._accumulation)]
-        for update, micro_batches in enumerate(queue[:-1]):
+        for update, micro_batches in enumerate(queue[:-1]):  # line 2
             self.auxiliary_update(step, update, micro_batches, meter)
         self.student_update(step, queue[-1], meter)
 
-    def phase(self, step: int) -> tuple[bool, ...]:
-        """Which of DMD, GAN and feature matching the student hears."""
-        return tuple(weight > 0 for weight in self.weights(step))
+    def objective(self, step: int) -> str:
+        """The terms of L_S with a weight at `step`."""
+        terms = zip(("DMD", "GAN", "FM"), self.weights(step), strict=True)
+        return " + ".join(name for name, weight in terms if weight > 0)
 
     def auxiliary_update(self, step: int, update: int, batches: Sequence[Batch], meter: Meter) -> None:
-        """θ_F descends L_Diff; φ descends L_D."""
+        """Lines 3-15: θ_F descends L_Diff, φ descends L_D."""
         with self.critic.updating():
             for batch in batches:
-                s = self._sample(batch, step, update)
-                with torch.no_grad():
+                s = self._sample(batch, step, update)  # line 3
+                with torch.no_grad():  # line 4: ẑ0^S
                     z0 = one_step(_velocity_of(self.student.frozen), s.noise_s, s.z_lr, s.prompt)
-                z_t = q_t(z0, s.noise, s.t)
-                judged_hr, clean = self._judged_hr(s), self._clean(z0)
+                z_t = q_t(z0, s.noise, s.t)  # line 5
+                discriminator_hr, clean = self._discriminator_hr(s), self._clean(z0)
 
-                with torch.no_grad():  # "stop_grad backbones": θ_R only lends its features here
-                    real_s, real_hr = self._real_features(z_t if clean is None else clean, judged_hr, s)
-                # sg[h^S], sg[h^HR]: only L_Diff teaches the fake score, L_D teaches the heads.
+                with torch.no_grad():  # line 8, "stop_grad backbones": θ_R only gives features here
+                    real_s, real_hr = self._real_features(
+                        z_t if clean is None else clean, discriminator_hr, s
+                    )
+                # Lines 9-12. sg[h^S], sg[h^HR]: θ_F is trained by L_Diff alone, φ by L_D alone.
                 out = self.critic(
                     z_t,
                     s.t,
                     s.z_lr,
                     s.prompt,
-                    judged_hr,
+                    discriminator_hr,
                     clean,
                     real_s,
                     real_hr,
@@ -204,15 +130,16 @@ class DualStream:
                 # The terms share no parameter: descending the sum is descending each on its own.
                 loss = z0.new_zeros(())
                 if self.config.needs_fake_score:
-                    loss_diffusion = velocity_loss(out.velocity, velocity(z0, s.noise))
+                    loss_diffusion = velocity_loss(out.velocity, velocity(z0, s.noise))  # lines 6, 7
                     loss = loss + loss_diffusion
                     meter.add(loss_diffusion=loss_diffusion)
                 if self.config.gan:
+                    # line 13
                     loss_d = discriminator_loss(out.logits_hr, out.logits_s, self.config.gan_loss)
                     loss = loss + loss_d
                     meter.add(loss_discriminator=loss_d, d_hr=_mean(out.logits_hr), d_s=_mean(out.logits_s))
                 self.critic.backward(loss)
-            self._critic_step(meter)
+            self._critic_step(meter)  # lines 14, 15
 
     def _critic_step(self, meter: Meter) -> None:
         """Both groups are clipped by their joint norm; the log also says how it divides."""
@@ -226,22 +153,22 @@ class DualStream:
         meter.add(gradient_norm_critic=joint, gradient_norm_heads=heads, gradient_norm_fake_score=fake_score)
 
     def student_update(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
-        """θ_S descends L_S."""
+        """Lines 16-27: θ_S descends L_S."""
         with self.student.updating():
             for batch in batches:
-                s = self._sample(batch, step, self.config.auxiliary_updates)
-                # The generator always sits at t = 1, see one_step; Algorithm 1's t belongs to q_t alone.
+                s = self._sample(batch, step, self.config.auxiliary_updates)  # line 16
+                # Line 17. The generator's time is always t = 1, see one_step; Algorithm 1's t belongs to q_t alone.
                 z0 = one_step(_velocity_of(self.student), s.noise_s, s.z_lr, s.prompt)
                 leaf = z0.detach().requires_grad_()
                 gradient = self.student_gradient(step, leaf, s, meter)
                 self.student.backward((z0 * gradient).sum())
                 meter.add(latent_mean=leaf.mean(), latent_std=leaf.std())
-            meter.add(gradient_norm_student=self.student.step())
+            meter.add(gradient_norm_student=self.student.step())  # line 27
 
     def student_gradient(self, step: int, z0: Tensor, s: Sample, meter: Meter) -> Tensor:
-        """∂L_S/∂ẑ0 at the leaf `z0`; same shape, float32.
+        """Lines 18-26: ∂L_S/∂ẑ0 at the leaf `z0`; same shape, float32.
 
-        Algorithm 1 prints D = H(sg[h^S]) here; taken literally, no gradient of L_G would reach the student.
+        Algorithm 1 prints D = H(sg[h^S]) in line 23; taken literally, no gradient of L_G would reach the student.
         What is meant: the *parameters* of θ_R, θ_F and φ are constant, and the gradient flows through their
         activations. h^HR is constant, and needed anew: this batch, this θ_F.
 
@@ -249,44 +176,45 @@ class DualStream:
         """
         dmd_weight, gan_weight, fm_weight = self.weights(step)
         dmd, gan = dmd_weight > 0, gan_weight > 0 or fm_weight > 0
-        judged_hr, clean = (self._judged_hr(s), self._clean(z0)) if gan else (None, None)
+        discriminator_hr, clean = (self._discriminator_hr(s), self._clean(z0)) if gan else (None, None)
 
         # Each score model gets a z_t^S of its own, so that their graphs can be walked and freed one by one.
         with torch.set_grad_enabled(gan):
-            z_t = q_t(z0, s.noise, s.t)
+            z_t = q_t(z0, s.noise, s.t)  # line 18
             v_real, real_s = self._real_forward(z_t, clean, s, dmd=dmd, gan=gan)
-        z0_real = x0_from_velocity(z_t, v_real, s.t).detach() if dmd else None
+        z0_real = x0_from_velocity(z_t, v_real, s.t).detach() if dmd else None  # line 19: ẑ0^R
         del v_real  # sg: DMD needs no graph behind the last tap
         with torch.no_grad():
-            real_hr = self._real_features(None, judged_hr, s)[1]
+            real_hr = self._real_features(None, discriminator_hr, s)[1]
         real_leaves = tuple(feature.detach().requires_grad_() for feature in real_s)
 
         with torch.set_grad_enabled(gan):
             z_t = q_t(z0, s.noise, s.t)
-            out = self.critic.frozen(
+            out = self.critic.frozen(  # lines 22, 23
                 z_t,
                 s.t,
                 s.z_lr,
                 s.prompt,
-                judged_hr,
+                discriminator_hr,
                 clean,
                 real_leaves,
                 real_hr,
                 velocity=dmd,
-                judge_hr=self.config.gan_loss == "relativistic",
+                with_logits_hr=self.config.gan_loss == "relativistic",
             )
         loss = z0.new_zeros(())
         if dmd:
-            z0_fake = x0_from_velocity(z_t, out.velocity, s.t).detach()
+            z0_fake = x0_from_velocity(z_t, out.velocity, s.t).detach()  # line 19: ẑ0^F
             out = out._replace(velocity=None)
-            gradient, normaliser = dmd_gradient(z0, z0_real, z0_fake)
-            loss_dmd = dmd_loss(z0, gradient)
-            loss = loss + dmd_weight * loss_dmd
+            gradient, normaliser = dmd_gradient(z0, z0_real, z0_fake)  # line 20
+            loss_dmd = dmd_loss(z0, gradient)  # line 21
+            loss = loss + dmd_weight * loss_dmd  # line 26
             meter.add(loss_dmd=loss_dmd, dmd_normaliser=normaliser.mean())
         if gan:
-            loss_g = generator_loss(out.logits_s, out.logits_hr, self.config.gan_loss)
+            loss_g = generator_loss(out.logits_s, out.logits_hr, self.config.gan_loss)  # line 24
+            # line 25
             loss_fm = feature_matching_loss((*real_leaves, *out.features_s), (*real_hr, *out.features_hr))
-            loss = loss + gan_weight * loss_g + fm_weight * loss_fm
+            loss = loss + gan_weight * loss_g + fm_weight * loss_fm  # line 26
             meter.add(loss_generator=loss_g, loss_feature_matching=loss_fm)
         meter.add(loss_student=loss)
         del out
@@ -299,7 +227,7 @@ class DualStream:
         return total
 
     def weights(self, step: int) -> tuple[float, float, float]:
-        """λ_DMD, λ_GAN, λ_FM as the student hears them at `step`; the critic never stops learning."""
+        """λ_DMD, λ_GAN, λ_FM in L_S at `step`; the critic is always trained on all of its terms."""
         config = self.config
         dmd, gan, fm = config.dmd_weight, config.gan_weight, config.feature_matching_weight
         if config.schedule == "sequential":
@@ -311,28 +239,27 @@ class DualStream:
     # --- what both updates share ----------------------------------------------------------------------------
 
     def _sample(self, batch: Batch, step: int, update: int) -> Sample:
-        config, low, high = self.config, *self.config.time_range
-        draws = Draws(batch.keys, self._seed, self.name, step, update, device=self._device)
-        z_hr = batch.tensors["z_hr"].to(self._device, torch.float32)
+        low, high = self.config.time_range
+        draws, z_hr = self.draws(step, batch, update), self.latents(batch, "z_hr")
         noise = draws.noise("diffusion", z_hr)
         return Sample(
-            z_lr=batch.tensors["z_lr"].to(self._device, torch.float32),
+            z_lr=self.latents(batch, "z_lr"),
             z_hr=z_hr,
-            prompt=self._embed([entry["caption"] for entry in batch.metadata]).to(self._device),
-            t=draws.times("time", shift=config.time_shift, low=low, high=high),
+            prompt=self.prompts(batch),
+            t=draws.times("time", shift=self.shift, low=low, high=high),
             noise_s=draws.noise("generator", z_hr),
             noise=noise,
-            noise_hr=noise if config.shared_noise else draws.noise("diffusion_hr", z_hr),
+            noise_hr=noise if self.config.shared_noise else draws.noise("diffusion_hr", z_hr),
         )
 
-    def _judged_hr(self, s: Sample) -> Tensor | None:
-        """What the discriminator takes for real: z_t^HR, which shares t with z_t^S; None without GAN."""
+    def _discriminator_hr(self, s: Sample) -> Tensor | None:
+        """The discriminator's real input: z_t^HR, which shares t with z_t^S; None without GAN."""
         if not self.config.gan:
             return None
         return s.z_hr if self.config.discriminator_input == "clean" else q_t(s.z_hr, s.noise_hr, s.t)
 
     def _clean(self, z0: Tensor) -> Tensor | None:
-        """ẑ0 where the discriminator looks at clean latents; None where it looks at z_t^S."""
+        """ẑ0 where the discriminator's input is clean; None where it is z_t^S."""
         return z0 if self.config.gan and self.config.discriminator_input == "clean" else None
 
     def _real_forward(
@@ -345,23 +272,23 @@ class DualStream:
         )
         if v is not None and self.config.real_score_guidance:
             with torch.no_grad():
-                null = self._embed([""] * len(z_t)).to(self._device)
+                null = self.embedded([NULL_PROMPT] * len(z_t))
                 v_null = self.real_score.frozen(z_t, s.t, s.z_lr, null).velocity
             v = v + self.config.real_score_guidance * (v - v_null)
         return v, features
 
     def _real_features(
-        self, judged_s: Tensor | None, judged_hr: Tensor | None, s: Sample
+        self, discriminator_s: Tensor | None, discriminator_hr: Tensor | None, s: Sample
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Feat_θR of S and HR in one pass (one gather of the weights); either may be left out."""
-        judged = [z for z in (judged_s, judged_hr) if z is not None]
-        if not self._real_taps or judged_hr is None:
+        inputs = [z for z in (discriminator_s, discriminator_hr) if z is not None]
+        if not self._real_taps or discriminator_hr is None:
             return (), ()
         t = torch.zeros_like(s.t) if self.config.discriminator_input == "clean" else s.t
-        n = len(judged)
+        n = len(inputs)
         features = features_of(
             self.real_score.frozen,
-            torch.cat(judged),
+            torch.cat(inputs),
             t.repeat(n),
             s.z_lr.repeat(n, 1, 1, 1, 1),
             s.prompt.repeat(n, 1, 1),
@@ -370,7 +297,7 @@ class DualStream:
         batch = len(s.t)
         return tuple(f[:-batch] for f in features), tuple(f[-batch:] for f in features)
 
-    # --- the Stage protocol's rest --------------------------------------------------------------------------
+    # --- previews -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def previews(self, batch: Batch) -> dict[str, Tensor]:
@@ -389,13 +316,6 @@ class DualStream:
             v_fake = self.critic.frozen(z_t, t, s.z_lr, s.prompt).velocity
             shown["fake_score"] = x0_from_velocity(z_t, v_fake, t)
         return shown
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: draws and schedules are functions of the step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def _velocity_of(call: Callable[..., Any]) -> Callable[..., Tensor]:

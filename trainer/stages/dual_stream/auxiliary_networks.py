@@ -8,28 +8,14 @@ feature matching.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from common.config import Section
-from pipeline.model.transformer import VSRTransformer
-
-#: which score models the discriminator looks through; both is RFS-GAN [paper, Tab. 5]
-Tapped = Literal["both", "real", "fake"]
-
-
-class HeadConfig(Section):
-    """Shape of one convolutional head; the paper says only that they are convolutional."""
-
-    hidden_channels: int = Field(default=256, ge=1)  # [ours]
-    #: odd kernel over (time, height, width) of the token grid
-    kernel_size: tuple[int, int, int] = (1, 3, 3)  # [ours] the causal VAE has few latent frames
-    #: hidden convolutions with that kernel
-    layers: int = Field(default=2, ge=1)  # [ours]
+from pipeline.model.transformer import VSRTransformer, tapped_layers
+from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig, Tapped
 
 
 class Head(nn.Module):
@@ -92,36 +78,38 @@ class Critic(nn.Module):
         t: Tensor,
         z_lr: Tensor,
         prompt: Tensor,
-        judged_hr: Tensor | None = None,
+        discriminator_hr: Tensor | None = None,
         clean_s: Tensor | None = None,
         real_s: tuple[Tensor, ...] = (),
         real_hr: tuple[Tensor, ...] = (),
         *,
         velocity: bool = True,
         stop_gradient: bool = False,
-        judge_hr: bool = True,
+        with_logits_hr: bool = True,
     ) -> CriticOutput:
         """Everything one update needs of θ_F and φ.
 
         Args:
             z_t, t, z_lr, prompt: as in `VSRTransformer`; the diffused student sample.
-            judged_hr: what the discriminator takes for real, None without GAN.
+            discriminator_hr: what the discriminator takes for real, None without GAN.
             clean_s: what it takes for fake at t = 0; None: it looks at `z_t`, so that one forward gives both
                 velocity and features.
             real_s, real_hr: the tapped features of θ_R for both, empty if it isn't tapped.
             velocity: whether v_F is needed.
             stop_gradient: sg[h^S]: the heads learn, the fake score learns nothing from them.
-            judge_hr: whether the heads look at h^HR too.
+            with_logits_hr: whether the heads look at h^HR too.
         """
-        if not self.heads or judged_hr is None:
+        if not self.heads or discriminator_hr is None:
             assert self.transformer is not None
             return CriticOutput(self.transformer(z_t, t, z_lr, prompt).velocity, (), (), (), ())
-        judged_t = t if clean_s is None else torch.zeros_like(t)
+        discriminator_t = t if clean_s is None else torch.zeros_like(t)
         taps = self.taps if self.tapped != "real" else ()
         features_hr: tuple[Tensor, ...] = ()
         if taps:
             with torch.no_grad():
-                features_hr = features_of(self.transformer, judged_hr, judged_t, z_lr, prompt, taps)
+                features_hr = features_of(
+                    self.transformer, discriminator_hr, discriminator_t, z_lr, prompt, taps
+                )
         v, features_s = velocity_and_features(
             self.transformer, z_t, t, z_lr, prompt, taps, velocity=velocity, clean=clean_s
         )
@@ -129,11 +117,11 @@ class Critic(nn.Module):
             features_s = tuple(feature.detach() for feature in features_s)
 
         grid = token_grid(z_t.shape, self.shape.patch_size)
-        logits_s = self._judge(real_s, features_s, grid)
-        logits_hr = self._judge(real_hr, features_hr, grid) if judge_hr else ()
+        logits_s = self._logits(real_s, features_s, grid)
+        logits_hr = self._logits(real_hr, features_hr, grid) if with_logits_hr else ()
         return CriticOutput(v, features_s, features_hr, logits_s, logits_hr)
 
-    def _judge(
+    def _logits(
         self, real: Sequence[Tensor], fake: Sequence[Tensor], grid: tuple[int, int, int]
     ) -> tuple[Tensor, ...]:
         """D(h): h = concat(Feat_θR, Feat_θF) along channels, laid out on the token grid."""
@@ -146,6 +134,36 @@ class Critic(nn.Module):
             h = h.transpose(1, 2).unflatten(2, grid)
             logits.append(head(h.to(head.layers[0].weight.dtype)).float())
         return tuple(logits)
+
+
+def assemble_critic(
+    config: DualStreamConfig, transformers: dict[str, nn.Module], shape: Any, seed: int
+) -> dict[str, nn.Module]:
+    """`StageSpec.assemble`: heads beside the fake score, whose weights are a copy of the real score's [paper].
+
+    Args:
+        transformers: of student, real_score and, where anything looks at the fake score, critic.
+        shape: configuration of the tapped models.
+    """
+    torch.manual_seed(seed)  # the heads are the only weights made here: the same on every rank
+    critic = Critic(
+        transformers.get("critic"),  # type: ignore[arg-type]
+        shape=shape,
+        taps=tapped_layers(shape.num_layers, config.tap_fractions) if config.gan else (),
+        tapped=config.tapped,
+        head=config.head,
+    )
+    return transformers | {"critic": critic}
+
+
+def parameter_groups(critic: Critic, config: DualStreamConfig) -> list[dict[str, Any]]:
+    """θ_F (of which the parameters that ask for a gradient are trained) and φ with a learning rate of its own."""
+    groups: list[dict[str, Any]] = []
+    if critic.transformer is not None:
+        groups.append({"params": [p for p in critic.transformer.parameters() if p.requires_grad]})
+    if config.gan:
+        groups.append({"params": list(critic.heads.parameters()), "lr": config.heads_learning_rate})
+    return groups
 
 
 def velocity_and_features(

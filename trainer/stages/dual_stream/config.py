@@ -7,9 +7,22 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from common.config import Section
-from trainer.engine.network import OptimizerConfig
-from trainer.stages.dual_stream.auxiliary_networks import HeadConfig, Tapped
-from trainer.stages.losses import GanLoss
+from trainer.engine.config import OptimizerConfig
+
+#: hinge [paper]; softplus: non-saturating logistic [peer: DMD2]; relativistic: paired logistic [peer: R3GAN]
+GanLoss = Literal["hinge", "softplus", "relativistic"]
+#: which score models the discriminator looks through; both is RFS-GAN [paper, Tab. 5]
+Tapped = Literal["both", "real", "fake"]
+
+
+class HeadConfig(Section):
+    """Shape of one convolutional head; the paper says only that they are convolutional."""
+
+    hidden_channels: int = Field(default=256, ge=1)  # [ours]
+    #: odd kernel over (time, height, width) of the token grid
+    kernel_size: tuple[int, int, int] = (1, 3, 3)  # [ours] the causal VAE has few latent frames
+    #: hidden convolutions with that kernel
+    layers: int = Field(default=2, ge=1)  # [ours]
 
 
 class DualStreamConfig(Section):
@@ -42,8 +55,8 @@ class DualStreamConfig(Section):
 
     #: w of v(c) + w·(v(c) − v(∅)) for θ_R; 0: θ_R is the CFG-distilled teacher and takes one forward [paper]
     real_score_guidance: float = Field(default=0.0, ge=0)
-    #: t ~ U(0, 1), shifted, clamped [peer: shift 5, 0.02…0.98]
-    time_shift: float = Field(default=5.0, gt=0)
+    #: t ~ U(0, 1), shifted (null = model.shift), clamped [peer: shift 5, 0.02…0.98]
+    time_shift: float | None = Field(default=None, gt=0)
     time_range: tuple[float, float] = (0.02, 0.98)
 
     student: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer]

@@ -1,0 +1,268 @@
+"""`train(job)`: everything between checked arguments and the exported model of one stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from datagen.dataset.loader import ShardReader
+from pipeline.model.attention import set_attention
+from pipeline.model.config import ModelConfig
+from pipeline.model.load_weights import build_transformer, load_transformer
+from pipeline.model.prompts import PromptCache, load_prompts
+from pipeline.model.sequence_parallel import ALONE, SequenceGroup, form_sequence_groups
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import VAE, load_vae
+from trainer.checkpoint import load_best
+from trainer.config import TrainerConfig
+from trainer.engine.lora import add_adapter, merged_state, restore_adapter, save_adapter
+from trainer.engine.process_group import World, start_distributed
+from trainer.export import code_version, export_model
+from trainer.loop import Run, train_loop
+from trainer.monitoring.validation import Validation, fixed_batch
+from trainer.stages.stage import StageSetup, StageSpec, TrainingStage
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One stage to be trained into one output folder."""
+
+    stage: StageSpec
+    model: ModelConfig
+    config: TrainerConfig
+    #: dataset folder or s3:// prefix
+    data: str
+    output: Path
+    #: model folder the student starts from
+    init: Path | None = None
+    #: model folder of the stage's teacher
+    teacher: Path | None = None
+    #: whose weights are exported: the last EMA, or that of the checkpoint with the best validation
+    export: Literal["last", "best"] = "last"
+    #: save and leave after this many steps of this process, as if preempted
+    stop_after: int | None = None
+
+    def check(self) -> None:
+        """Fail early, before anything is loaded.
+
+        Raises:
+            UserError: a model folder is missing or not wanted, or the best checkpoint is wanted and none is kept.
+        """
+        stage = self.stage
+        if stage.init is not None and self.init is None:
+            raise UserError(f"--stage {stage.name} starts from {stage.init}: give its folder with --init")
+        if stage.teacher is not None and self.teacher is None:
+            raise UserError(f"--stage {stage.name} needs {stage.teacher}: give it with --teacher")
+        if stage.teacher is None and self.teacher is not None:
+            raise UserError(f"--stage {stage.name} takes no --teacher; leave it out")
+        for option, folder in (("--init", self.init), ("--teacher", self.teacher)):
+            if folder is not None and not folder.exists():
+                raise UserError(f"{option} {folder}: no such model folder")
+        schedule = self.config.schedules[stage.name]
+        for field, off in (("validate_every", "0"), ("keep_best", "null")):
+            if self.export == "best" and not getattr(schedule, field):
+                raise UserError(
+                    f"--export best: no best checkpoint is kept, as trainer.schedules.{stage.name}.{field} is {off}"
+                )
+
+
+def train(job: TrainingJob) -> bool:
+    """Train a stage from its latest checkpoint, or from the beginning, and export the model. Collective.
+
+    Returns:
+        Whether the stage is finished; False after a signal was answered with a checkpoint.
+
+    Raises:
+        UserError: see `TrainingJob.check`; batches that the ranks cannot share; what `train_loop` raises.
+    """
+    job.check()
+    config, schedule = job.config, job.config.schedules[job.stage.name]
+    vae, prompts = load_vae(job.model.vae), load_prompts(job.model.prompts)
+    world = start_distributed()
+    sequence = form_sequence_groups(config.sequence_parallel)
+    training_reader = _reader(job, world, sequence, _micro_batch(job, world, sequence), config.seed)
+    settings = {
+        "stage": job.stage.name,
+        "model": job.model.model_dump(mode="json"),
+        "trainer": config.model_dump(mode="json"),
+        "data": {
+            "folder": str(job.data),
+            **training_reader.manifest.model_dump(mode="json", exclude={"shards"}),
+        },
+        "parents": {name: str(folder) for name in ("init", "teacher") if (folder := getattr(job, name))},
+        "code": code_version(),
+    }
+    job.output.mkdir(parents=True, exist_ok=True)
+    exporter = _Exporter(job, vae, prompts, settings, first=world.rank == 0)
+    stage = build_stage(
+        job.stage,
+        config,
+        job.model,
+        init=job.init,
+        teacher=job.teacher,
+        embed=prompts.embed,
+        world=world,
+        keep_model=lambda name, state: exporter.export(name, state, job.model.base_steps),
+        sequence=sequence,
+    )
+    validation = None
+    if schedule.validate_every:
+        batch = fixed_batch(_reader(job, world, sequence, config.validation_clips, config.seed + 1))
+        validation = Validation(batch, vae if world.rank == 0 else None, world.device)
+    run = Run(
+        stage,
+        training_reader,
+        config,
+        schedule,
+        config.steps_of(job.stage),
+        job.output,
+        world,
+        settings,
+        validation=validation,
+        stop_after=job.stop_after,
+    )
+    if not train_loop(run):
+        return False
+    if job.export == "best":
+        run.metrics = load_best(run.checkpoints, stage)
+    state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
+    exporter.export("model", state, job.stage.exported_steps(job.model), run.metrics)
+    if world.rank == 0:
+        print(f"model: {job.output / 'model'}", flush=True)
+    return True
+
+
+def build_stage(
+    spec: StageSpec,
+    config: TrainerConfig,
+    model: ModelConfig,
+    *,
+    init: Path | None,
+    teacher: Path | None,
+    embed: Callable[[list[str]], Tensor],
+    world: World,
+    keep_model: Callable[[str, dict[str, Tensor]], None] | None = None,
+    sequence: SequenceGroup = ALONE,
+) -> TrainingStage:
+    """Load the weights of every network, add adapters, wrap them in engines. Collective.
+
+    Args:
+        sequence: the ranks that share a clip with this one.
+    """
+    folders = {"init": init, "teacher": teacher}
+    section = config.section_of(spec)
+    loaded: dict[Path | None, VSRTransformer] = {}
+    transformers: dict[str, nn.Module] = {}
+    for network in spec.networks:
+        folder = folders[network.weights]
+        if folder not in loaded:
+            loaded[folder] = initial_transformer(folder, model, config.seed)
+            set_attention(loaded[folder], config.attention, config.engine_of("student").dtype)
+            loaded[folder].share_sequence(sequence)
+        if not network.has_transformer(section):
+            continue
+        transformer = copy.deepcopy(loaded[folder])
+        if network.lora is not None and network.lora in config.lora:
+            add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
+        transformers[network.name] = transformer
+    shape = next(iter(loaded.values())).config
+    loaded.clear()
+    setup = StageSetup(
+        spec,
+        section,
+        spec.assemble(section, transformers, shape, config.seed),
+        engine_of=config.engine_of,
+        embed=embed,
+        seed=config.seed,
+        device=world.device,
+        model_shift=model.shift,
+        keep_model=keep_model,
+    )
+    stage = spec.build(setup)
+    if config.compile_blocks:  # only now: a copy of a compiled module is not compiled
+        for trained in stage.networks.values():
+            getattr(trained.module, "transformer", trained.module).compile_repeated_blocks()
+    return stage
+
+
+def initial_transformer(folder: Path | None, model: ModelConfig, seed: int) -> VSRTransformer:
+    """The weights of `folder`, else those that a preset begins with, float32; the same on every rank and every call."""
+    if folder is not None:
+        return load_transformer(folder, model.transformer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_transformer(model.transformer, model.initial_weights)
+
+
+def _micro_batch(job: TrainingJob, world: World, sequence: SequenceGroup) -> int:
+    """Samples per reader and micro-batch.
+
+    Raises:
+        UserError: the global batch cannot be divided.
+    """
+    readers = world.size // sequence.size
+    total = job.config.schedules[job.stage.name].global_batch_size
+    accumulation = job.config.engine_of("student").gradient_accumulation
+    micro_batch, remainder = divmod(total, accumulation * readers)
+    if remainder or micro_batch == 0:
+        raise UserError(
+            f"trainer.schedules.{job.stage.name}.global_batch_size = {total} is not a multiple of {readers} "
+            f"{'ranks' if sequence.size == 1 else 'groups of ranks'} x {accumulation} accumulated micro-batches"
+        )
+    return micro_batch
+
+
+def _reader(job: TrainingJob, world: World, sequence: SequenceGroup, samples: int, seed: int) -> ShardReader:
+    """Reads `samples` per micro-batch on each rank, or on each group of ranks that share clips."""
+    readers = world.size // sequence.size
+    return ShardReader(
+        job.data,
+        members=(job.stage.member,),
+        seed=seed,
+        global_batch_size=samples * readers,
+        rank=world.rank // sequence.size,
+        world_size=readers,
+        cache_dir=job.config.shard_cache,
+        damaged=job.config.damaged_samples,
+    )
+
+
+class _Exporter:
+    """Writes model folders on rank 0, adapters merged."""
+
+    def __init__(
+        self, job: TrainingJob, vae: VAE, prompts: PromptCache, settings: dict[str, Any], *, first: bool
+    ) -> None:
+        self._job, self._vae, self._prompts, self._settings, self._first = job, vae, prompts, settings, first
+
+    def export(
+        self, name: str, state: dict[str, Tensor], steps: int, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Write OUTPUT/`name` from the exported network's trained parameters."""
+        if not self._first:
+            return
+        job = self._job
+        lora = job.config.lora.get("student")
+        if lora is not None:
+            base = initial_transformer(job.init, job.model, job.config.seed)
+            adapted = restore_adapter(base, lora, state, job.init or job.model.initial_weights)
+            if name == "model":
+                save_adapter(job.output / "adapter", adapted)
+            state = merged_state(adapted)
+        export_model(
+            job.output / name,
+            state,
+            job.model,
+            self._vae,
+            self._prompts,
+            steps=steps,
+            dtype=torch.bfloat16 if job.config.export_precision == "bf16" else torch.float32,
+            card={**self._settings, "metrics": metrics or {}},
+        )
