@@ -30,11 +30,13 @@ import torch
 
 from common.errors import UserError, run_command
 from common.lossless_clip import read_window
-from datagen.degradation import operations
-from datagen.degradation.degrade import SCALE, draw_operations
+from common.scale import SCALE
+from datagen.degradation.degrade import draw_operations
 from datagen.degradation.kernels import gaussian_kernels, sinc_kernels
 from datagen.degradation.noise import add_gaussian, poisson_quantiles
-from datagen.degradation.recipe import CodecRecipe, Recipe
+from datagen.degradation.recipe import Recipe
+from datagen.degradation.registry import find_operation
+from datagen.degradation.video_compression import CodecConfig
 
 
 def load_basicsr() -> tuple[Any, Any]:
@@ -95,7 +97,7 @@ class Reference:
         return self._basicsr.bivariate_Gaussian(size, x, y, turn, isotropic=isotropic)
 
     def _resize(self, operation: dict[str, Any], frames: list[np.ndarray], target: Any) -> list[np.ndarray]:
-        return operations.apply(operation, frames, target, None)  # type: ignore[arg-type]  # cv2.resize in both
+        return find_operation(operation["op"]).apply(operation, frames, target, None)  # type: ignore[arg-type]  # cv2.resize in both
 
     _resize_to_target = _resize
 
@@ -162,7 +164,7 @@ def main() -> None:
             draws = draw_operations(Recipe(), hr.shape, index)
             ours = _run(draws, hr, "ours", seconds["ours"])
             reference = _run(draws, hr, "medium", seconds["reference"])
-            _run(draws, hr, CodecRecipe().preset, seconds["equal"])
+            _run(draws, hr, CodecConfig().preset, seconds["equal"])
             _compare(draws, hr, change)
             for name, lr in (("ours", ours), ("reference", reference)):
                 psnr[name].append(_psnr_to_hr(lr, hr))
@@ -226,7 +228,7 @@ def _run(draws: list[dict[str, Any]], hr: np.ndarray, how: str, seconds: dict[st
         if reference:
             frames = reference.apply(operation, frames, target)
         else:
-            frames = operations.apply(operation, frames, target, rng)
+            frames = find_operation(operation["op"]).apply(operation, frames, target, rng)
         seconds[operation["op"].removesuffix("_to_target")] += time.process_time() - start
     start = time.process_time()
     lr = np.stack(frames)[..., ::-1]
@@ -241,13 +243,13 @@ def _compare(
 ) -> None:
     """Each operation on the same input by both: standard deviation of what it changed, 0...255, (ours, theirs)."""
     target = (hr.shape[1] // SCALE, hr.shape[2] // SCALE)
-    reference, rng = Reference(CodecRecipe().preset), np.random.Generator(np.random.SFC64(1))
+    reference, rng = Reference(CodecConfig().preset), np.random.Generator(np.random.SFC64(1))
     frames = [np.ascontiguousarray(frame[..., ::-1]) for frame in hr[:2]]
     for operation in draws:
         operation = {
             name: value[:2] if isinstance(value, list) else value for name, value in operation.items()
         }
-        ours = operations.apply(operation, frames, target, rng)
+        ours = find_operation(operation["op"]).apply(operation, frames, target, rng)
         theirs = reference.apply(operation, [np.float32(frame) / 255 for frame in frames], target)
         rounded = [np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8) for frame in theirs]
         if operation["op"] in ("resize", "resize_to_target"):

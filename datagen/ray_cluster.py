@@ -16,8 +16,8 @@ import ray
 from ray.data import DataContext, ExecutionResources
 
 from common.errors import UserError
+from common.scale import SCALE
 from datagen.config import DatagenConfig
-from datagen.degradation.degrade import SCALE
 
 #: s that the head of a cluster has to answer [ours]
 ANSWER_WITHIN_S = 5.0

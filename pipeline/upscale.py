@@ -26,10 +26,11 @@ import torch
 
 from common.errors import UserError, run_command
 from common.progress import progress
+from common.scale import SCALE
 from common.video_io import OUTPUT_SUFFIXES, VideoInfo, VideoWriter, probe, read_frames
 from pipeline.model.attention import set_attention
 from pipeline.model.prompts import DEFAULT_PROMPT
-from pipeline.model.vae import SCALE, to_frames, upsample_low_resolution
+from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.resumable_video import FilmParts, Place
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 

@@ -16,6 +16,7 @@ import yaml
 from common.lossless_clip import decode_bytes
 from common.storage import Folder
 from datagen.dataset.shard_format import Manifest, read_member, read_sidecar
+from datagen.degradation.registry import describe
 
 REPORT = "report.html"
 #: samples on the contact sheet
@@ -65,7 +66,7 @@ def contact_sheet(folder: Folder, manifest: Manifest, count: int) -> list[dict[s
                 decode_bytes(read_member(folder, entry.name, members[f"{side}.mkv"])) for side in ("lr", "hr")
             )
             picture = _data_uri(side_by_side(lr, hr))
-        sheet.append({"metadata": metadata, "picture": picture, "draws": summary(metadata["draws"])})
+        sheet.append({"metadata": metadata, "picture": picture, "draws": describe(metadata["draws"])})
     return sheet
 
 
@@ -76,22 +77,6 @@ def side_by_side(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     size = (round(hr.shape[2] * scale), round(hr.shape[1] * scale))
     small = cv2.resize(lr[middle], size, interpolation=cv2.INTER_NEAREST)
     return np.hstack([small, cv2.resize(hr[middle], size, interpolation=cv2.INTER_AREA)])
-
-
-def summary(draws: list[dict[str, Any]]) -> str:
-    """The draws of a sample in one line: operations in order, with their means over the frames."""
-    words = []
-    for operation in draws:
-        name = operation.get("kind") or operation.get("codec") or operation.get("interpolation") or ""
-        values = [
-            f"{key} {np.mean(value):.3g}"
-            for key, value in operation.items()
-            if isinstance(value, list) and key != "beta"
-        ]
-        if operation["op"] == "codec":
-            values = [f"{operation['bits_per_frame']} bit/frame"]
-        words.append(" ".join([operation["op"], name, *values]).replace("  ", " "))
-    return " → ".join(words)
 
 
 def _kind_of(reason: str) -> str:

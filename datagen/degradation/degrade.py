@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, run_command
+from common.scale import SCALE
 from common.seeding import derive_seed
-from datagen.degradation import operations
-from datagen.degradation.operations import Operation
+from datagen.degradation.operation import Drawn, HrShape, choose
 from datagen.degradation.recipe import Mixture, Recipe, StageRecipe, mixture
-
-#: HR is this many times as wide and as high as LR [paper]
-SCALE = 4
+from datagen.degradation.registry import OPERATIONS, find_operation
 
 
 def degrade_clip(
@@ -49,50 +47,55 @@ def degrade_clip(
     if isinstance(recipe, str):
         recipe = mixture(recipe)
     if isinstance(recipe, Mixture):
-        name = operations.choose(_generator(seed, "recipe"), recipe.weights)
+        name = choose(_generator(seed, "recipe"), recipe.weights)
         recipe = recipe.recipe(name)
     draws = draw_operations(recipe, hr.shape, seed)
     return apply_operations(hr, draws, seed), {"seed": seed, "recipe": name, "operations": draws}
 
 
-def draw_operations(recipe: Recipe, shape: tuple[int, ...], seed: int) -> list[Operation]:
+def draw_operations(recipe: Recipe, shape: tuple[int, ...], seed: int) -> list[Drawn]:
     """The operations of a clip of `shape` (F, H, W, 3) in the order they are applied."""
     rng = _generator(seed, "draws")
-    frames, pixels = shape[0], shape[1] * shape[2]
+    hr = HrShape(*shape[:3])
 
-    def stage(ranges: StageRecipe) -> list[Operation | None]:
+    def draw(name: str, config: Any, generator: np.random.Generator = rng) -> list[Drawn]:
+        drawn = find_operation(name).draw(config, hr, generator)
+        return [] if drawn is None else [{"op": name, **drawn}]
+
+    def stage(ranges: StageRecipe) -> list[Drawn]:
+        names = ("blur", "resize", "noise", "jpeg")
+        return [drawn for name in names for drawn in draw(name, getattr(ranges, name))]
+
+    def extra(place: str) -> list[Drawn]:
         return [
-            operations.draw_blur(ranges.blur, frames, rng),
-            operations.draw_resize(ranges.resize, frames, rng),
-            operations.draw_noise(ranges.noise, frames, rng),
-            operations.draw_jpeg(ranges.jpeg, frames, rng),
+            drawn
+            for index, entry in enumerate(recipe.extra)
+            if entry.after == place
+            for drawn in draw(entry.operation, entry.section(), _generator(seed, f"extra draws {index}"))
         ]
 
-    drawn: list[Operation | None] = [operations.draw_sharpen(recipe.sharpen)] if recipe.sharpen else []
-    drawn += stage(recipe.first)
-    drawn.append(operations.draw_codec(recipe.codec, pixels, rng))
-    drawn += stage(recipe.second)
-    last: list[list[Operation | None]] = [
-        [operations.draw_codec(recipe.codec, pixels, rng)],
-        [
-            operations.draw_resize_to_target(recipe.second.resize, rng),
-            operations.draw_blur(recipe.final_sinc, frames, rng),
-        ],
+    draws = draw("sharpen", recipe.sharpen) if recipe.sharpen else []
+    draws += extra("sharpen") + stage(recipe.first) + extra("first")
+    draws += draw("codec", recipe.codec) + extra("codec")
+    draws += stage(recipe.second) + extra("second")
+    last = [
+        draw("codec", recipe.codec),
+        draw("resize_to_target", recipe.second.resize) + draw("blur", recipe.final_sinc),
     ]
     if rng.random() < 0.5:
         last.reverse()
-    return [operation for operation in drawn + last[0] + last[1] if operation is not None]
+    return draws + last[0] + last[1] + extra("last")
 
 
-def apply_operations(hr: np.ndarray, draws: list[Operation], seed: int) -> np.ndarray:
+def apply_operations(hr: np.ndarray, draws: list[Drawn], seed: int) -> np.ndarray:
     """LR, uint8 (F, H/4, W/4, 3), from drawn operations; `seed` fixes the noise."""
     rng = _generator(seed, "noise")
     target = (hr.shape[1] // SCALE, hr.shape[2] // SCALE)
-    frames = [
-        np.ascontiguousarray(frame[..., ::-1]) for frame in hr
-    ]  # BGR within: what OpenCV's JPEG expects
-    for operation in draws:
-        frames = operations.apply(operation, frames, target, rng)
+    # BGR within: what OpenCV's JPEG expects
+    frames = [np.ascontiguousarray(frame[..., ::-1]) for frame in hr]
+    for index, drawn in enumerate(draws):
+        own = rng if drawn["op"] in OPERATIONS else _generator(seed, f"extra noise {index}")
+        frames = find_operation(drawn["op"]).apply(drawn, frames, target, own)
     return np.ascontiguousarray(np.stack(frames)[..., ::-1])
 
 

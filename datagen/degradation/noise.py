@@ -1,8 +1,8 @@
-"""Gaussian and Poisson noise on 8-bit pictures, by table instead of by sampling.
+"""Gaussian and Poisson noise on 8-bit frames, by table instead of by sampling.
 
-A picture is 8 bit before the noise and is rounded to 8 bit after it. So Gaussian noise is one look-up: 16 random bits
-per value into the inverse distribution function, rounded to whole grey levels. Poisson noise depends on the grey level:
-8 bits of it and 8 random bits per look-up, twice, since a Poisson variable is the sum of two of half its mean.
+A frame is 8 bit before the noise and is rounded to 8 bit after it. So Gaussian noise is one look-up: 16 random bits
+per value into the inverse distribution function, rounded to integer grey levels. Poisson noise depends on the grey
+level: 8 bits of it and 8 random bits per look-up, twice, since a Poisson variable is the sum of two of half its mean.
 """
 
 from __future__ import annotations
@@ -13,24 +13,75 @@ import cv2
 import numpy as np
 from scipy import special, stats
 
+from common.config import Section
+from datagen.degradation.operation import (
+    Drawn,
+    Frames,
+    HrShape,
+    Operation,
+    Probability,
+    Range,
+    listed,
+    walk,
+)
 
-def add_gaussian(picture: np.ndarray, sigma: float, grey: bool, rng: np.random.Generator) -> np.ndarray:
+
+class NoiseConfig(Section):
+    """Gaussian or Poisson noise per clip, on all channels alike (grey) or on each."""
+
+    gaussian: Probability = 0.5
+    #: standard deviation, 0...255
+    sigma: Range = (1.0, 30.0)
+    sigma_step: float = 0.1
+    #: factor of BasicSR's Poisson noise (mmagic's is 16 times weaker by a missing division by 255)
+    poisson_scale: Range = (0.05, 3.0)
+    poisson_scale_step: float = 0.005
+    grey: Probability = 0.4
+
+
+class Noise(Operation):
+    """One kind per clip; its strength walks from frame to frame."""
+
+    name = "noise"
+    config = NoiseConfig
+
+    def draw(self, config: NoiseConfig, shape: HrShape, rng: np.random.Generator) -> Drawn:
+        grey = bool(rng.random() < config.grey)
+        if rng.random() < config.gaussian:
+            sigma = walk(rng, config.sigma, config.sigma_step, shape.frames)
+            return {"kind": "gaussian", "grey": grey, "sigma": listed(sigma)}
+        scale = walk(rng, config.poisson_scale, config.poisson_scale_step, shape.frames)
+        return {"kind": "poisson", "grey": grey, "scale": listed(scale)}
+
+    def apply(
+        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
+    ) -> Frames:
+        strengths, add = (
+            (drawn["sigma"], add_gaussian) if drawn["kind"] == "gaussian" else (drawn["scale"], add_poisson)
+        )
+        return [
+            add(frame, strength, drawn["grey"], rng)
+            for frame, strength in zip(frames, strengths, strict=True)
+        ]
+
+
+def add_gaussian(frame: np.ndarray, sigma: float, grey: bool, rng: np.random.Generator) -> np.ndarray:
     """(H, W, 3) uint8 plus normal noise of standard deviation `sigma` (0...255), rounded and clipped to uint8."""
     table = np.rint(_normal_quantiles() * sigma).astype(np.int16)
-    height, width, channels = picture.shape
+    height, width, channels = frame.shape
     count = height * width * (1 if grey else channels)
     words = np.frombuffer(rng.bytes(2 * count), np.uint16).reshape(height, width, -1)
     noise = cv2.LUT(words, table)
-    return cv2.add(picture, cv2.merge([noise] * channels) if grey else noise, dtype=cv2.CV_8U)
+    return cv2.add(frame, cv2.merge([noise] * channels) if grey else noise, dtype=cv2.CV_8U)
 
 
-def add_poisson(picture: np.ndarray, scale: float, grey: bool, rng: np.random.Generator) -> np.ndarray:
+def add_poisson(frame: np.ndarray, scale: float, grey: bool, rng: np.random.Generator) -> np.ndarray:
     """(H, W, 3) uint8, BGR, plus `scale` times BasicSR's shot noise.
 
-    That is Poisson(x·V)/V - x for x in [0, 1], with V the number of grey levels in the picture, rounded up to a power
-    of two: dark pictures with few levels are noisier.
+    That is Poisson(x·V)/V - x for x in [0, 1], with V the number of grey levels in the frame, rounded up to a power
+    of two: dark frames with few levels are noisier.
     """
-    base = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY) if grey else picture
+    base = cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) if grey else frame
     table = poisson_quantiles(_levels(base)) * np.float32(scale)
     flat = base.reshape(-1)
     halves = []
@@ -38,7 +89,7 @@ def add_poisson(picture: np.ndarray, scale: float, grey: bool, rng: np.random.Ge
         words = cv2.merge([np.frombuffer(rng.bytes(flat.size), np.uint8), flat]).view(np.uint16)
         halves.append(cv2.LUT(words.reshape(base.shape[0], -1), table[half]))
     noise = cv2.add(halves[0], halves[1]).reshape(base.shape)
-    return cv2.add(picture, cv2.merge([noise] * 3) if grey else noise, dtype=cv2.CV_8U)
+    return cv2.add(frame, cv2.merge([noise] * 3) if grey else noise, dtype=cv2.CV_8U)
 
 
 @lru_cache(maxsize=1)
@@ -65,6 +116,6 @@ def poisson_quantiles(levels: int) -> np.ndarray:
     return np.stack([noise, noise])
 
 
-def _levels(picture: np.ndarray) -> int:
-    histogram = cv2.calcHist([picture.reshape(-1, 1)], [0], None, [256], [0, 256])
+def _levels(frame: np.ndarray) -> int:
+    histogram = cv2.calcHist([frame.reshape(-1, 1)], [0], None, [256], [0, 256])
     return 1 << (int(np.count_nonzero(histogram)) - 1).bit_length()

@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import av
 import cv2
 import numpy as np
 from av.error import FFmpegError
+from pydantic import Field
+
+from common.config import Section
+from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Range, choose
+
+Codec = Literal["libx264", "mpeg4"]
+#: RealBasicVSR draws from libx264, h264 and mpeg4; ffmpeg's h264 encoder is libx264
+CODEC_WEIGHTS: dict[Codec, float] = {"libx264": 2 / 3, "mpeg4": 1 / 3}
+#: HR pixels at which a recipe's bits per frame hold [peer: RealBasicVSR trains on crops of 256 x 256]
+CODEC_REFERENCE_PIXELS = 256 * 256
+
+
+class CodecConfig(Section):
+    """A video codec over the whole clip."""
+
+    weights: dict[Codec, float] = Field(default_factory=lambda: dict(CODEC_WEIGHTS))
+    #: at an HR clip of 256 x 256 px; scaled with the pixels of the HR clip
+    bits_per_frame: Range = (1e4, 1e5)
+    #: x264's preset. RealBasicVSR runs `medium`; `superfast` is within 0.2 dB of it at the same bits, and six times
+    #: as fast without arithmetic coding (benchmarks/degrade.py) [ours]
+    preset: str = "superfast"
+
+
+class VideoCompression(Operation):
+    """Encoded and decoded at a drawn number of bits per frame."""
+
+    name = "codec"
+    config = CodecConfig
+
+    def draw(self, config: CodecConfig, shape: HrShape, rng: np.random.Generator) -> Drawn:
+        bits = rng.uniform(*config.bits_per_frame) * (shape.height * shape.width) / CODEC_REFERENCE_PIXELS
+        codec = choose(rng, dict(config.weights))
+        return {"codec": codec, "bits_per_frame": int(bits), "preset": config.preset}
+
+    def apply(
+        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
+    ) -> Frames:
+        return through_codec(frames, drawn["codec"], drawn["bits_per_frame"], drawn["preset"])
+
+    def describe(self, drawn: Drawn) -> str:
+        return f"codec {drawn['codec']} {drawn['bits_per_frame']} bit/frame"
 
 
 class CodecFailure(Exception):
@@ -40,9 +81,9 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
     decoder.thread_count = 1
     decoded: list[np.ndarray] = []
     try:
-        for index, picture in enumerate([*frames, None]):
+        for index, image in enumerate([*frames, None]):
             packets = encoder.encode(
-                None if picture is None else _frame(picture, index, (height, width), padding)
+                None if image is None else _frame(image, index, (height, width), padding)
             )
             for packet in packets:
                 decoded += [frame.to_ndarray(format="bgr24") for frame in decoder.decode(packet)]
@@ -51,17 +92,17 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
         raise CodecFailure(f"{codec} at {width}x{height}, {bits_per_frame} bits a frame: {error}") from error
     if len(decoded) != len(frames):
         raise CodecFailure(f"{codec} at {width}x{height} gave {len(decoded)} frames for {len(frames)}")
-    return [np.ascontiguousarray(picture[:height, :width]) for picture in decoded]
+    return [np.ascontiguousarray(image[:height, :width]) for image in decoded]
 
 
 def _frame(
-    picture: np.ndarray, index: int, size: tuple[int, int], padding: tuple[int, int, int, int]
+    image: np.ndarray, index: int, size: tuple[int, int], padding: tuple[int, int, int, int]
 ) -> av.VideoFrame:
-    if picture.shape[:2] != size:
-        picture = cv2.resize(picture, size[::-1], interpolation=cv2.INTER_CUBIC)
+    if image.shape[:2] != size:
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
     if any(padding):
-        picture = cv2.copyMakeBorder(picture, *padding, cv2.BORDER_REPLICATE)
-    frame = av.VideoFrame.from_ndarray(picture, format="bgr24")
+        image = cv2.copyMakeBorder(image, *padding, cv2.BORDER_REPLICATE)
+    frame = av.VideoFrame.from_ndarray(image, format="bgr24")
     frame.pts = index
     frame.time_base = Fraction(1)
     return frame

@@ -19,9 +19,9 @@ from ray.data import ActorPoolStrategy
 from safetensors.torch import load
 
 from common.errors import UserError
+from common.scale import SCALE
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
-from datagen.degradation.degrade import SCALE
 from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
 from datagen.encode.latent_reuse import LATENTS, EarlierDataset, Place, read_latent
 from datagen.plan import SamplePlan

@@ -17,12 +17,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from common.errors import UserError
+from common.scale import SCALE
 from pipeline.model.tiny_vae import TinyVideoVAE
 
 VAE: TypeAlias = AutoencoderKLWan | TinyVideoVAE
 
-#: ×4 super-resolution [paper]
-SCALE = 4
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # [paper]
 
 

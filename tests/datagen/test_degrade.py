@@ -17,8 +17,8 @@ from common.lossless_clip import decode_bytes, encode_bytes, read_window
 from datagen.degradation.degrade import apply_operations, degrade_clip, draw_operations
 from datagen.degradation.kernels import TOLERANCE, apply_kernel, gaussian_kernels, sinc_kernels
 from datagen.degradation.noise import add_gaussian, add_poisson
-from datagen.degradation.operations import _sharpen_frame
 from datagen.degradation.recipe import Mixture, Recipe, mild, static
+from datagen.degradation.sharpen import sharpen_frame
 from datagen.degradation.video_compression import through_codec
 from tests.datagen.conftest import moving_picture
 
@@ -175,7 +175,7 @@ def test_sharpening_follows_its_formula(hr: np.ndarray) -> None:
     mask = (np.abs(picture - blurred) * 255 > 10).astype(np.float64)
     fade = cv2.GaussianBlur(mask, (51, 51), 0)
     exact = (fade * np.clip(picture + 0.5 * (picture - blurred), 0, 1) + (1 - fade) * picture) * 255
-    difference = np.abs(_sharpen_frame(hr[0], 51, 0.5, 10.0) - exact)
+    difference = np.abs(sharpen_frame(hr[0], 51, 0.5, 10.0) - exact)
     assert difference.mean() < 0.6  # rounding alone makes 0.25
     # the blurs are made at a quarter of the resolution, where the border's reflection falls elsewhere
     assert difference[26:-26, 26:-26].max() < 3
