@@ -37,6 +37,7 @@ from datagen.degradation.noise import add_gaussian, poisson_quantiles
 from datagen.degradation.recipe import Recipe
 from datagen.degradation.registry import find_operation
 from datagen.degradation.video_compression import CodecConfig
+from metrics.psnr import psnr_db
 
 
 def load_basicsr() -> tuple[Any, Any]:
@@ -287,7 +288,7 @@ def _std(a: np.ndarray, b: np.ndarray) -> float:
 def _psnr_to_hr(lr: np.ndarray, hr: np.ndarray) -> float:
     size = hr.shape[2], hr.shape[1]
     large = np.stack([cv2.resize(np.ascontiguousarray(f), size, interpolation=cv2.INTER_CUBIC) for f in lr])
-    return float(10 * np.log10(255**2 / np.mean((large.astype(np.float64) - hr) ** 2)))
+    return psnr_db(float(np.mean((large.astype(np.float64) - hr) ** 2)), peak=255)
 
 
 def _decode_ms_per_frame(frames: int = 60) -> float:

@@ -65,7 +65,7 @@ class LiteralDualStream:
         with torch.no_grad():
             h_s, h_hr = self._features(z_t, s), self._features(z_t_hr, s)
         grid = token_grid(z_t.shape, self.fake.config.patch_size)
-        d_s, d_hr = (self.critic._judge(*h, grid) for h in (h_s, h_hr))
+        d_s, d_hr = (self.critic._logits(*h, grid) for h in (h_s, h_hr))
         return loss_diffusion + losses.discriminator_loss(d_hr, d_s)
 
     def _student_loss(self, s: dict[str, Tensor], each_term_alone: bool) -> Tensor:
@@ -78,7 +78,7 @@ class LiteralDualStream:
             )
         loss = self.config.dmd_weight * losses.dmd_loss(z0, losses.dmd_gradient(z0, z0_real, z0_fake)[0])
         h_s = self._features(z_t, s)
-        d_s = self.critic._judge(*h_s, token_grid(z_t.shape, self.fake.config.patch_size))
+        d_s = self.critic._logits(*h_s, token_grid(z_t.shape, self.fake.config.patch_size))
         loss = loss + self.config.gan_weight * losses.generator_loss(d_s)
         if each_term_alone:
             h_s = self._features(z_t, s)

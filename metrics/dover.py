@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.registry import MetricSettings, check_video
+from metrics.frame_metric import Metric, MetricSettings, check_video
 from metrics.weights import find_weights, missing_package
 
 _FILE = "onnx_dover.onnx"
@@ -33,21 +33,23 @@ _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1, 1)
 _DEVIATION = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1, 1)
 
 
-class Dover:
+class Dover(Metric):
     """Fused DOVER score in 0…100. Fragments are drawn with a fixed seed: equal clips get equal scores."""
 
     name = "dover"
+    label = "DOVER"
     lower_is_better = False
     needs_reference = False
+    needs_weights = True
 
     def __init__(self, settings: MetricSettings | None = None) -> None:
-        settings = settings or MetricSettings()
+        super().__init__(settings)
         try:
             import onnxruntime
         except ImportError as error:
             raise missing_package(self.name, "onnxruntime", error, _FILE, _SOURCE) from None
-        path = find_weights(self.name, _FILE, _SOURCE, settings.weights)
-        wanted = ["CUDAExecutionProvider"] if settings.device.startswith("cuda") else []
+        path = find_weights(self.name, _FILE, _SOURCE, self.settings.weights)
+        wanted = ["CUDAExecutionProvider"] if self.settings.device.startswith("cuda") else []
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         try:
             self._session = onnxruntime.InferenceSession(

@@ -2,7 +2,8 @@
 
     python -m metrics.evaluate --video OUT --reference HR --output metrics.json
     python -m metrics.evaluate --video OUT --reference HR --output metrics.json \
-        --set weight-free --niqe-model niqe.safetensors
+        --metrics weight-free --niqe-model niqe.safetensors
+    python -m metrics.evaluate --video OUT --reference HR --output metrics.json --metrics psnr,my_package.vmaf:Vmaf
 
 OUT and HR are clips (metrics/clips.py) or folders of clips paired by name. metrics.json holds every clip's
 scores, their means, and what produced them.
@@ -14,7 +15,6 @@ import argparse
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common.atomic import write_atomic
 from common.errors import UserError, run_command
 from common.progress import progress
 from metrics.clips import VIDEO_SUFFIXES, find_clips, load_clip
+from metrics.frame_metric import Metric, MetricSettings
 from metrics.published import load_published
-from metrics.registry import METRICS, SETS, Metric, MetricSettings, create_all, resolve_names
+from metrics.registry import METRICS, SETS, create_all, find_metric, resolve_names
 
 DEFAULT_METRICS = "psnr,ssim"
 
@@ -90,34 +92,33 @@ def pair_clips(videos: Path, references: Path | None) -> tuple[dict[str, Path], 
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write `document` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(document, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Write `document` atomically."""
+    write_atomic(path, json.dumps(document, indent=2) + "\n")
 
 
 def _size(video: Tensor) -> str:
     return f"{video.shape[0]} frames of {video.shape[3]}×{video.shape[2]}"
 
 
-def _column(name: str) -> str:
-    entry = METRICS.get(name)
-    if entry is None:
-        return _OTHER_LABELS.get(name, name)
-    return f"{entry.label} {'↓' if entry.lower_is_better else '↑'}"
+def _heading(metric: type[Metric]) -> str:
+    return f"{metric.label} {'↓' if metric.lower_is_better else '↑'}"
 
 
-def _table(title: str, rows_are: str, metrics: Iterable[str]) -> Table:
+def _table(title: str, rows_are: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column(rows_are, no_wrap=True)
-    for name in metrics:
-        table.add_column(_column(name), justify="right", no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
-def _print_scores(console: Console, scores: dict[str, dict[str, float]], means: dict[str, float]) -> None:
-    table = _table("measured", "clip", means)
+def _print_scores(
+    console: Console,
+    scores: dict[str, dict[str, float]],
+    means: dict[str, float],
+    metrics: list[Metric],
+) -> None:
+    table = _table("measured", "clip", [_heading(type(metric)) for metric in metrics])
     for clip, values in scores.items():
         table.add_row(clip, *(f"{values[name]:.4f}" for name in means))
     if len(scores) > 1:
@@ -130,22 +131,30 @@ def _print_published(console: Console) -> None:
     published = load_published()
     for printed in published.tables:
         columns = list(next(iter(printed.rows.values())))
-        table = _table(printed.title, "method", columns)
+        headings = [
+            _heading(METRICS[name]) if name in METRICS else _OTHER_LABELS.get(name, name) for name in columns
+        ]
+        table = _table(printed.title, "method", headings)
         for method, values in printed.rows.items():
             table.add_row(method, *(f"{values[name]:g}" for name in columns))
         console.print(table)
     console.print(f"{published.label}. {published.note}")
 
 
+def _renamed(name: str) -> str:
+    raise argparse.ArgumentTypeError(f"--set is now called --metrics: write --metrics {name}")
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score videos.")
     parser.add_argument("--video", type=Path, required=True, help="clip, or folder of clips, to score")
     parser.add_argument("--reference", type=Path, help="HR clip, or folder of HR clips with the same names")
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--metrics", default=DEFAULT_METRICS, help=f"of {', '.join(METRICS)}; separated by commas"
+    parser.add_argument(
+        "--metrics",
+        default=DEFAULT_METRICS,
+        help=f"a set ({', '.join(SETS)}) or names separated by commas: {', '.join(METRICS)}, or package.module:Class",
     )
-    choice.add_argument("--set", choices=sorted(SETS), help="a named set instead")
+    parser.add_argument("--set", type=_renamed, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
@@ -159,8 +168,8 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    names = resolve_names(arguments.set or arguments.metrics)
-    needing = [name for name in names if name in METRICS and METRICS[name].needs_reference]
+    names = resolve_names(arguments.metrics)
+    needing = [name for name in names if find_metric(name).needs_reference]
     if needing and arguments.reference is None:
         raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
     settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
@@ -182,7 +191,7 @@ def main() -> None:
         },
     )
     console = Console()
-    _print_scores(console, scores, means)
+    _print_scores(console, scores, means, metrics)
     if any(path.suffix.lower() in VIDEO_SUFFIXES for path in videos.values()):
         console.print(
             "Video files are scored as they decode: for comparable figures give frames before a lossy encode."

@@ -8,27 +8,24 @@ from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 from torch import Tensor
 
+from metrics.frame_metric import FrameMetric
 from metrics.luma import luma
-from metrics.registry import MetricSettings, check_pair
 
 #: the constant T of the paper, for planes in [0, 255]
 _STABILISER = 170.0
 
 
-class Gmsd:
+class Gmsd(FrameMetric):
     """GMSD on Y, mean over frames; 0 for identical frames, larger is worse."""
 
     name = "gmsd"
+    label = "GMSD"
     lower_is_better = True
     needs_reference = True
 
-    def __init__(self, settings: MetricSettings | None = None) -> None:
-        pass
-
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        video, reference = check_pair(video, reference)
-        pairs = zip(video, reference, strict=True)
-        return float(np.mean([gmsd_plane(luma(frame), luma(target)) for frame, target in pairs]))
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
+        assert reference is not None
+        return gmsd_plane(luma(frame), luma(reference))
 
 
 def gmsd_plane(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

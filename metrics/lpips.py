@@ -10,41 +10,38 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.registry import MetricSettings, check_pair
+from metrics.frame_metric import FrameMetric, MetricSettings
 from metrics.weights import find_weights, load_state_dict, missing_package
 
 _BACKBONE = "alexnet-owt-7be5be79.pth"
 _SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
-class Lpips:
+class Lpips(FrameMetric):
     """LPIPS v0.1 (AlexNet) on RGB, mean over frames; 0 for identical frames."""
 
     name = "lpips"
+    label = "LPIPS"
     lower_is_better = True
     needs_reference = True
+    needs_weights = True
 
     def __init__(self, settings: MetricSettings | None = None) -> None:
-        settings = settings or MetricSettings()
+        super().__init__(settings)
         try:
             import lpips
         except ImportError as error:
             raise missing_package(self.name, "lpips", error, _BACKBONE, _SOURCE) from None
-        path = find_weights(self.name, _BACKBONE, _SOURCE, settings.weights)
+        path = find_weights(self.name, _BACKBONE, _SOURCE, self.settings.weights)
         # pnet_rand builds the backbone without a download; its weights follow from the local file
         network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         _fill_backbone(network.net, load_state_dict(path), str(path))
-        self._network = network.requires_grad_(False).eval().to(settings.device)
-        self._device = settings.device
+        self._network = network.requires_grad_(False).eval().to(self.settings.device)
 
-    @torch.inference_mode()
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        video, reference = check_pair(video, reference)
-        values = [
-            self._network(frame[None].to(self._device), target[None].to(self._device), normalize=True).item()
-            for frame, target in zip(video, reference, strict=True)
-        ]
-        return sum(values) / len(values)
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
+        assert reference is not None
+        pair = (image[None].to(self.settings.device) for image in (frame, reference))
+        return float(self._network(*pair, normalize=True).item())
 
 
 def _fill_backbone(backbone: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from common.atomic import atomic_file
 from common.errors import UserError
+from metrics.frame_metric import FrameMetric, Metric, MetricSettings, check_video
 from metrics.luma import luma
 from metrics.niqe_features import FEATURES, block_features
-from metrics.registry import MetricSettings, check_video
 from metrics.weights import find_weights
 
 OFFICIAL_BLOCK = 96
@@ -52,13 +53,12 @@ class NiqeModel:
         """Write a safetensors file; `details` (JSON) says what the model was fitted on."""
         # one entry: safetensors writes several in no fixed order
         header = {"format": _FORMAT, "block": self.block, "details": details}
-        temporary = path.with_name(path.name + ".partial")
-        save_file(
-            {"mean": self.mean, "covariance": self.covariance},
-            str(temporary),
-            metadata={"niqe": json.dumps(header, sort_keys=True)},
-        )
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            save_file(
+                {"mean": self.mean, "covariance": self.covariance},
+                str(temporary),
+                metadata={"niqe": json.dumps(header, sort_keys=True)},
+            )
 
     @classmethod
     def load(cls, path: Path) -> NiqeModel:
@@ -98,41 +98,51 @@ def gaussian(features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
     return np.nanmean(features, axis=0), np.cov(usable, rowvar=False)
 
 
-class Niqe:
-    """NIQE under `model`; see the module's docstring for the two ways of pooling."""
+class Niqe(FrameMetric):
+    """NIQE with the authors' prior, read from an installed basicsr or a weight folder; mean over frames."""
 
+    name = "niqe"
+    label = "NIQE"
     lower_is_better = True
     needs_reference = False
 
-    def __init__(self, name: str, model: NiqeModel, *, pool_frames: bool) -> None:
-        self.name = name
-        self.model = model
-        self.pool_frames = pool_frames
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        super().__init__(settings)
+        with np.load(_official_prior(self.settings.weights), allow_pickle=False) as prior:
+            mean, covariance = prior["mu_pris_param"].reshape(-1), prior["cov_pris_param"]
+        if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
+            raise UserError(f"{_OFFICIAL_FILE} does not hold NIQE's 36 features; get it again")
+        self.model = NiqeModel(mean, covariance, OFFICIAL_BLOCK)
+
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
+        return self.model.distance(_features(frame, self.model))
+
+
+class FittedNiqe(Metric):
+    """NIQE with the model `settings.niqe_model` fitted on HR clips; the blocks of all frames form one Gaussian."""
+
+    name = "niqe_fitted"
+    label = "NIQE (fitted)"
+    lower_is_better = True
+    needs_reference = False
+
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        super().__init__(settings)
+        if self.settings.niqe_model is None:
+            raise UserError(
+                "niqe_fitted needs --niqe-model FILE; make it from HR clips with "
+                "python -m metrics.fit_niqe --input HR --output FILE"
+            )
+        self.model = NiqeModel.load(self.settings.niqe_model)
 
     def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        frames = [block_features(np.round(luma(frame)), self.model.block) for frame in check_video(video)]
-        if self.pool_frames:
-            return self.model.distance(np.concatenate(frames))
-        return float(np.mean([self.model.distance(features) for features in frames]))
-
-
-def official_niqe(settings: MetricSettings) -> Niqe:
-    """NIQE with the authors' prior, read from an installed basicsr or a weight folder."""
-    with np.load(_official_prior(settings.weights), allow_pickle=False) as prior:
-        mean, covariance = prior["mu_pris_param"].reshape(-1), prior["cov_pris_param"]
-    if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
-        raise UserError(f"{_OFFICIAL_FILE} does not hold NIQE's 36 features; get it again")
-    return Niqe("niqe", NiqeModel(mean, covariance, OFFICIAL_BLOCK), pool_frames=False)
-
-
-def fitted_niqe(settings: MetricSettings) -> Niqe:
-    """NIQE with the model `settings.niqe_model` fitted on HR clips."""
-    if settings.niqe_model is None:
-        raise UserError(
-            "niqe_fitted needs --niqe-model FILE; make it from HR clips with "
-            "python -m metrics.fit_niqe --input HR --output FILE"
+        return self.model.distance(
+            np.concatenate([_features(frame, self.model) for frame in check_video(video)])
         )
-    return Niqe("niqe_fitted", NiqeModel.load(settings.niqe_model), pool_frames=True)
+
+
+def _features(frame: Tensor, model: NiqeModel) -> NDArray[np.float64]:
+    return block_features(np.round(luma(frame)), model.block)
 
 
 def _official_prior(folder: Path | None) -> Path:

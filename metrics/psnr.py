@@ -6,25 +6,26 @@ import math
 
 from torch import Tensor
 
-from metrics.registry import MetricSettings, check_pair
+from metrics.frame_metric import FrameMetric
+
+#: what an error of zero is reported as, so that one perfect frame keeps a mean finite [ours]
+CEILING_DB = 100.0
 
 
-class Psnr:
-    """10·log10(1 / MSE) in dB on RGB in [0, 1], mean over frames; identical frames count as 100 dB."""
+def psnr_db(mean_squared_error: float, peak: float = 1.0) -> float:
+    """10·log10(peak² / MSE) in dB, at most `CEILING_DB`."""
+    ratio = mean_squared_error / peak**2
+    return min(-10 * math.log10(ratio), CEILING_DB) if ratio > 0 else CEILING_DB
+
+
+class Psnr(FrameMetric):
+    """On RGB in [0, 1], mean over frames; identical frames count as 100 dB."""
 
     name = "psnr"
+    label = "PSNR"
     lower_is_better = False
     needs_reference = True
-    #: what an error of zero is reported as, so that one perfect frame keeps a clip's mean finite
-    ceiling_db = 100.0
 
-    def __init__(self, settings: MetricSettings | None = None) -> None:
-        pass
-
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        video, reference = check_pair(video, reference)
-        values = []
-        for frame, target in zip(video, reference, strict=True):
-            error = (frame.double() - target.double()).square().mean().item()
-            values.append(min(-10 * math.log10(error), self.ceiling_db) if error > 0 else self.ceiling_db)
-        return sum(values) / len(values)
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
+        assert reference is not None
+        return psnr_db((frame.double() - reference.double()).square().mean().item())

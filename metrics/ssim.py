@@ -9,8 +9,8 @@ from scipy.ndimage import correlate1d
 from torch import Tensor
 
 from common.errors import UserError
+from metrics.frame_metric import FrameMetric
 from metrics.luma import luma
-from metrics.registry import MetricSettings, check_pair
 
 _RADIUS = 5
 _SIGMA = 1.5
@@ -18,24 +18,21 @@ _C1 = (0.01 * 255) ** 2
 _C2 = (0.03 * 255) ** 2
 
 
-class Ssim:
+class Ssim(FrameMetric):
     """SSIM on Y in [16, 235] with data range 255, 11×11 window, borders left out, mean over frames."""
 
     name = "ssim"
+    label = "SSIM"
     lower_is_better = False
     needs_reference = True
 
-    def __init__(self, settings: MetricSettings | None = None) -> None:
-        pass
-
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        video, reference = check_pair(video, reference)
-        if min(video.shape[2:]) <= 2 * _RADIUS:
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
+        assert reference is not None
+        if min(frame.shape[1:]) <= 2 * _RADIUS:
             raise UserError(
-                f"ssim needs frames of at least {2 * _RADIUS + 1} px, not {tuple(video.shape[2:])}"
+                f"ssim needs frames of at least {2 * _RADIUS + 1} px, not {tuple(frame.shape[1:])}"
             )
-        pairs = zip(video, reference, strict=True)
-        return float(np.mean([ssim_plane(luma(frame), luma(target)) for frame, target in pairs]))
+        return ssim_plane(luma(frame), luma(reference))
 
 
 def ssim_plane(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

@@ -15,7 +15,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.registry import MetricSettings, check_video
+from metrics.frame_metric import Metric, MetricSettings, check_video
 from metrics.weights import find_weights, load_state_dict
 
 #: (first, second), both (1, 3, H, W) in [0, 1] -> flow (1, 2, H, W) in px, x then y, from `first` to `second`
@@ -27,18 +27,19 @@ _SOURCE = "https://download.pytorch.org/models/raft_large_C_T_SKHT_V2-ff5fadd5.p
 _SMALLEST_RAFT_SIDE = 128
 
 
-class WarpingError:
+class WarpingError(Metric):
     """E*_warp = 1000 × mean squared difference over RGB of non-occluded pixels, frames in [0, 1], mean over
     neighbouring pairs. `reference` may be absent; then the flow is the video's own."""
 
     name = "warping_error"
+    label = "E*warp"
     lower_is_better = True
     needs_reference = True
+    needs_weights = True
 
     def __init__(self, settings: MetricSettings | None = None, flow: FlowEstimator | None = None) -> None:
-        settings = settings or MetricSettings()
-        self._device = settings.device
-        self._flow = flow or raft(settings)
+        super().__init__(settings)
+        self._flow = flow or raft(self.settings)
 
     @torch.inference_mode()
     def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
@@ -47,7 +48,7 @@ class WarpingError:
             raise ValueError(f"video {tuple(video.shape)} and reference {tuple(guide.shape)} differ in shape")
         if len(video) < 2:
             raise UserError("warping_error compares neighbouring frames: give a clip of at least two")
-        video, guide = video.to(self._device), guide.to(self._device)
+        video, guide = video.to(self.settings.device), guide.to(self.settings.device)
         errors = []
         for index in range(len(video) - 1):
             here, there = guide[index : index + 1], guide[index + 1 : index + 2]

@@ -1,4 +1,4 @@
-"""Preference pairs for Stage III: candidates from the one-step model, judged, the best and the worst kept.
+"""Preference pairs for Stage III: candidates from the one-step model, ranked, the best and the worst kept.
 
     python -m preference.build --config configs/tiny.yaml --model MODEL --data SHARDS --output PAIRS
 
@@ -39,12 +39,13 @@ from datagen.dataset.shard_format import (
     write_manifest,
     write_shard,
 )
-from metrics.registry import Metric, resolve_names
+from metrics.frame_metric import Metric
+from metrics.registry import resolve_names
 from preference.candidates import CandidateModel, Candidates, model_fingerprint
 from preference.clips import Clip, ClipFolder
 from preference.config import PreferenceConfig
 from preference.ranking import Ranking, is_pair, rank
-from preference.ranking_metrics import FITTED, directions, niqe_judge, open_judges
+from preference.ranking_metrics import FITTED, fitted_niqe, open_metrics
 
 
 def build(
@@ -78,15 +79,15 @@ def build(
     spans = {index: shard_span(index, config.clips_per_shard, count) for index in mine}
 
     if mine:
-        judges = open_judges(config, weights, device)
+        metrics = open_metrics(config, weights, device)
         model = CandidateModel(model_folder, config, device)
         if FITTED in resolve_names(config.metrics):
-            judges.append(niqe_judge(config, clips, model, output, keep=bool(committed)))
+            metrics.append(fitted_niqe(config, clips, model, output, keep=bool(committed)))
         with progress(sum(map(len, spans.values())), "preference pairs", "clips") as bar:
             for index, span in spans.items():
                 samples, dropped = [], []
                 for position in span:
-                    sample, record = make_pair(clips[position], model, judges, config.minimum_gap)
+                    sample, record = make_pair(clips[position], model, metrics, config.minimum_gap)
                     if sample:
                         samples.append(sample)
                     else:
@@ -103,18 +104,18 @@ def build(
 
 
 def make_pair(
-    clip: Clip, model: CandidateModel, judges: list[Metric], minimum_gap: float
+    clip: Clip, model: CandidateModel, metrics: list[Metric], minimum_gap: float
 ) -> tuple[Sample | None, dict[str, Any]]:
     """The sample of one clip, or None where the candidates are too close, and its JSON record."""
     candidates = model.candidates(clip)
     reference, reference_is = model.reference(clip)
-    scores: dict[str, list[float]] = {judge.name: [] for judge in judges}
+    scores: dict[str, list[float]] = {metric.name: [] for metric in metrics}
     for latent in candidates.latents:
         video = model.decode(latent)
-        for judge in judges:
-            scores[judge.name].append(judge(video, reference if judge.needs_reference else None))
+        for metric in metrics:
+            scores[metric.name].append(metric(video, reference if metric.needs_reference else None))
     try:
-        ranking = rank(scores, directions(judges))
+        ranking = rank(scores, {metric.name: type(metric) for metric in metrics})
     except ValueError as error:
         raise UserError(f"clip {clip.key}: {error}; the model's output or the clip is broken") from None
     record = _record(clip, candidates, scores, ranking) | {"reference": reference_is}
@@ -203,7 +204,9 @@ def main() -> None:
         "--data", required=True, help="dataset folder or s3:// prefix of datagen.build_shards"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the pairs")
-    parser.add_argument("--metrics", help="judges instead of the configuration's: a set or metric names")
+    parser.add_argument(
+        "--metrics", help="ranking metrics instead of the configuration's: a set or metric names"
+    )
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", default="0/1", help="i/n: make only every n-th shard, from i")
@@ -223,7 +226,7 @@ def main() -> None:
     if pairs is None:
         print(f"part {arguments.part} is done; the manifest follows with the last part")
     else:
-        print(f"{pairs} of {config.pairs} pairs judged by {config.metrics}: {arguments.output}")
+        print(f"{pairs} of {config.pairs} pairs ranked by {config.metrics}: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from metrics.registry import METRICS, SETS
 
 
 class PreferenceConfig(Section):
-    """How candidates are made, judged and paired."""
+    """How candidates are made, scored and paired."""
 
     #: pairs to make; fewer if the dataset has fewer clips or `minimum_gap` drops some [paper]
     pairs: int = Field(default=2000, ge=1)
@@ -27,7 +27,7 @@ class PreferenceConfig(Section):
     candidates_per_forward: int = Field(default=1, ge=1)
     #: clips per shard, the unit of restart [ours]
     clips_per_shard: int = Field(default=20, ge=1)
-    #: side of NIQE's blocks in px where niqe_fitted is a judge [NIQE: 96]
+    #: side of NIQE's blocks in px where niqe_fitted is a ranking metric [NIQE: 96]
     niqe_block: int = Field(default=96, ge=16)
     #: HR clips that niqe_fitted's model is fitted on [ours]
     niqe_clips: int = Field(default=64, ge=1)
@@ -37,7 +37,7 @@ class PreferenceConfig(Section):
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: str) -> str:
-        unknown = [name for name in value.split(",") if name.strip() not in METRICS]
+        unknown = [name for name in value.split(",") if name.strip() not in METRICS and ":" not in name]
         if value not in SETS and unknown:
             raise ValueError(
                 f"unknown {', '.join(unknown)}; sets: {', '.join(SETS)}; metrics: {', '.join(METRICS)}"

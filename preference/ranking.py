@@ -11,13 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from metrics.frame_metric import Metric
 
-@dataclass(frozen=True)
-class Judge:
-    """How a metric's scores are to be read; the fields of the same names in metrics.base.Metric."""
-
-    lower_is_better: bool
-    needs_reference: bool
+#: ranking metrics by name: direction and need of a reference stand in their classes
+RankingMetrics = Mapping[str, type[Metric]]
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ def stretch(scores: Sequence[float], lower_is_better: bool) -> tuple[float, ...]
     return tuple(1 - value if lower_is_better else value for value in scaled)
 
 
-def combine(scores: Mapping[str, Sequence[float]], judges: Mapping[str, Judge]) -> tuple[float, ...]:
-    """½·mean(full-reference) + ½·mean(no-reference) of the stretched scores; one kind alone counts whole.
+def combine(scores: Mapping[str, Sequence[float]], metrics: RankingMetrics) -> tuple[float, ...]:
+    """½·mean(full-reference) + ½·mean(no-reference) of the stretched scores; one kind alone counts fully.
 
     Args:
         scores: by metric, one score per candidate.
@@ -61,15 +58,15 @@ def combine(scores: Mapping[str, Sequence[float]], judges: Mapping[str, Judge]) 
     _check(scores)
     kinds: dict[bool, list[tuple[float, ...]]] = {}
     for name, values in scores.items():
-        judge = judges[name]
-        kinds.setdefault(judge.needs_reference, []).append(stretch(values, judge.lower_is_better))
+        metric = metrics[name]
+        kinds.setdefault(metric.needs_reference, []).append(stretch(values, metric.lower_is_better))
     means = [_mean_columns(rows) for rows in kinds.values()]
     return _mean_columns(means)
 
 
-def rank(scores: Mapping[str, Sequence[float]], judges: Mapping[str, Judge]) -> Ranking:
+def rank(scores: Mapping[str, Sequence[float]], metrics: RankingMetrics) -> Ranking:
     """Combine the scores and pick the pair; see `combine` for arguments and errors."""
-    combined = combine(scores, judges)
+    combined = combine(scores, metrics)
     order = range(len(combined))
     best = max(order, key=lambda index: (combined[index], -index))
     worst = min(order, key=lambda index: (combined[index], index))

@@ -1,27 +1,26 @@
-"""The metrics that judge candidates, with the NIQE model they may need fitted on the dataset's own HR
-clips."""
+"""The ranking metrics of the candidates, with the NIQE model they may need fitted on the dataset's own HR clips."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from common.progress import progress
 from metrics.fit_niqe import fit_niqe
-from metrics.registry import Metric, MetricSettings, create, create_all, resolve_names
+from metrics.frame_metric import Metric, MetricSettings
+from metrics.registry import create, create_all, resolve_names
 from preference.candidates import CandidateModel
 from preference.clips import ClipFolder
 from preference.config import PreferenceConfig
-from preference.ranking import Judge
 
 NIQE_MODEL = "niqe.safetensors"
 FITTED = "niqe_fitted"
 
 
-def open_judges(config: PreferenceConfig, weights: Path | None, device: str) -> list[Metric]:
-    """The metrics of `config.metrics` but for `niqe_fitted`, which needs HR clips: see `niqe_judge`.
+def open_metrics(config: PreferenceConfig, weights: Path | None, device: str) -> list[Metric]:
+    """The metrics of `config.metrics` but for `niqe_fitted`, which needs HR clips: see `fitted_niqe`.
 
     Raises:
         UserError: everything that is missing, and the set that needs no weights.
@@ -30,13 +29,13 @@ def open_judges(config: PreferenceConfig, weights: Path | None, device: str) -> 
     return create_all(names, MetricSettings(weights=weights, device=device))
 
 
-def niqe_judge(
+def fitted_niqe(
     config: PreferenceConfig, clips: ClipFolder, model: CandidateModel, output: Path, *, keep: bool
 ) -> Metric:
     """`niqe_fitted` with a model fitted on the first HR clips, OUTPUT/niqe.safetensors.
 
     Args:
-        keep: use the model that lies there, because pairs were judged by it; else it may be another
+        keep: use the model that lies there, because pairs were ranked by it; else it may be another
         dataset's.
     """
     path = output / NIQE_MODEL
@@ -46,11 +45,6 @@ def niqe_judge(
         output.mkdir(parents=True, exist_ok=True)
         fitted.save(path, {"dataset": clips.fingerprint, "clips": count, "blocks": blocks})
     return create(FITTED, MetricSettings(niqe_model=path))
-
-
-def directions(judges: Iterable[Metric]) -> dict[str, Judge]:
-    """How the ranking is to read each metric."""
-    return {judge.name: Judge(judge.lower_is_better, judge.needs_reference) for judge in judges}
 
 
 def _high_resolution(clips: ClipFolder, model: CandidateModel, count: int) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.errors import UserError, run_command
 from common.progress import progress
 from common.video_io import VIDEO_SUFFIXES, read_video
+from metrics.psnr import psnr_db
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import load_vae
 
@@ -122,14 +123,14 @@ def normalise(vae: TinyVideoVAE, clips: Tensor) -> None:
 
 
 @torch.no_grad()
-def psnr_db(vae: TinyVideoVAE, clips: Tensor) -> float:
+def held_out_psnr_db(vae: TinyVideoVAE, clips: Tensor) -> float:
     """PSNR over all pixels of all clips."""
     errors = []
     for batch in clips.split(16):
         pixels = to_pixels(batch)
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         errors.append(((decoded - pixels) ** 2).mean((1, 2, 3, 4)))
-    return float(10 * torch.log10(4 / torch.cat(errors).mean()))
+    return psnr_db(torch.cat(errors).mean().item(), peak=2.0)
 
 
 def latent_noise(latents: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,7 +207,7 @@ def main() -> None:
         vae = TinyVideoVAE(z_dim=arguments.channels)
         initialise(vae, clips[torch.randperm(len(clips))[:600]])
         normalise(vae, clips[:600])
-    before_db = psnr_db(vae, held_out)
+    before_db = held_out_psnr_db(vae, held_out)
     train(vae, clips, arguments.steps, arguments.seed, decoder_only=arguments.encoder is not None)
     if not arguments.encoder:
         normalise(vae, clips[:600])
@@ -216,7 +217,10 @@ def main() -> None:
         "clips": len(clips),
         "steps": arguments.steps,
         "held_out": arguments.held_out.name,
-        "held_out_psnr_db": {"before": round(before_db, 2), "fitted": round(psnr_db(vae, held_out), 2)},
+        "held_out_psnr_db": {
+            "before": round(before_db, 2),
+            "fitted": round(held_out_psnr_db(vae, held_out), 2),
+        },
     }
     vae.save_pretrained(arguments.output)
     (arguments.output / "fit.json").write_text(json.dumps(record, indent=2) + "\n")

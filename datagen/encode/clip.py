@@ -19,6 +19,7 @@ from datagen.dataset.shard_format import Sample
 from datagen.degradation.degrade import degrade_clip
 from datagen.plan import SamplePlan
 from datagen.survey.decoder_process import decode_isolated
+from metrics.psnr import psnr_db
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def _degraded(hr: np.ndarray, plan: SamplePlan, config: DatagenConfig) -> Varian
     try:
         lr, draws = degrade_clip(hr, config.degradation, plan.seed)
         return Variant(
-            lr, draws | {"lr_psnr_db": _psnr(hr, lr)}, encode_bytes(lr) if config.store_clips else b""
+            lr,
+            draws | {"lr_psnr_db": _bicubic_psnr_db(hr, lr)},
+            encode_bytes(lr) if config.store_clips else b"",
         )
     except Exception as error:
         return _fault(error, plan)
@@ -84,11 +87,12 @@ def _fault(error: Exception, plan: SamplePlan) -> Fault:
     )
 
 
-def _psnr(hr: np.ndarray, lr: np.ndarray) -> float:
+def _bicubic_psnr_db(hr: np.ndarray, lr: np.ndarray) -> float:
     """Of the bicubically enlarged LR to HR, middle frame, dB: how hard the sample is."""
     middle = len(hr) // 2
     large = cv2.resize(lr[middle], hr.shape[2:0:-1], interpolation=cv2.INTER_CUBIC)
-    return round(min(99.0, float(cv2.PSNR(large, hr[middle]))), 3)
+    error = np.square(large.astype(np.float64) - hr[middle]).mean()
+    return round(psnr_db(float(error), peak=255), 3)
 
 
 def cropped(window: np.ndarray, plan: SamplePlan) -> np.ndarray:

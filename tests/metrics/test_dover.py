@@ -12,7 +12,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from metrics.dover import aesthetic_view, fragments, frame_indices, fuse, technical_view
-from metrics.registry import MetricSettings, create
+from metrics.frame_metric import MetricSettings
+from metrics.registry import create
 
 
 def test_fusion_weighs_technical_first() -> None:

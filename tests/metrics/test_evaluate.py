@@ -101,6 +101,12 @@ def test_a_lossless_video_scores_as_its_pictures(folders: Path, film: Tensor) ->
         (("--video", "range.npy", "--reference", "hr/first"), r"outside \[0, 1\]"),
         (("--video", "pickle.npy", "--reference", "hr/first"), "not a readable .npy"),
         (("--video", "out", "--reference", "hr", "--metrics", "pnsr"), "did you mean 'psnr'"),
+        (
+            ("--video", "out", "--metrics", "no_such_package.module:Metric"),
+            "No module named 'no_such_package'",
+        ),
+        (("--video", "out", "--metrics", "json:loads"), "not a subclass of Metric"),
+        (("--video", "out", "--metrics", "json:Metric"), "has no Metric"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_no_file(
@@ -115,6 +121,14 @@ def test_bad_input_is_one_clear_error_and_no_file(
     with pytest.raises(UserError, match=message):
         run(monkeypatch, evaluate, *arguments, "--output", "metrics.json")
     assert not (folders / "metrics.json").exists()
+
+
+def test_the_old_option_for_sets_is_refused_with_the_new_one(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, evaluate, "--video", folders / "out", "--output", "m.json", "--set", "weight-free")
+    assert "write --metrics weight-free" in capsys.readouterr().err
 
 
 def test_the_command_ends_with_status_two_and_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 from metrics.gmsd import gmsd_plane
 from metrics.luma import luma
-from metrics.registry import METRICS, create
+from metrics.registry import create
 from metrics.ssim import ssim_plane
 
 
@@ -108,17 +108,6 @@ def test_more_damage_scores_worse(name: str, film: Tensor) -> None:
         scores = [metric(video, film) for video in (film, *damaged)]
         assert scores == sorted(scores, reverse=not metric.lower_is_better)
         assert len(set(scores)) == 4
-
-
-def test_the_table_says_what_the_classes_say() -> None:
-    for name in ("psnr", "ssim", "gmsd"):
-        metric = create(name)
-        entry = METRICS[name]
-        assert (metric.name, metric.lower_is_better, metric.needs_reference) == (
-            name,
-            entry.lower_is_better,
-            entry.needs_reference,
-        )
 
 
 def test_unknown_metric_suggests_the_near_one() -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.registry import SETS, MetricSettings, create, create_all
+from metrics.frame_metric import MetricSettings
+from metrics.registry import SETS, create, create_all
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 

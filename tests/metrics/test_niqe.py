@@ -14,10 +14,11 @@ from torch import Tensor
 
 from common.errors import UserError
 from metrics.fit_niqe import fit_niqe
+from metrics.frame_metric import MetricSettings
 from metrics.luma import luma
-from metrics.niqe import Niqe, NiqeModel
+from metrics.niqe import FittedNiqe, Niqe, NiqeModel
 from metrics.niqe_features import block_features
-from metrics.registry import MetricSettings, create
+from metrics.registry import create
 
 BLOCK = 48
 
@@ -102,9 +103,18 @@ def test_distance_is_the_written_formula() -> None:
     assert NiqeModel(mean, covariance, BLOCK).distance(features) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("pool_frames", [False, True])
-def test_blur_and_noise_score_worse(film: Tensor, model: NiqeModel, pool_frames: bool) -> None:
-    metric = Niqe("niqe", model, pool_frames=pool_frames)
+def under(metric_class: type[Niqe] | type[FittedNiqe], model: NiqeModel) -> Niqe | FittedNiqe:
+    """A metric with `model`, without its file."""
+    metric = metric_class.__new__(metric_class)
+    metric.model = model
+    return metric
+
+
+@pytest.mark.parametrize("metric_class", [Niqe, FittedNiqe])
+def test_blur_and_noise_score_worse(
+    film: Tensor, model: NiqeModel, metric_class: type[Niqe] | type[FittedNiqe]
+) -> None:
+    metric = under(metric_class, model)
     clip = film[:2]
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
     blurred = [torch.from_numpy(gaussian_filter(clip.numpy(), (0, 0, s, s))) for s in (1.0, 2.0)]
@@ -121,7 +131,7 @@ def test_fitted_model_survives_its_file(model: NiqeModel, film: Tensor, tmp_path
     NiqeModel.load(first).save(second, {"clips": ["bikes"]})
     assert first.read_bytes() == second.read_bytes()
     from_file = create("niqe_fitted", MetricSettings(niqe_model=first))
-    assert from_file(film[:1]) == Niqe("niqe_fitted", model, pool_frames=True)(film[:1])
+    assert from_file(film[:1]) == under(FittedNiqe, model)(film[:1])
 
 
 def test_official_prior_is_read_from_the_weight_folder(
@@ -138,7 +148,7 @@ def test_official_prior_is_read_from_the_weight_folder(
 
 
 def test_what_niqe_cannot_score_is_said(film: Tensor, model: NiqeModel, tmp_path: Path) -> None:
-    metric = Niqe("niqe", model, pool_frames=True)
+    metric = under(FittedNiqe, model)
     with pytest.raises(UserError, match="smaller than the NIQE block"):
         metric(film[:, :, :16, :16])
     with pytest.raises(UserError, match="0 usable blocks"):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.registry import MetricSettings, create
+from metrics.frame_metric import MetricSettings
+from metrics.registry import create
 from metrics.warping_error import WarpingError, inside, motion_boundary, occluded, warp
 
 DX, DY = 3, -2

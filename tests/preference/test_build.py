@@ -21,7 +21,7 @@ from common.storage import open_folder
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample, write_manifest, write_shard
 from metrics.clips import to_tensor
-from metrics.registry import create
+from metrics.registry import METRICS, create
 from pipeline.model.prompts import placeholder_cache
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.transformer import VSRTransformer
@@ -30,7 +30,7 @@ from pipeline.sampling import one_step
 from pipeline.vsr_pipeline import VSRPipeline
 from preference.build import build
 from preference.config import PreferenceConfig
-from preference.ranking import Judge, rank
+from preference.ranking import rank
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (8, 2, 6, 6)  # 5 frames of 48×48
@@ -38,9 +38,9 @@ CLIPS = 6
 CONFIG = PreferenceConfig(
     pairs=10, metrics="weight-free", niqe_block=16, niqe_clips=4, clips_per_shard=2, dtype="float32"
 )
-JUDGES = {
-    "gmsd": Judge(lower_is_better=True, needs_reference=True),
-    "niqe_fitted": Judge(lower_is_better=True, needs_reference=False),
+RANKED = {
+    "gmsd": METRICS["gmsd"],
+    "niqe_fitted": METRICS["niqe_fitted"],
 }
 
 
@@ -101,7 +101,7 @@ def test_a_pair_is_what_its_noises_and_scores_say(pairs: Path, model: Path) -> N
     pipeline = VSRPipeline.from_pretrained(model)
     for row, record in enumerate(batch.metadata):
         assert set(record["scores"]) == {"gmsd", "niqe_fitted"}
-        ranking = rank(record["scores"], JUDGES)
+        ranking = rank(record["scores"], RANKED)
         assert (ranking.best, ranking.worst, ranking.gap) == (
             record["best"],
             record["worst"],

@@ -18,7 +18,7 @@ from tests.trainer import toys
 from trainer.config import TrackingConfig
 from trainer.engine.process_group import World
 from trainer.monitoring.tracking import Tracker
-from trainer.monitoring.validation import Validation, psnr
+from trainer.monitoring.validation import Validation, mean_psnr
 from trainer.stages import STAGES
 
 OFF = TrackingConfig(wandb="off")
@@ -91,4 +91,4 @@ def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:
 
 def test_psnr_of_a_known_error() -> None:
     clip = torch.zeros(3, 1, 4, 4)
-    assert psnr([clip], [clip + 0.2]) == pytest.approx(20.0)  # 0.1 of the range [0, 1]
+    assert mean_psnr([clip], [clip + 0.2]) == pytest.approx(20.0)  # 0.1 of the range [0, 1]

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from datagen.dataset.loader import Batch
+from metrics.psnr import psnr_db
 from pipeline.model.vae import VAE, decode_latents, to_frames
 from trainer.monitoring.tracking import Tracker
 from trainer.stages.stage import TrainingStage
@@ -42,7 +43,7 @@ class Validation:
         psnrs = torch.zeros(len(names), dtype=torch.float64, device=next(iter(shown.values())).device)
         if tracker is not None and self._vae is not None:
             decoded = self._decode_all({"z_lr": self._batch.tensors["z_lr"], **shown, "target": target})
-            measured = [psnr(decoded[name], decoded["target"]) for name in names]
+            measured = [mean_psnr(decoded[name], decoded["target"]) for name in names]
             psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
             tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
         dist.broadcast(psnrs, src=0)
@@ -92,11 +93,12 @@ def _errors(previews: dict[str, Tensor], target: Tensor) -> dict[str, float]:
     return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))
 
 
-def psnr(clips: list[Tensor], targets: list[Tensor]) -> float:
+def mean_psnr(clips: list[Tensor], targets: list[Tensor]) -> float:
     """Mean over clips in [-1, 1] of the PSNR over all of a clip's values, dB."""
-    pairs = zip(clips, targets, strict=True)
-    errors = torch.stack([((clip - target) / 2).square().mean() for clip, target in pairs])
-    return float((-10 * errors.clamp_min(1e-10).log10()).mean())
+    pairs = list(zip(clips, targets, strict=True))
+    return sum(psnr_db((clip - target).square().mean().item(), peak=2.0) for clip, target in pairs) / len(
+        pairs
+    )
 
 
 def picture(columns: dict[str, Tensor]) -> Image.Image:
