@@ -26,13 +26,13 @@ import psutil
 from common.config import load_section
 from common.errors import UserError, run_command
 from common.lossless_clip import encode_bytes
-from datagen.build import code_versions
 from datagen.config import DatagenConfig
 from datagen.degradation.degrade import degrade_clip
 from datagen.encode.clip import cropped
 from datagen.encode.vae_encoder import Encoder
+from datagen.format_revision import code_versions
 from datagen.plan import make_plan
-from datagen.sources import find_sources
+from datagen.sources import Source, find_sources
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
 from pipeline.model.config import ModelConfig
 
@@ -108,8 +108,7 @@ def _shares(arguments: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     for source in sources:
         with contextlib.suppress(UserError):
-            facts = survey_isolated(source.path, source.id, config)
-            surveys.append(facts | {"source": source.id, "path": source.path, "caption": source.caption})
+            surveys.append(survey_isolated(source, config))
     survey_s = time.perf_counter() - start
     plan = make_plan(surveys, config, code_versions())
     encoder = Encoder(str(model.vae), 1)
@@ -117,7 +116,8 @@ def _shares(arguments: argparse.Namespace) -> dict[str, float]:
     samples = plan.samples[: arguments.steps_of + 1]
     for index, sample in enumerate(samples):
         times = [time.perf_counter()]
-        window = decode_isolated(sample.path, sample.source, sample.start, sample.pts, sample.frames, config)
+        source = Source(sample.source, sample.path)
+        window = decode_isolated(source, sample.start, sample.pts, sample.frames, config)
         times.append(time.perf_counter())
         hr = cropped(window, sample)
         lr, _ = degrade_clip(hr, config.degradation, sample.seed)

@@ -2,30 +2,39 @@
 
     python -m datagen.build_shards --config configs/tiny.yaml --input DIR --output DIR
 
-survey (every source decoded once, small) -> plan (samples, their order, seeds, shards) -> shards -> manifest.
-Each step leaves whole files; the same command after a crash goes on and ends with the same bytes.
+survey (every source decoded once, small) -> plan (samples, their order, seeds, shards) -> encode -> write. Shards are
+written atomically. Run the command again to resume; it ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from pathlib import Path
 
-from common.config import load_section
+import ray
+
+from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
-from datagen.build import build
+from common.storage import open_folder
 from datagen.config import DatagenConfig
+from datagen.dataset.shard_format import Manifest
+from datagen.encode.latent_reuse import check_reusable, find_clips
+from datagen.encode.ray_jobs import encode
+from datagen.encode.vae_encoder import vae_hash
+from datagen.format_revision import code_versions
+from datagen.job_folder import begin, check_limit, committed_shards, finish, write_shards, writing
+from datagen.plan import make_plan
+from datagen.ray_cluster import start_ray
+from datagen.sources import find_sources
+from datagen.survey.source_survey import SourceSurvey, Unreadable
+from datagen.survey.survey_cache import survey_all
 from pipeline.model.config import ModelConfig
 
 
 def main() -> None:
     arguments = _arguments()
-    config = load_section(arguments.config, "datagen", DatagenConfig, arguments.overrides)
-    model = load_section(arguments.config, "model", ModelConfig, arguments.overrides)
-    # a scheduler's SIGTERM ends like any exit: temporary files are removed, committed shards stay
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    config, model = load_sections(arguments, datagen=DatagenConfig, model=ModelConfig)
+    exit_on_sigterm()  # temporary files are removed, committed shards stay
     manifest = build(
         config,
         vae=model.vae,
@@ -38,12 +47,65 @@ def main() -> None:
     print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards")
 
 
+def build(
+    config: DatagenConfig,
+    *,
+    vae: Path,
+    inputs: list[str],
+    output: str,
+    address: str | None = None,
+    workers: int | None = None,
+    reuse: str | None = None,
+) -> Manifest:
+    """Build or finish the dataset at `output`.
+
+    Args:
+        address: of a Ray cluster; None: this machine.
+        workers: clips in the making at once; None: one per CPU.
+        reuse: an earlier dataset of the same clips, whose z_hr are taken over; the result is the same without.
+
+    Raises:
+        UserError: nothing to build from, too much of it unreadable, an output begun with another plan, or a dataset
+            to reuse that other code made.
+    """
+    sources = find_sources(inputs, config.storage)
+    versions = code_versions() | {"vae": vae_hash(vae)}
+    if reuse:
+        check_reusable(reuse, versions, config.storage)
+    folder = open_folder(output, config.storage)
+    with writing(folder):
+        try:
+            start_ray(address, workers, config)
+            surveys = survey_all(folder, sources, config)
+            unreadable = [found for found in surveys if isinstance(found, Unreadable)]
+            check_limit(unreadable, len(sources), config)
+
+            plan = make_plan(
+                [found for found in surveys if isinstance(found, SourceSurvey)], config, versions
+            )
+            begin(folder, plan, unreadable, config, versions)
+
+            committed = committed_shards(folder, plan)
+            samples = [
+                s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard
+            ]
+            earlier = (
+                find_clips(reuse, (sample.clip for sample in samples), config.storage) if reuse else None
+            )
+            encoded = encode(samples, config, str(vae.resolve()), versions, earlier)
+
+            shards = write_shards(folder, plan, committed, encoded)
+        finally:
+            ray.shutdown()
+        return finish(folder, plan, unreadable, shards, config, versions, len(sources))
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m datagen.build_shards",
-        description="Cut, degrade and encode videos into WebDataset shards; run again after a crash to go on.",
+        description="Cut, degrade and encode videos into WebDataset shards; run again after a crash to resume.",
     )
-    parser.add_argument("--config", type=Path, required=True, help="preset, for instance configs/tiny.yaml")
+    add_config_options(parser)
     parser.add_argument(
         "--input",
         nargs="+",
@@ -57,14 +119,6 @@ def _arguments() -> argparse.Namespace:
         "--reuse",
         metavar="DATASET",
         help="earlier dataset of the same clips: z_hr is taken from it, not encoded again",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="override a value",
     )
     return parser.parse_args()
 

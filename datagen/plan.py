@@ -7,15 +7,15 @@ video, which mixes the sources and keeps neighbouring windows together: a worker
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from common.fingerprint import fingerprint
 from common.seeding import derive_seed
 from datagen.config import DatagenConfig, FilterConfig
+from datagen.survey.source_survey import SourceSurvey, Window
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class Plan:
         return [self.samples[first : first + size] for first in range(0, len(self.samples), size)]
 
 
-def make_plan(surveys: Iterable[dict[str, Any]], config: DatagenConfig, versions: dict[str, str]) -> Plan:
+def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: dict[str, str]) -> Plan:
     """Windows that pass the filters, crops and variants of each, in hashed order.
 
     Args:
-        surveys: results of `survey` with `source`, `path`, `caption` added, in the order of the sources.
+        surveys: in the order of the sources.
         versions: what else decides the bytes of a shard (VAE hash, libraries); part of the plan's hash.
     """
     samples: list[SamplePlan] = []
@@ -70,12 +70,12 @@ def make_plan(surveys: Iterable[dict[str, Any]], config: DatagenConfig, versions
     for survey in surveys:
         reason = _reject_source(survey, config)
         if reason:
-            rejected.append({"source": survey["source"], "reason": reason})
+            rejected.append({"source": survey.source.id, "reason": reason})
             continue
-        for window in survey["windows"]:
-            reason = _reject_window(window, config.filters) or duplicates.find(survey["source"], window)
+        for window in survey.windows:
+            reason = _reject_window(window, config.filters) or duplicates.find(survey.source.id, window)
             if reason:
-                rejected.append({"source": survey["source"], "start": window["start"], "reason": reason})
+                rejected.append({"source": survey.source.id, "start": window.start, "reason": reason})
                 continue
             samples += _samples_of(survey, window, config)
     span = config.windows_together * (config.clip.stride or config.clip.frames)
@@ -93,8 +93,7 @@ def make_plan(surveys: Iterable[dict[str, Any]], config: DatagenConfig, versions
         "config": deciding(config),
         "versions": versions,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Plan(samples, rejected, config.samples_per_shard, digest)
+    return Plan(samples, rejected, config.samples_per_shard, fingerprint(identity))
 
 
 def deciding(config: DatagenConfig) -> dict[str, Any]:
@@ -103,62 +102,61 @@ def deciding(config: DatagenConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=left_out)
 
 
-def _reject_source(survey: dict[str, Any], config: DatagenConfig) -> str | None:
+def _reject_source(survey: SourceSurvey, config: DatagenConfig) -> str | None:
     height, width = config.clip.crop
     height, width = max(height, config.filters.min_height), max(width, config.filters.min_width)
-    if survey["height"] < height or survey["width"] < width:
-        return f"resolution {survey['width']}x{survey['height']} is below {width}x{height}"
-    if survey["frames"] < config.clip.frames:
-        return f"length {survey['frames']} frames is below the window of {config.clip.frames}"
-    if not survey["windows"]:
+    if survey.height < height or survey.width < width:
+        return f"resolution {survey.width}x{survey.height} is below {width}x{height}"
+    if survey.frames < config.clip.frames:
+        return f"length {survey.frames} frames is below the window of {config.clip.frames}"
+    if not survey.windows:
         return f"no scene is as long as the window of {config.clip.frames} frames"
     return None
 
 
-def _reject_window(window: dict[str, Any], filters: FilterConfig) -> str | None:
+def _reject_window(window: Window, filters: FilterConfig) -> str | None:
     floors = {
-        "black: luma": ("luma", filters.min_luma),
-        "empty: contrast": ("contrast", filters.min_contrast),
-        "static: motion": ("motion", filters.min_motion),
-        "blurred: sharpness": ("sharpness", filters.min_sharpness),
+        "black: luma": (window.luma, filters.min_luma),
+        "empty: contrast": (window.contrast, filters.min_contrast),
+        "static: motion": (window.motion, filters.min_motion),
+        "blurred: sharpness": (window.sharpness, filters.min_sharpness),
     }
-    for name, (field, floor) in floors.items():
-        if window[field] < floor:
-            return f"{name} {window[field]} is below {floor}"
+    for name, (value, floor) in floors.items():
+        if value < floor:
+            return f"{name} {value} is below {floor}"
     return None
 
 
-def _samples_of(
-    survey: dict[str, Any], window: dict[str, Any], config: DatagenConfig
-) -> Iterator[SamplePlan]:
+def _samples_of(survey: SourceSurvey, window: Window, config: DatagenConfig) -> Iterator[SamplePlan]:
+    source = survey.source
     for index in range(config.clip.crops_per_window):
-        crop = _crop(survey, window["start"], index, config)
-        clip = f"{derive_seed(survey['source'], window['start'], config.clip.frames, crop, index):016x}"
+        crop = _crop(survey, window.start, index, config)
+        clip = f"{derive_seed(source.id, window.start, config.clip.frames, crop, index):016x}"
         for variant in range(config.variants):
             yield SamplePlan(
                 key=f"{clip}-{variant}",
                 clip=clip,
-                source=survey["source"],
-                content=survey["content"],
-                path=survey["path"],
-                caption=survey["caption"] or config.caption,
-                start=window["start"],
-                pts=window["pts"],
+                source=source.id,
+                content=survey.content,
+                path=source.path,
+                caption=source.caption or config.caption,
+                start=window.start,
+                pts=window.pts,
                 frames=config.clip.frames,
-                frames_per_second=survey["frames_per_second"],
+                frames_per_second=survey.frames_per_second,
                 crop=crop,
                 variant=variant,
                 seed=derive_seed(config.seed, clip, variant),
             )
 
 
-def _crop(survey: dict[str, Any], start: int, index: int, config: DatagenConfig) -> tuple[int, int, int, int]:
+def _crop(survey: SourceSurvey, start: int, index: int, config: DatagenConfig) -> tuple[int, int, int, int]:
     height, width = config.clip.crop
-    room = (survey["height"] - height, survey["width"] - width)
+    room = (survey.height - height, survey.width - width)
     if config.clip.crop_position == "center":
         return room[0] // 2, room[1] // 2, height, width
     place = [
-        derive_seed(config.seed, survey["source"], start, index, side) % (free + 1)
+        derive_seed(config.seed, survey.source.id, start, index, side) % (free + 1)
         for side, free in zip(("top", "left"), room, strict=True)
     ]
     return place[0], place[1], height, width
@@ -177,10 +175,10 @@ class _Duplicates:
             defaultdict(list) for _ in range(distance)
         ]
 
-    def find(self, source: str, window: dict[str, Any]) -> str | None:
+    def find(self, source: str, window: Window) -> str | None:
         if not self._distance:
             return None
-        hashes = [int(text, 16) for text in window["hashes"]]
+        hashes = [int(text, 16) for text in window.hashes]
         for band, table in enumerate(self._bands):
             for other, start, others in table[self._band(hashes[1], band)]:
                 if other != source and all(
@@ -188,7 +186,7 @@ class _Duplicates:
                 ):
                     return f"duplicate of {other} at frame {start}"
         for band, table in enumerate(self._bands):
-            table[self._band(hashes[1], band)].append((source, window["start"], hashes))
+            table[self._band(hashes[1], band)].append((source, window.start, hashes))
         return None
 
     def _band(self, value: int, band: int) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources
 
@@ -24,6 +25,9 @@ ANSWER_WITHIN_S = 5.0
 #: variants of a clip that travel together; more are made of the clip decoded and encoded again, or what travels would
 #: grow with their number [ours]
 VARIANTS_PER_ROW = 8
+
+#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
+MAX_RETRIES = 3
 
 
 def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
@@ -66,6 +70,25 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
         cpu=workers + held if workers else None, object_store_memory=memory_ahead(config)
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
+    """Few rows per task: tasks are short enough to balance, and long enough to outweigh their scheduling."""
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    per_task = min(max(len(rows) // (8 * cpus), 1), 8)
+    return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
+
+
+def iterate_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """The rows, in order, as they come."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for index in range(batch.num_rows):
+            yield batch.slice(index, 1).to_pylist()[0]
+
+
+def text_array(values: list[str]) -> pa.Array:
+    """An Arrow column of texts of any length."""
+    return pa.array(values, pa.large_string())
 
 
 def memory_ahead(config: DatagenConfig) -> int:

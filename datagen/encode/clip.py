@@ -18,7 +18,9 @@ from datagen.config import DatagenConfig, FilterConfig
 from datagen.dataset.shard_format import Sample
 from datagen.degradation.degrade import degrade_clip
 from datagen.plan import SamplePlan
+from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated
+from datagen.survey.video_survey import mean_measure, to_thumbnail
 from metrics.psnr import psnr_db
 
 
@@ -58,7 +60,8 @@ def make_clip(plans: list[SamplePlan], config: DatagenConfig) -> Clip | Fault:
     cv2.setNumThreads(1)
     plan = plans[0]
     try:
-        window = decode_isolated(plan.path, plan.source, plan.start, plan.pts, plan.frames, config)
+        source = Source(plan.source, plan.path)
+        window = decode_isolated(source, plan.start, plan.pts, plan.frames, config)
         hr = cropped(window, plan)
         reason = empty_crop(hr, config.filters)
         if reason:
@@ -107,13 +110,10 @@ def cropped(window: np.ndarray, plan: SamplePlan) -> np.ndarray:
 
 
 def empty_crop(hr: np.ndarray, filters: FilterConfig) -> str | None:
-    """Why a crop shows nothing, by the plan's limits: the survey has only seen whole frames."""
-    thumbnails = [
-        cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
-        for frame in hr
-    ]
-    luma = round(float(np.mean([thumbnail.mean() for thumbnail in thumbnails])), 2)
-    contrast = round(float(np.mean([thumbnail.std() for thumbnail in thumbnails])), 2)
+    """Why a crop shows nothing, by the plan's limits: the survey measured full frames."""
+    thumbnails = [to_thumbnail(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)) for frame in hr]
+    luma = mean_measure(thumbnail.mean() for thumbnail in thumbnails)
+    contrast = mean_measure(thumbnail.std() for thumbnail in thumbnails)
     if luma < filters.min_luma:
         return f"black crop: luma {luma} is below {filters.min_luma}"
     if contrast < filters.min_contrast:

@@ -1,7 +1,14 @@
-"""The two Ray Data jobs: survey of the sources, and samples of the plan.
+"""The Ray Data job that makes samples: CPU tasks decode and degrade, VAE actors encode.
 
-Both stream rows to the driver in order, so that whoever consumes them writes files in an order that no worker decides.
-Rows are Arrow: the bytes of a clip travel as they are (NumPy would cut trailing zeros off byte strings).
+Rows stream to the driver in order, so that files are written in an order that no worker decides. A row is one clip with
+up to VARIANTS_PER_ROW variants, in Arrow (NumPy would cut trailing zeros off byte strings):
+
+    plans    JSON      the variants' SamplePlans            faults  JSON         per variant, a Fault or null
+    place    JSON      its latent in an earlier dataset     draws   JSON         per variant, what was drawn
+    hr       bytes     RGB pixels, until encoded            lr      list[bytes]  RGB pixels, until encoded
+    z_hr     bytes     safetensors of an earlier latent     reused  bool
+    hr.mkv   bytes     stored clip or nothing               lr.mkv  list[bytes]
+    latents  list[bytes]  the member latents.safetensors, in place of hr, z_hr and lr
 """
 
 from __future__ import annotations
@@ -18,46 +25,16 @@ import ray
 from ray.data import ActorPoolStrategy
 from safetensors.torch import load
 
-from common.errors import UserError
 from common.scale import SCALE
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
 from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
 from datagen.encode.latent_reuse import LATENTS, EarlierDataset, Place, read_latent
 from datagen.plan import SamplePlan
-from datagen.ray_cluster import VARIANTS_PER_ROW
-from datagen.sources import Source
-from datagen.survey.decoder_process import survey_isolated
-
-#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
-MAX_RETRIES = 3
+from datagen.ray_cluster import MAX_RETRIES, VARIANTS_PER_ROW, dataset_of, iterate_rows, text_array
 
 
-def survey_rows(sources: list[Source], config: DatagenConfig) -> Iterator[dict[str, Any]]:
-    """Survey of each source, in order: the result of `survey`, or `{"error": ...}`, with source and path."""
-
-    def work(table: pa.Table) -> pa.Table:
-        results = []
-        for row in table.to_pylist():
-            facts = {"source": row["id"], "path": row["path"], "caption": row["caption"]}
-            try:
-                facts |= survey_isolated(row["path"], row["id"], config)
-            except UserError as error:
-                facts["error"] = str(error)
-            except Exception as error:
-                facts["error"] = f"{row['id']}: {type(error).__name__}: {error}"
-            results.append(json.dumps(facts))
-        return pa.table({"survey": pa.array(results, pa.large_string())})
-
-    rows = [asdict(source) | {"caption": source.caption or ""} for source in sources]
-    dataset = _dataset(rows).map_batches(
-        work, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
-    )
-    for row in _rows(dataset):
-        yield json.loads(row["survey"])
-
-
-class Row(NamedTuple):
+class EncodedSample(NamedTuple):
     """A planned sample, made, or why it could not be; and whether its z_hr came from an earlier dataset."""
 
     plan: SamplePlan
@@ -65,14 +42,22 @@ class Row(NamedTuple):
     reused: bool
 
 
-def sample_rows(
+def encode(
     plans: list[SamplePlan],
     config: DatagenConfig,
     vae: str,
     versions: dict[str, str],
     earlier: EarlierDataset | None = None,
-) -> Iterator[Row]:
-    """Each planned sample in order."""
+) -> Iterator[EncodedSample]:
+    """Each planned sample in order: decoded and degraded by CPU tasks, encoded by VAE actors.
+
+    Args:
+        plans: None of them, no Ray job.
+        vae: folder of the VAE, on every node.
+        earlier: where z_hr of some clips can be taken from.
+    """
+    if not plans:
+        return
     earlier_url, places = (earlier.url, earlier.places) if earlier else ("", {})
 
     def degrade(table: pa.Table) -> pa.Table:
@@ -95,7 +80,7 @@ def sample_rows(
         for clip in clips_of(plans)
     ]
     dataset = (
-        _dataset(rows)
+        dataset_of(rows)
         .map_batches(degrade, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES)
         .map_batches(
             Actor,
@@ -106,7 +91,7 @@ def sample_rows(
             **share,
         )
     )
-    for row in _rows(dataset):
+    for row in iterate_rows(dataset):
         yield from _samples(row, versions)
 
 
@@ -125,10 +110,10 @@ def _degraded(plans: pa.ChunkedArray, made: Clip | Fault, variants: int, z_hr: b
     return pa.table(
         {
             "plans": plans,
-            "faults": _texts(
+            "faults": text_array(
                 [json.dumps([asdict(part) if isinstance(part, Fault) else None for part in parts])]
             ),
-            "draws": _texts([json.dumps([part and part.draws for part in good])]),
+            "draws": text_array([json.dumps([part and part.draws for part in good])]),
             "hr": _bytes([hr.tobytes() if hr is not None and not z_hr else b""]),
             "z_hr": _bytes([z_hr]),
             "reused": [bool(z_hr)],
@@ -167,14 +152,14 @@ class _EncodeActor:
         return table.drop_columns(["hr", "z_hr", "lr"]).append_column("latents", _byte_lists(latents))
 
 
-def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[Row]:
+def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[EncodedSample]:
     plans, faults, draws = _plans(row["plans"]), json.loads(row["faults"]), json.loads(row["draws"])
     for index, plan in enumerate(plans):
         if faults[index]:
-            yield Row(plan, Fault(**faults[index]), False)
+            yield EncodedSample(plan, Fault(**faults[index]), False)
             continue
         members = {LATENTS: row["latents"][index], "lr.mkv": row["lr.mkv"][index], "hr.mkv": row["hr.mkv"]}
-        yield Row(plan, make_sample(plan, draws[index], members, versions), row["reused"])
+        yield EncodedSample(plan, make_sample(plan, draws[index], members, versions), row["reused"])
 
 
 def _pixels(content: bytes, plan: SamplePlan, scale: int) -> np.ndarray:
@@ -188,26 +173,9 @@ def _plans(text: str) -> list[SamplePlan]:
     return [SamplePlan(**fields | {"crop": tuple(fields["crop"])}) for fields in json.loads(text)]
 
 
-def _texts(values: list[str]) -> pa.Array:
-    return pa.array(values, pa.large_string())
-
-
 def _bytes(values: list[bytes]) -> pa.Array:
     return pa.array(values, pa.large_binary())
 
 
 def _byte_lists(values: list[list[bytes]]) -> pa.Array:
     return pa.array(values, pa.list_(pa.large_binary()))
-
-
-def _dataset(rows: list[dict[str, Any]]) -> ray.data.Dataset:
-    """Few rows per task: tasks are short enough to balance, and long enough to outweigh their scheduling."""
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    per_task = int(np.clip(len(rows) // (8 * cpus), 1, 8))
-    return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
-
-
-def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for index in range(batch.num_rows):
-            yield batch.slice(index, 1).to_pylist()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import torch
 from safetensors.torch import save
 
 from common.errors import UserError
+from common.fingerprint import files_fingerprint
 
 
 def vae_hash(folder: Path) -> str:
-    """sha256 over the configuration and weights of a VAE folder: equal hashes give equal latents.
+    """SHA-256 over the configuration and weights of a VAE folder: equal hashes give equal latents.
 
     Raises:
         UserError: no such folder, or no safetensors in it.
@@ -24,13 +24,7 @@ def vae_hash(folder: Path) -> str:
         raise UserError(
             f"model.vae: {folder} holds no VAE (config.json and *.safetensors); see the README on weights"
         )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return files_fingerprint(files, folder)
 
 
 def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import numpy as np
 
 from common.lossless_clip import UnreadableVideo, opened
 from datagen.config import ClipConfig
+from datagen.sources import Source
+from datagen.survey.source_survey import SourceSurvey, Window
 
 #: width of the pictures that scenes are found in, px
 SURVEY_WIDTH = 256
@@ -37,19 +39,18 @@ class _Features:
     hash: int
 
 
-def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
-    """Size, length and the windows of a video, JSON-able.
+def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey:
+    """Size, length, scenes and windows of a video.
 
-    Returns:
-        `{"width", "height", "frames", "frames_per_second", "content", "windows": [{"start", "pts", "luma", ...}]}`;
-        a window's measures are means over its frames (motion leaves out the first), `hashes` of its first, middle,
-        last frame; `content` tells one video from another of the same name.
+    Args:
+        opened_source: what PyAV opens, a path or a binary file.
 
     Raises:
         UnreadableVideo: no video, or it breaks off.
     """
+    name = source.id
     features: list[_Features] = []
-    with opened(source, name) as container:
+    with opened(opened_source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
         finder = _SceneFinder(clip, float(rate or 25))
@@ -58,9 +59,7 @@ def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
         try:
             for frame in _decoded(container, stream, content):
                 small = _small(frame)
-                thumbnail = cv2.resize(
-                    cv2.cvtColor(small, cv2.COLOR_BGR2GRAY), (32, 32), interpolation=cv2.INTER_AREA
-                )
+                thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
                 sharpness = (
                     _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 )
@@ -69,23 +68,38 @@ def survey(source: Any, name: str, clip: ClipConfig) -> dict[str, Any]:
                 previous = thumbnail
         except av.error.FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off after {len(features)} frames: {error}") from None
-        facts = {"width": stream.width, "height": stream.height, "frames": len(features)}
+        width, height = stream.width, stream.height
         content.update(repr([frame.pts for frame in features]).encode())
-        facts["content"] = content.hexdigest()
     if not features:
         raise UnreadableVideo(f"{name}: holds no frame that can be decoded")
     cuts = finder.cuts()
-    windows = [
-        _window(features, start, clip.frames)
-        for start in window_starts(len(features), cuts, clip.frames, clip.stride)
-    ]
-    return facts | {"frames_per_second": float(rate or 0), "cuts": cuts, "windows": windows}
+    starts = window_starts(len(features), cuts, clip.frames, clip.stride)
+    return SourceSurvey(
+        source,
+        width,
+        height,
+        frames=len(features),
+        frames_per_second=float(rate or 0),
+        content=content.hexdigest(),
+        cuts=tuple(cuts),
+        windows=tuple(_window(features, start, clip.frames) for start in starts),
+    )
+
+
+def to_thumbnail(grey: np.ndarray) -> np.ndarray:
+    """A grey frame (H, W) at 32 x 32 px, on which luma, contrast and motion are measured."""
+    return cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
+
+
+def mean_measure(values: Iterable[float]) -> float:
+    """Mean over the frames of a window, as thresholds are compared with it."""
+    return round(float(np.mean(list(values))), 2)
 
 
 def _content(stream: Any) -> Any:
-    """A sha256 that has seen what the decoder is told of the stream; its packets follow."""
+    """A SHA-256 of the stream's decoder parameters; its packets are added later."""
     context = stream.codec_context
-    told = (
+    parameters = (
         context.name,
         context.pix_fmt,
         context.width,
@@ -93,7 +107,7 @@ def _content(stream: Any) -> Any:
         context.color_range,
         context.colorspace,
     )
-    return hashlib.sha256(repr(told).encode() + bytes(context.extradata or b""))
+    return hashlib.sha256(repr(parameters).encode() + bytes(context.extradata or b""))
 
 
 def _decoded(container: Any, stream: Any, content: Any) -> Iterator[av.VideoFrame]:
@@ -167,14 +181,14 @@ def _hash(thumbnail: np.ndarray) -> int:
     return int.from_bytes(np.packbits(grid[:, :-1] > grid[:, 1:]).tobytes(), "big")
 
 
-def _window(features: list[_Features], start: int, length: int) -> dict[str, Any]:
-    part = features[start : start + length]
-    return {
-        "start": start,
-        "pts": part[0].pts,
-        "luma": round(float(np.mean([frame.luma for frame in part])), 2),
-        "contrast": round(float(np.mean([frame.contrast for frame in part])), 2),
-        "motion": round(float(np.mean([frame.motion for frame in part[1:]] or [0.0])), 3),
-        "sharpness": round(float(np.mean([frame.sharpness for frame in part])), 2),
-        "hashes": [f"{part[index].hash:016x}" for index in (0, length // 2, -1)],
-    }
+def _window(features: list[_Features], start: int, length: int) -> Window:
+    frames = features[start : start + length]
+    return Window(
+        start,
+        frames[0].pts,
+        luma=mean_measure(frame.luma for frame in frames),
+        contrast=mean_measure(frame.contrast for frame in frames),
+        motion=round(float(np.mean([frame.motion for frame in frames[1:]] or [0.0])), 3),
+        sharpness=mean_measure(frame.sharpness for frame in frames),
+        hashes=tuple(f"{frames[index].hash:016x}" for index in (0, length // 2, -1)),
+    )

@@ -10,10 +10,12 @@ import pytest
 from common.errors import UserError, run_command
 from common.lossless_clip import UnreadableVideo, write_lossless
 from common.storage import open_folder
-from datagen.build import _check_limit, _only_writer
 from datagen.build_shards import main
 from datagen.config import DatagenConfig
+from datagen.job_folder import check_limit, writing
+from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
+from datagen.survey.source_survey import Unreadable
 from tests.datagen.conftest import build_command, moving_picture
 
 
@@ -61,12 +63,12 @@ def test_a_text_file_named_mp4_and_a_clip_shorter_than_the_window(config_file: P
 
 def test_too_many_unreadable_sources_stop_the_job() -> None:
     config = DatagenConfig(max_quarantined=0.1)
-    fault = {"kind": "unreadable", "source": "a", "reason": "a: not a video"}
-    _check_limit([fault] * 10, 20, config)  # few
-    _check_limit([fault] * 20, 200, config)  # not more than a tenth
+    fault = Unreadable(Source("a", "a"), "a: not a video")
+    check_limit([fault] * 10, 20, config)  # few
+    check_limit([fault] * 20, 200, config)  # not more than a tenth
     for number, sources in ((21, 200), (1, 1), (11, 20)):
         with pytest.raises(UserError, match=f"{number} of {sources} sources cannot be read"):
-            _check_limit([fault] * number, sources, config)
+            check_limit([fault] * number, sources, config)
 
 
 def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
@@ -74,24 +76,19 @@ def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
     content = (tmp_path / "whole.mkv").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
     config = DatagenConfig()
-    facts = survey_isolated(str(tmp_path / "cut.mkv"), "cut.mkv", config)
-    assert facts["frames"] < 30
+    cut, complete = (Source(name, str(tmp_path / name)) for name in ("cut.mkv", "whole.mkv"))
+    assert survey_isolated(cut, config).frames < 30
     with pytest.raises(UnreadableVideo, match=r"cut\.mkv"):
-        decode_isolated(str(tmp_path / "cut.mkv"), "cut.mkv", 20, None, 9, config)
+        decode_isolated(cut, 20, None, 9, config)
     # the child that answered is still there for the next file
-    assert decode_isolated(str(tmp_path / "whole.mkv"), "whole.mkv", 20, None, 9, config).shape == (
-        9,
-        64,
-        64,
-        3,
-    )
+    assert decode_isolated(complete, 20, None, 9, config).shape == (9, 64, 64, 3)
 
 
 def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
     write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
     slow = DatagenConfig(decode_timeout_s=1e-3)
     with pytest.raises(UnreadableVideo, match=r"not decoded within 0\.001 s"):
-        decode_isolated(str(tmp_path / "a.mkv"), "a.mkv", 0, None, 9, slow)
+        decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, slow)
 
     import os
     import signal
@@ -101,16 +98,16 @@ def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
     child = isolated._running_child()
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    clip = decode_isolated(str(tmp_path / "a.mkv"), "a.mkv", 0, None, 9, DatagenConfig())
+    clip = decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, DatagenConfig())
     assert clip.shape == (9, 64, 64, 3)
 
 
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "out")
     with (
-        _only_writer(folder),
+        writing(folder),
         pytest.raises(UserError, match="another job is writing here"),
-        _only_writer(open_folder(tmp_path / "out")),
+        writing(open_folder(tmp_path / "out")),
     ):
         raise AssertionError("both were let in")
     assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from datagen.encode.clip import Clip, Fault, Variant, make_clip
 from datagen.encode.latent_reuse import LATENTS
 from datagen.encode.ray_jobs import _degraded, _EncodeActor, _samples
 from datagen.plan import SamplePlan, make_plan
+from datagen.sources import Source
 from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import moving_picture
 from tests.datagen.test_plan import surveyed
@@ -24,9 +25,9 @@ from tests.datagen.test_plan import surveyed
 
 def plans_of(path: Path, config: DatagenConfig, left: int) -> list[SamplePlan]:
     """Variants of the crop at `left` of the first window of a video of 64 x 160."""
-    facts = {"path": str(path), "width": 64 + left, "height": 64, "frames": 9}
+    size = {"width": 64 + left, "height": 64, "frames": 9}
     config = config.model_copy(update={"clip": config.clip.model_copy(update={"crop_position": "center"})})
-    plans = make_plan([surveyed("a.mkv", **facts)], config, {}).samples
+    plans = make_plan([surveyed("a.mkv", source=Source("a.mkv", str(path)), **size)], config, {}).samples
     return [SamplePlan(**asdict(plan) | {"crop": (0, left, 64, 64)}) for plan in plans]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,18 @@ from pydantic import ValidationError
 
 from common.errors import UserError
 from common.lossless_clip import UnreadableVideo, read_window, write_lossless
+from common.seeding import derive_seed
 from common.storage import StorageConfig
 from datagen.config import ClipConfig, DatagenConfig, FilterConfig
 from datagen.plan import make_plan
-from datagen.sources import find_sources
+from datagen.sources import Source, find_sources
+from datagen.survey.source_survey import (
+    SourceSurvey,
+    Unreadable,
+    Window,
+    from_document,
+    to_document,
+)
 from datagen.survey.video_survey import survey, window_starts
 from datagen.survey.window_reader import WindowReader
 from tests.datagen.conftest import moving_picture
@@ -65,11 +75,15 @@ def test_windows_do_not_cross_scenes(tmp_path: Path) -> None:
     film = np.stack([*soft[:20], *(picture // 4 for picture in soft[20:])])
     path = tmp_path / "film.mkv"
     write_lossless(path, film)
-    facts = survey(str(path), "film.mkv", ClipConfig(frames=9, crop=(64, 64)))
-    assert facts["frames"] == 42 and facts["cuts"] == [20]
-    assert [window["start"] for window in facts["windows"]] == [0, 9, 20, 29]
-    whole = survey(str(path), "film.mkv", ClipConfig(frames=9, crop=(64, 64), respect_scenes=False))
-    assert [window["start"] for window in whole["windows"]] == [0, 9, 18, 27]
+    source = Source("video.mkv", str(path))
+    found = survey(source, str(path), ClipConfig(frames=9, crop=(64, 64)))
+    assert found.frames == 42 and found.cuts == (20,)
+    assert [window.start for window in found.windows] == [0, 9, 20, 29]
+    uncut = survey(source, str(path), ClipConfig(frames=9, crop=(64, 64), respect_scenes=False))
+    assert [window.start for window in uncut.windows] == [0, 9, 18, 27]
+    assert from_document(json.loads(json.dumps(to_document(found))), source) == found
+    unreadable = Unreadable(source, "not a video")
+    assert from_document(json.loads(json.dumps(to_document(unreadable))), source) == unreadable
 
 
 def test_window_starts() -> None:
@@ -89,9 +103,10 @@ def test_seeking_gives_the_frames_that_decoding_from_the_start_gives(tmp_path: P
         for picture in moving_picture(50, 64, 96, 3):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    facts = survey(str(path), "long", ClipConfig(frames=5, crop=(32, 32), respect_scenes=False))
+    clip = ClipConfig(frames=5, crop=(32, 32), respect_scenes=False)
+    found = survey(Source("long", str(path)), str(path), clip)
     everything = read_window(path, 0, None)
-    time_stamps = {window["start"]: window["pts"] for window in facts["windows"]}
+    time_stamps = {window.start: window.pts for window in found.windows}
     again, far, overlapping = [20, 20], [45, 0, 35, 5], [10, 12, 16, 11]
     for order in (sorted(time_stamps), again, far, overlapping):
         reader = WindowReader()
@@ -105,28 +120,29 @@ def test_seeking_gives_the_frames_that_decoding_from_the_start_gives(tmp_path: P
         assert len(reader.read(str(path), lambda: str(path), "long", 44, None, 5)) == 5
 
 
-def surveyed(source: str, **changes: Any) -> dict[str, Any]:
-    """A survey of one window that passes every filter, with changes to the source or its window."""
-    window: dict[str, Any] = {
-        "start": 0,
-        "pts": 0,
-        "luma": 100.0,
-        "contrast": 40.0,
-        "motion": 2.0,
-        "sharpness": 100.0,
-    }
-    window["hashes"] = [f"{hash((source, index)) % 2**64:016x}" for index in range(3)]
-    facts: dict[str, Any] = {"source": source, "path": "/somewhere/" + source, "caption": None, "frames": 20}
-    facts |= {
-        "content": f"of {source}",
-        "width": 200,
-        "height": 100,
-        "frames_per_second": 25.0,
-        "windows": [window],
-    }
-    for name, value in changes.items():
-        (window if name in window else facts)[name] = value
-    return facts
+def surveyed(name: str, **changes: Any) -> SourceSurvey:
+    """A survey of one window that passes every filter, with changes to the survey or its window."""
+    window = Window(
+        start=0,
+        pts=0,
+        luma=100.0,
+        contrast=40.0,
+        motion=2.0,
+        sharpness=100.0,
+        hashes=tuple(f"{derive_seed(name, index):016x}" for index in range(3)),
+    )
+    of_window = {field: value for field, value in changes.items() if hasattr(window, field)}
+    survey = SourceSurvey(
+        Source(name, f"/somewhere/{name}"),
+        width=200,
+        height=100,
+        frames=20,
+        frames_per_second=25.0,
+        content=f"of {name}",
+        cuts=(),
+        windows=(replace(window, **of_window),),
+    )
+    return replace(survey, **{field: value for field, value in changes.items() if field not in of_window})
 
 
 CONFIG = DatagenConfig(clip=ClipConfig(frames=9, crop=(64, 64)), samples_per_shard=2)
@@ -141,7 +157,7 @@ CONFIG = DatagenConfig(clip=ClipConfig(frames=9, crop=(64, 64)), samples_per_sha
         ({"sharpness": 1.0}, "blurred: sharpness"),
         ({"height": 60}, "resolution 200x60 is below 64x64"),
         ({"frames": 8}, "length 8 frames"),
-        ({"windows": []}, "no scene"),
+        ({"windows": ()}, "no scene"),
     ],
 )
 def test_rejections_are_recorded_with_their_reason(change: dict[str, Any], reason: str) -> None:
@@ -152,9 +168,9 @@ def test_rejections_are_recorded_with_their_reason(change: dict[str, Any], reaso
 
 
 def test_duplicates_of_other_sources_are_found_within_the_distance() -> None:
-    hashes = ["0123456789abcdef", "fedcba9876543210", "00ff00ff00ff00ff"]
-    near = [f"{int(text, 16) ^ 0b1001:016x}" for text in hashes]  # two bits
-    far = [hashes[0], f"{int(hashes[1], 16) ^ 0xFF00FF:016x}", hashes[2]]
+    hashes = ("0123456789abcdef", "fedcba9876543210", "00ff00ff00ff00ff")
+    near = tuple(f"{int(text, 16) ^ 0b1001:016x}" for text in hashes)  # two bits
+    far = (hashes[0], f"{int(hashes[1], 16) ^ 0xFF00FF:016x}", hashes[2])
     surveys = [surveyed("a", hashes=hashes), surveyed("b", hashes=near), surveyed("c", hashes=far)]
     plan = make_plan(surveys, CONFIG, {})
     assert sorted(sample.source for sample in plan.samples) == ["a", "c"]
@@ -166,7 +182,7 @@ def test_duplicates_of_other_sources_are_found_within_the_distance() -> None:
 def test_the_plan_is_a_function_of_survey_and_configuration() -> None:
     surveys = [surveyed(str(index)) for index in range(7)]
     plan = make_plan(surveys, CONFIG, {})
-    moved = [survey | {"path": "/elsewhere"} for survey in surveys]
+    moved = [replace(survey, source=Source(survey.source.id, "/elsewhere")) for survey in surveys]
     assert make_plan(moved, CONFIG, {}).hash == plan.hash  # where the inputs are mounted does not matter
     for changed in ({"seed": 1}, {"variants": 2}, {"samples_per_shard": 3}):
         assert make_plan(surveys, CONFIG.model_copy(update=changed), {}).hash != plan.hash
@@ -177,8 +193,8 @@ def test_the_plan_is_a_function_of_survey_and_configuration() -> None:
 def test_neighbouring_windows_stay_together_and_sources_are_mixed() -> None:
     surveys = []
     for source in "abc":
-        windows = [{**surveyed(source)["windows"][0], "start": 9 * index} for index in range(24)]
-        surveys.append(surveyed(source) | {"windows": windows})
+        (window,) = surveyed(source).windows
+        surveys.append(surveyed(source, windows=[replace(window, start=9 * index) for index in range(24)]))
     config = CONFIG.model_copy(update={"windows_together": 4})
     samples = make_plan(surveys, config, {}).samples
     stretches = [samples[first : first + 4] for first in range(0, len(samples), 4)]

@@ -20,9 +20,10 @@ from datagen.config import DatagenConfig
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample
 from datagen.dataset.verify import faults
-from datagen.encode.ray_jobs import sample_rows
+from datagen.encode.ray_jobs import encode
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
+from datagen.sources import Source
 from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
@@ -188,8 +189,8 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
     surveys = []
     for index in range(CLIPS):
         s3(server, "long").write(f"{index}.mkv", content)
-        facts = {"path": f"s3://bucket/long/{index}.mkv", "width": 64, "height": 64, "frames": 9}
-        surveys.append(surveyed(f"{index}.mkv", **facts))
+        source = Source(f"{index}.mkv", f"s3://bucket/long/{index}.mkv")
+        surveys.append(surveyed(source.id, source=source, width=64, height=64, frames=9))
     config = load_section(
         config_file,
         "datagen",
@@ -201,7 +202,7 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
     server.asked.clear()
     try:
         start_ray(None, WORKERS, config)
-        rows = sample_rows(plans, config, vae, {})
+        rows = encode(plans, config, vae, {})
         made = [next(rows).made]
         asked = 0
         while len(server.asked) > asked:

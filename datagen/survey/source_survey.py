@@ -1,0 +1,69 @@
+"""What the survey finds out: `SourceSurvey` with its `Window`s, or `Unreadable`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from datagen.sources import Source
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive frames within one scene.
+
+    Attributes:
+        start: index of the first frame. pts: its time stamp, None where frames have none.
+        luma, contrast, motion, sharpness: means over the frames; motion leaves out the first.
+        hashes: of the first, middle and last frame, 64 bit, hexadecimal.
+    """
+
+    start: int
+    pts: int | None
+    luma: float
+    contrast: float
+    motion: float
+    sharpness: float
+    hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceSurvey:
+    """A video that was decoded from beginning to end.
+
+    Attributes:
+        content: hash of the video stream: tells one video from another of the same name.
+        cuts: first frames of the second and later scenes.
+    """
+
+    source: Source
+    width: int
+    height: int
+    frames: int
+    frames_per_second: float
+    content: str
+    cuts: tuple[int, ...]
+    windows: tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A video that cannot be decoded."""
+
+    source: Source
+    reason: str
+
+
+def to_document(survey: SourceSurvey | Unreadable) -> dict[str, Any]:
+    """JSON types, without the source's path, which may change from run to run."""
+    fields = {name: value for name, value in asdict(survey).items() if name != "source"}
+    return {"source": survey.source.id, **fields}
+
+
+def from_document(document: dict[str, Any], source: Source) -> SourceSurvey | Unreadable:
+    """What `to_document` wrote of `source`."""
+    fields = {name: value for name, value in document.items() if name != "source"}
+    if "reason" in fields:
+        return Unreadable(source, **fields)
+    windows = tuple(Window(**window | {"hashes": tuple(window["hashes"])}) for window in fields["windows"])
+    return SourceSurvey(source, **fields | {"cuts": tuple(fields["cuts"]), "windows": windows})
