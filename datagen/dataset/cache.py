@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import threading
 from pathlib import Path
 
+from filelock import FileLock
+
+from common.fingerprint import fingerprint
 from common.storage import Folder, LocalFolder
 from datagen.dataset.shard_format import DamagedShard
 
@@ -17,7 +18,7 @@ def cached(remote: Folder, cache_dir: str | os.PathLike[str], sha256: dict[str, 
     if isinstance(remote, LocalFolder):
         return remote
     # the address is part of the place, so that two datasets never share a file
-    place = hashlib.sha256(remote.url.encode()).hexdigest()[:16]
+    place = fingerprint(remote.url)[:16]
     return _CachedFolder(remote, Path(cache_dir) / place, sha256)
 
 
@@ -29,7 +30,7 @@ class _CachedFolder(LocalFolder):
         self.url = remote.url
         self._remote = remote
         self._sha256 = sha256
-        self._lock = threading.Lock()
+        self._lock = FileLock(directory / ".lock")
 
     def read(self, name: str) -> bytes:
         return self._remote.read(name)
@@ -47,8 +48,7 @@ class _CachedFolder(LocalFolder):
     def _fetch(self, name: str) -> None:
         """Copy one shard; the file lock lets one process of the machine do it while the others wait."""
         self._root.mkdir(parents=True, exist_ok=True)
-        with self._lock, (self._root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._lock:
             if (self._root / name).exists():
                 return
             content = self._remote.read(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import jinja2
 import numpy as np
 import yaml
 
-from common.lossless_clip import decode_bytes
 from common.storage import Folder
-from datagen.dataset.shard_format import Manifest, read_member, read_sidecar
+from datagen.dataset.dataset import ShardDataset
+from datagen.dataset.shard_format import Manifest
 from datagen.degradation.registry import describe
 
 REPORT = "report.html"
@@ -51,21 +50,15 @@ def contact_sheet(folder: Folder, manifest: Manifest, count: int) -> list[dict[s
 
     `picture` is None where the dataset keeps no clips.
     """
-    ends = np.cumsum([entry.samples for entry in manifest.shards])
-    chosen = np.unique(np.linspace(0, manifest.samples - 1, min(count, manifest.samples)).astype(int))
+    dataset = ShardDataset(folder, manifest.shards)
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))
     sheet = []
-    for sample in chosen.tolist():
-        shard = int(np.searchsorted(ends, sample, side="right"))
-        entry = manifest.shards[shard]
-        sidecar = read_sidecar(folder, entry.name)
-        members = sidecar.members[sample - int(ends[shard]) + entry.samples]
-        metadata = json.loads(read_member(folder, entry.name, members["json"]))
+    for index in chosen.tolist():
+        sample = dataset[index]
+        metadata = sample.metadata()
         picture = None
-        if "hr.mkv" in members:
-            lr, hr = (
-                decode_bytes(read_member(folder, entry.name, members[f"{side}.mkv"])) for side in ("lr", "hr")
-            )
-            picture = _data_uri(side_by_side(lr, hr))
+        if "hr.mkv" in sample.spans:
+            picture = _data_uri(side_by_side(sample.frames("lr"), sample.frames("hr")))
         sheet.append({"metadata": metadata, "picture": picture, "draws": describe(metadata["draws"])})
     return sheet
 

@@ -11,8 +11,6 @@ the trainer.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections import deque
@@ -25,13 +23,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 
 from common.errors import UserError
 from common.seeding import derive_seed
-from common.storage import StorageConfig, open_folder
+from common.storage import Folder, StorageConfig, open_folder
 from datagen.dataset.cache import cached
-from datagen.dataset.shard_format import DamagedShard, Sidecar, read_manifest, read_member, read_sidecar
+from datagen.dataset.dataset import ShardDataset, StoredSample
+from datagen.dataset.shard_format import DamagedShard, ShardEntry, read_manifest, sidecar_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class ShardReader:
         members: which members to read beside the metadata: `latents`, `pair`, `lr`, `hr`.
         seed: of the order.
         global_batch_size: samples per batch over all ranks; a multiple of `world_size`.
-        cache_dir: keep whole shards of a remote dataset here after their first use.
+        cache_dir: keep complete shards of a remote dataset here after their first use.
         damaged: what to do with shards that are missing or cut short when the reader opens, and with samples
             whose content has changed: `skip` leaves the former out of the order and puts the following sample of
             the stream in the latter's place (a function of the dataset alone, so the same on all ranks), and logs
@@ -94,7 +92,7 @@ class ShardReader:
             )
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} is outside 0...{world_size - 1}")
-        self._folder = open_folder(dataset, storage)
+        folder = open_folder(dataset, storage)
         self._members = tuple(members)
         self._seed = seed
         self._global_batch_size = global_batch_size
@@ -104,23 +102,20 @@ class ShardReader:
         self._read_ahead = max(1, read_ahead)
         self._consumed = 0
 
-        self.manifest = read_manifest(self._folder)
-        self._shards = self._intact_shards()
+        self.manifest = read_manifest(folder)
+        shards = self._intact_shards(folder)
         if cache_dir is not None:
-            self._folder = cached(
-                self._folder, cache_dir, {entry.name: entry.sha256 for entry in self._shards}
-            )
-        self._ends = np.cumsum([entry.samples for entry in self._shards])
-        if not self._shards or self._ends[-1] == 0:
+            folder = cached(folder, cache_dir, {entry.name: entry.sha256 for entry in shards})
+        self._dataset = ShardDataset(folder, shards)
+        self._url = folder.url
+        if not len(self._dataset):
             raise UserError(f"{dataset}: the dataset holds no readable sample")
-        identity = json.dumps([[entry.name, entry.samples, entry.sha256] for entry in self._shards])
-        self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._fingerprint = self._dataset.fingerprint
         self._permutation = lru_cache(maxsize=2)(self._make_permutation)
-        self._sidecar = lru_cache(maxsize=4096)(self._load_sidecar)
 
     def __len__(self) -> int:
         """Samples per epoch."""
-        return int(self._ends[-1])
+        return len(self._dataset)
 
     @property
     def epoch(self) -> float:
@@ -156,7 +151,7 @@ class ShardReader:
         """
         if state["dataset"] != self._fingerprint:
             raise UserError(
-                f"{self._folder.url}: the saved position belongs to another dataset, or its intact shards have "
+                f"{self._url}: the saved position belongs to another dataset, or its intact shards have "
                 "changed; point --data to the dataset the run began with, or start a new run"
             )
         if state["seed"] != self._seed:
@@ -165,19 +160,19 @@ class ShardReader:
             )
         self._consumed = int(state["consumed"])
 
-    def _intact_shards(self) -> list[Any]:
+    def _intact_shards(self, folder: Folder) -> list[ShardEntry]:
         """Shards whose tar and sidecar are there at full size: a cheap check, equal on all ranks."""
-        sizes = self._folder.sizes("shards/")
+        sizes = folder.sizes("shards/")
         intact = []
         for entry in self.manifest.shards:
             size = sizes.get(entry.name)
-            if size == entry.bytes and entry.name.removesuffix(".tar") + ".json" in sizes:
+            if size == entry.bytes and sidecar_name(entry.name) in sizes:
                 intact.append(entry)
                 continue
             fault = "is missing" if size is None else f"has {size} of {entry.bytes} bytes"
             if size == entry.bytes:
                 fault = "has lost its sidecar"
-            self._report(f"{self._folder.url}/{entry.name} {fault}: its {entry.samples} samples are left out")
+            self._report(f"{folder.url}/{entry.name} {fault}: its {entry.samples} samples are left out")
         return intact
 
     def _report(self, fault: str) -> None:
@@ -196,9 +191,6 @@ class ShardReader:
         epoch, offset = divmod(position, len(self))
         return int(self._permutation(epoch)[offset])
 
-    def _load_sidecar(self, shard: int) -> Sidecar:
-        return read_sidecar(self._folder, self._shards[shard].name)
-
     def _read_batch(self, start: int) -> Batch:
         share = self._global_batch_size // self._world_size
         first = start + self._rank * share
@@ -214,35 +206,27 @@ class ShardReader:
         """The sample at a position of the stream, or the first intact one after it in its epoch's order."""
         epoch, offset = divmod(position, len(self))
         for attempt in range(min(REPLACEMENT_ATTEMPTS, len(self))):
-            sample = self._sample_at(epoch * len(self) + (offset + attempt) % len(self))
-            shard = int(np.searchsorted(self._ends, sample, side="right"))
-            row = sample - int(self._ends[shard]) + self._shards[shard].samples
+            index = self._sample_at(epoch * len(self) + (offset + attempt) % len(self))
             try:
-                return self._read(shard, row)
+                return self._read(self._dataset[index])
             except (DamagedShard, FileNotFoundError, SafetensorError) as error:
-                self._report(
-                    f"{error} (sample {row} of {self._shards[shard].name}): the next one takes its place"
-                )
+                shard, row = self._dataset.place(index)
+                name = self._dataset.shards[shard].name
+                self._report(f"{error} (sample {row} of {name}): the next one takes its place")
         raise UserError(
-            f"{self._folder.url}: {REPLACEMENT_ATTEMPTS} damaged samples in a row; run datagen.dataset.verify on it"
+            f"{self._url}: {REPLACEMENT_ATTEMPTS} damaged samples in a row; run datagen.dataset.verify on it"
         )
 
-    def _read(self, shard: int, row: int) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-        sidecar = self._sidecar(shard)
-        spans, name = sidecar.members[row], sidecar.name
+    def _read(self, sample: StoredSample) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
         tensors: dict[str, torch.Tensor] = {}
         for member in self._members:
-            if f"{member}.safetensors" in spans:
-                tensors |= load(read_member(self._folder, name, spans[f"{member}.safetensors"]))
-            elif f"{member}.mkv" in spans:
-                from common.lossless_clip import decode_bytes
-
-                tensors[member] = torch.from_numpy(
-                    decode_bytes(read_member(self._folder, name, spans[f"{member}.mkv"]))
-                )
+            if f"{member}.safetensors" in sample.spans:
+                tensors |= sample.tensors(member)
+            elif f"{member}.mkv" in sample.spans:
+                tensors[member] = torch.from_numpy(sample.frames(member))
             else:
                 raise UserError(
-                    f"{self._folder.url}/{name}: samples have no member {member!r}, only "
-                    f"{', '.join(sorted(spans))}; build the dataset again with it"
+                    f"{self._url}/{sample.shard}: samples have no member {member!r}, only "
+                    f"{', '.join(sorted(sample.spans))}; build the dataset again with it"
                 )
-        return sidecar.keys[row], tensors, json.loads(read_member(self._folder, name, spans["json"]))
+        return sample.key, tensors, sample.metadata()

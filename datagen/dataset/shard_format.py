@@ -11,16 +11,16 @@ that samples are read in any order) and its CRC-32 (so that damage is seen where
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from webdataset import TarWriter
 
 from common.errors import UserError
 from common.storage import Folder, open_folder
@@ -100,7 +100,7 @@ def write_shard(
     samples: Iterable[Sample],
     extra: dict[str, Any] | None = None,
 ) -> Sidecar:
-    """Write shard `index` whole or not at all, the sidecar last.
+    """Write shard `index` atomically, the sidecar last.
 
     Samples are taken one at a time, so memory holds one sample, not a shard.
 
@@ -114,29 +114,30 @@ def write_shard(
     keys: list[str] = []
     members: list[dict[str, Span]] = []
     try:
-        with (
-            temporary.open("wb") as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            for sample in samples:
-                if "." in sample.key or "/" in sample.key or sample.key in keys:
-                    raise ValueError(
-                        f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}"
-                    )
-                keys.append(sample.key)
-                members.append(
-                    {
-                        member: _add(tar, f"{sample.key}.{member}", content)
-                        for member, content in sample.members.items()
-                    }
-                )
-        size, digest = _digest(temporary)
+        with temporary.open("wb") as file:
+            stream = _HashedFile(file)
+            with TarWriter(stream, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
+                for sample in samples:
+                    if "." in sample.key or "/" in sample.key or sample.key in keys:
+                        raise ValueError(
+                            f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}"
+                        )
+                    keys.append(sample.key)
+                    start = tar.tarstream.offset
+                    tar.write({"__key__": sample.key, **sample.members})
+                    members.append(_spans(sample, start, tar.tarstream.offset))
         folder.commit(temporary, name)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sidecar = Sidecar(
-        name=name, samples=len(keys), bytes=size, sha256=digest, keys=keys, members=members, extra=extra or {}
+        name=name,
+        samples=len(keys),
+        bytes=stream.size,
+        sha256=stream.digest.hexdigest(),
+        keys=keys,
+        members=members,
+        extra=extra or {},
     )
     folder.write(sidecar_name(name), _to_json(sidecar))
     return sidecar
@@ -222,26 +223,29 @@ class DamagedShard(Exception):
     """A shard's bytes are not those that were written."""
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> Span:
-    header = tarfile.TarInfo(name)
-    header.size = len(content)
-    header.mode = 0o644
-    start = tar.offset
-    tar.addfile(header, io.BytesIO(content))
-    return Span(start + tarfile.BLOCKSIZE, len(content), zlib.crc32(content))
+def _spans(sample: Sample, start: int, end: int) -> dict[str, Span]:
+    """Where `TarWriter` put the members of a sample, which it sorts by name: [start, end) of the tar."""
+    spans, offset = {}, start
+    for member, content in sorted(sample.members.items()):
+        spans[member] = Span(offset + tarfile.BLOCKSIZE, len(content), zlib.crc32(content))
+        offset += tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE))
+    if offset != end:
+        raise ValueError(f"sample key {sample.key!r} with its member names is too long for a tar header")
+    return spans
 
 
-def _digest(path: os.PathLike[str]) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _sha256(file)
-        return file.tell(), digest.hexdigest()
+class _HashedFile:
+    """Counts and hashes what is written to a file."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
 
-def _sha256(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    def write(self, content: bytes) -> int:
+        self.size += len(content)
+        self.digest.update(content)
+        return self._file.write(content)
 
 
 def _to_json(model: BaseModel, indent: int | None = None) -> bytes:
