@@ -24,8 +24,9 @@ import numpy as np
 import psutil
 
 from common.config import load_section
-from common.errors import UserError, run_command
+from common.errors import UserError
 from common.lossless_clip import encode_bytes
+from common.storage import StorageConfig, run_command
 from datagen.config import DatagenConfig
 from datagen.degradation.degrade import degrade_clip
 from datagen.encode.clip import cropped
@@ -103,12 +104,13 @@ def _shares(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds per clip of each step, mean over some samples of the plan."""
     config = load_section(arguments.config, "datagen", DatagenConfig, arguments.overrides)
     model = load_section(arguments.config, "model", ModelConfig, arguments.overrides)
-    sources = find_sources(arguments.input, config.storage)
+    storage = StorageConfig()
+    sources = find_sources(arguments.input, storage)
     surveys = []
     start = time.perf_counter()
     for source in sources:
         with contextlib.suppress(UserError):
-            surveys.append(survey_isolated(source, config))
+            surveys.append(survey_isolated(source, config, storage))
     survey_s = time.perf_counter() - start
     plan = make_plan(surveys, config, code_versions())
     encoder = Encoder(str(model.vae), 1)
@@ -117,7 +119,7 @@ def _shares(arguments: argparse.Namespace) -> dict[str, float]:
     for index, sample in enumerate(samples):
         times = [time.perf_counter()]
         source = Source(sample.source, sample.path)
-        window = decode_isolated(source, sample.start, sample.pts, sample.frames, config)
+        window = decode_isolated(source, sample.start, sample.pts, sample.frames, config, storage)
         times.append(time.perf_counter())
         hr = cropped(window, sample)
         lr, _ = degrade_clip(hr, config.degradation, sample.seed)

@@ -1,6 +1,7 @@
 """One YAML file per preset, one section per room, every field typed and checked before work starts.
 
     model:       pipeline/model/config.py
+    storage:     common/storage.py
     datagen:     datagen/config.py
     trainer:     trainer/config.py
     preference:  preference/config.py
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import UserError
 
-SECTIONS = ("model", "datagen", "trainer", "preference")
+SECTIONS = ("model", "storage", "datagen", "trainer", "preference")
 
 
 class Section(BaseModel):
@@ -36,18 +37,20 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_section(
-    path: str | Path, name: str, schema: type[SectionType], overrides: list[str] | None = None
+    path: str | Path | None, name: str, schema: type[SectionType], overrides: list[str] | None = None
 ) -> SectionType:
     """Read section `name` of the YAML file `path`, apply overrides, validate.
 
     Args:
+        path: None: every value has its default but for the overrides.
         overrides: `section.field.subfield=value` strings from the command line (`--set`); the value is YAML.
             Those of other sections are ignored here, so one list serves all sections of a command.
 
     Raises:
         UserError: naming file, field, value and remedy.
     """
-    document = _read(Path(path))
+    document = {} if path is None else _read(Path(path))
+    path = path or "--set"
     for override in overrides or []:
         _apply(document, override)
     _check_names(document, path)

@@ -1,24 +1,24 @@
 """Folders that are local directories or `s3://` prefixes, behind one small interface.
 
-Every write is whole or absent: locally a temporary name and a rename, on S3 one put. S3 goes through s3fs, with
-its listing cache off (it hides files that another process wrote a moment ago) and retries around every request.
+Every write is atomic: locally a temporary name and a rename, on S3 one put. S3 goes through s3fs, which retries what a
+network may cause; its listing cache is off, as it hides files that another process wrote a moment ago. Where S3 is
+is told by a section of its own, `storage`, which every command reads.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from pydantic import Field
 
 from common.config import Section
 from common.errors import UserError
-
-Result = TypeVar("Result")
 
 
 class StorageConfig(Section):
@@ -28,10 +28,8 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     #: read public buckets without credentials
     anonymous: bool = False
-    #: attempts per request, with doubling pauses between them [ours]
-    attempts: int = Field(default=6, ge=1)
-    #: first pause, s; five doublings outlast a 503 storm of ten seconds [ours]
-    first_pause_s: float = Field(default=0.3, ge=0)
+    #: attempts per request; botocore and s3fs pause between them, longer each time [ours]
+    attempts: int = Field(default=8, ge=1)
 
 
 class Folder(Protocol):
@@ -40,19 +38,19 @@ class Folder(Protocol):
     url: str
 
     def read(self, name: str) -> bytes:
-        """Whole content; FileNotFoundError where there is none."""
+        """The content; FileNotFoundError where there is none."""
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`; shorter only at the end of the file."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Put `content` under `name`, whole or not at all."""
+        """Put `content` under `name`, atomically."""
 
     def temporary(self, name: str) -> Path:
         """A local path to write a large file to before `commit`."""
 
     def commit(self, temporary: Path, name: str) -> None:
-        """Move the finished local file `temporary` to `name`, whole or not at all."""
+        """Move the finished local file `temporary` to `name`, atomically."""
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes of the files whose name starts with `prefix`, as of now, without temporary ones."""
@@ -137,79 +135,94 @@ class S3Folder:
         self._system = s3_filesystem(config)
 
     def read(self, name: str) -> bytes:
-        return self._try(lambda: self._system.cat_file(self._path(name)))
+        with self._request() as system:
+            return bytes(system.cat_file(self._path(name)))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        return self._try(lambda: self._system.cat_file(self._path(name), start=offset, end=offset + length))
+        with self._request() as system:
+            return bytes(system.cat_file(self._path(name), start=offset, end=offset + length))
 
     def write(self, name: str, content: bytes) -> None:
-        self._try(lambda: self._system.pipe_file(self._path(name), content))
+        with self._request() as system:
+            system.pipe_file(self._path(name), content)
 
     def temporary(self, name: str) -> Path:
-        import tempfile
-
         directory = Path(tempfile.gettempdir()) / "duo-vsr"
         directory.mkdir(parents=True, exist_ok=True)
         return directory / f"{Path(name).name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
     def commit(self, temporary: Path, name: str) -> None:
-        self._try(lambda: self._system.put_file(os.fspath(temporary), self._path(name)))
+        with self._request() as system:
+            system.put_file(os.fspath(temporary), self._path(name))
         temporary.unlink()
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         base = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self._root
-        entries = self._try(lambda: self._system.find(base, detail=True))
+        with self._request() as system:
+            entries = system.find(base, detail=True)
         names = {path.removeprefix(f"{self._root}/"): int(entry["size"]) for path, entry in entries.items()}
         return {name: size for name, size in names.items() if name.startswith(prefix)}
 
     def delete(self, name: str) -> None:
-        try:
-            self._try(lambda: self._system.rm_file(self._path(name)))
-        except FileNotFoundError:
-            return
+        with suppress(FileNotFoundError), self._request() as system:
+            system.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
-    def _try(self, request: Callable[[], Result]) -> Result:
-        return with_retries(request, self._config, self.url)
+    @contextmanager
+    def _request(self) -> Iterator[Any]:
+        with s3_errors(self.url, self._config):
+            yield self._system
 
 
 def s3_filesystem(config: StorageConfig) -> Any:
-    """An s3fs file system without listing cache."""
+    """An s3fs file system without listing cache, with its own retries."""
     import s3fs
 
-    return s3fs.S3FileSystem(
+    system = s3fs.S3FileSystem(
         anon=config.anonymous,
         endpoint_url=config.endpoint_url,
         use_listings_cache=False,
-        config_kwargs={"retries": {"max_attempts": 2}},
+        config_kwargs={"retries": {"max_attempts": config.attempts, "mode": "standard"}},
     )
+    system.retries = config.attempts
+    return system
 
 
-def with_retries(request: Callable[[], Result], config: StorageConfig, what: str) -> Result:
-    """Call `request`; on anything a network may cause, wait and call it again.
+@contextmanager
+def s3_errors(what: str, config: StorageConfig) -> Iterator[None]:
+    """Errors of requests inside the block as errors for people.
 
     Raises:
-        FileNotFoundError: at once, without retries.
-        UserError: when the attempts are used up, or access is denied.
+        FileNotFoundError: as it is.
+        UserError: access is denied, or the attempts are used up.
     """
-    for attempt in range(config.attempts):
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except PermissionError as error:
+        raise UserError(
+            f"{what}: access denied ({_short(error)}); check the AWS credentials or set storage.anonymous: true"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
+
+
+@contextmanager
+def local_copy(address: str, config: StorageConfig) -> Iterator[Path]:
+    """`address` itself where it is local; else a copy of the file or prefix, removed after the block."""
+    if not address.startswith("s3://"):
+        yield Path(address)
+        return
+    with tempfile.TemporaryDirectory(prefix="duo-vsr-") as folder, s3_errors(address, config):
+        target = Path(folder) / Path(address.rstrip("/")).name
         try:
-            return request()
+            s3_filesystem(config).get(address.rstrip("/"), os.fspath(target), recursive=True)
         except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise UserError(
-                f"{what}: access denied ({_short(error)}); check the AWS credentials or set anonymous: true"
-            ) from None
-        except Exception as error:
-            if attempt + 1 == config.attempts:
-                raise UserError(
-                    f"{what}: still failing after {config.attempts} attempts: {_short(error)}"
-                ) from error
-            time.sleep(config.first_pause_s * 2**attempt)
-    raise AssertionError("unreachable: the loop returns or raises")
+            raise UserError(f"no file or folder {address}") from None
+        yield target
 
 
 def _short(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import ray
 
 from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
-from common.storage import open_folder
+from common.storage import StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Manifest
 from datagen.encode.latent_reuse import check_reusable, find_clips
@@ -33,10 +33,13 @@ from pipeline.model.config import ModelConfig
 
 def main() -> None:
     arguments = _arguments()
-    config, model = load_sections(arguments, datagen=DatagenConfig, model=ModelConfig)
+    config, model, storage = load_sections(
+        arguments, datagen=DatagenConfig, model=ModelConfig, storage=StorageConfig
+    )
     exit_on_sigterm()  # temporary files are removed, committed shards stay
     manifest = build(
         config,
+        storage,
         vae=model.vae,
         inputs=arguments.input,
         output=arguments.output,
@@ -49,6 +52,7 @@ def main() -> None:
 
 def build(
     config: DatagenConfig,
+    storage: StorageConfig,
     *,
     vae: Path,
     inputs: list[str],
@@ -68,15 +72,15 @@ def build(
         UserError: nothing to build from, too much of it unreadable, an output begun with another plan, or a dataset
             to reuse that other code made.
     """
-    sources = find_sources(inputs, config.storage)
+    sources = find_sources(inputs, storage)
     versions = code_versions() | {"vae": vae_hash(vae)}
     if reuse:
-        check_reusable(reuse, versions, config.storage)
-    folder = open_folder(output, config.storage)
+        check_reusable(reuse, versions, storage)
+    folder = open_folder(output, storage)
     with writing(folder):
         try:
             start_ray(address, workers, config)
-            surveys = survey_all(folder, sources, config)
+            surveys = survey_all(folder, sources, config, storage)
             unreadable = [found for found in surveys if isinstance(found, Unreadable)]
             check_limit(unreadable, len(sources), config)
 
@@ -89,10 +93,8 @@ def build(
             samples = [
                 s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard
             ]
-            earlier = (
-                find_clips(reuse, (sample.clip for sample in samples), config.storage) if reuse else None
-            )
-            encoded = encode(samples, config, str(vae.resolve()), versions, earlier)
+            earlier = find_clips(reuse, (sample.clip for sample in samples), storage) if reuse else None
+            encoded = encode(samples, config, storage, str(vae.resolve()), versions, earlier)
 
             shards = write_shards(folder, plan, committed, encoded)
         finally:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from common.config import Section
-from common.storage import StorageConfig
 from datagen.degradation.recipe import Mixture
 
 
@@ -79,6 +78,8 @@ class EncodeConfig(Section):
 class DatagenConfig(Section):
     """Everything that decides what is in a dataset, and a little that decides how fast it is made."""
 
+    renamed: ClassVar[dict[str, str]] = {"storage": "storage, a section of its own"}
+
     #: fixes order, crops and degradations
     seed: int = 0
     clip: ClipConfig = ClipConfig()
@@ -101,4 +102,3 @@ class DatagenConfig(Section):
     max_quarantined: float = Field(default=0.1, ge=0, le=1)
     #: seconds a clip may take to decode before it is quarantined [ours]
     decode_timeout_s: float = Field(default=300.0, gt=0)
-    storage: StorageConfig = StorageConfig()

@@ -98,7 +98,7 @@ def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: 
 
 def deciding(config: DatagenConfig) -> dict[str, Any]:
     """The part of the configuration that decides what is in the dataset: all but how fast and from where."""
-    left_out = {"encode", "storage", "max_quarantined", "decode_timeout_s"}
+    left_out = {"encode", "max_quarantined", "decode_timeout_s"}
     return config.model_dump(mode="json", exclude=left_out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.storage import StorageConfig, s3_filesystem, with_retries
+from common.storage import StorageConfig, s3_errors, s3_filesystem
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 #: columns of a table that hold the video's path, in order of preference
@@ -58,9 +58,8 @@ def open_source(path: str, storage: StorageConfig) -> Any:
     if not path.startswith("s3://"):
         return path
     system = s3_filesystem(storage)
-    return with_retries(
-        lambda: system.open(path, "rb", cache_type="readahead", block_size=4 << 20), storage, path
-    )
+    with s3_errors(path, storage):
+        return system.open(path, "rb", cache_type="readahead", block_size=4 << 20)
 
 
 def _expand(text: str, storage: StorageConfig) -> Iterator[Source]:
@@ -110,7 +109,9 @@ def _from_table(path: Path) -> Iterator[Source]:
 def _below_s3(text: str, storage: StorageConfig) -> Iterator[Source]:
     system = s3_filesystem(storage)
     root = text.removeprefix("s3://").rstrip("/")
-    for key in sorted(with_retries(lambda: system.find(root), storage, text)):
+    with s3_errors(text, storage):
+        keys = sorted(system.find(root))
+    for key in keys:
         if Path(key).suffix.lower() in VIDEO_SUFFIXES:
             yield Source(key.removeprefix(root).lstrip("/") or Path(key).name, f"s3://{key}")
 

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from rich.table import Table
 from torch import Tensor
 
 from common.atomic import write_atomic
+from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
 from common.progress import progress
+from common.storage import StorageConfig, local_copy
 from metrics.clips import VIDEO_SUFFIXES, find_clips, load_clip
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.published import load_published
@@ -141,20 +144,18 @@ def _print_published(console: Console) -> None:
     console.print(f"{published.label}. {published.note}")
 
 
-def _renamed(name: str) -> str:
-    raise argparse.ArgumentTypeError(f"--set is now called --metrics: write --metrics {name}")
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score videos.")
-    parser.add_argument("--video", type=Path, required=True, help="clip, or folder of clips, to score")
-    parser.add_argument("--reference", type=Path, help="HR clip, or folder of HR clips with the same names")
+    parser.add_argument("--video", required=True, help="clip, or folder of clips, to score; local or s3://")
+    parser.add_argument(
+        "--reference", help="HR clip, or folder of HR clips with the same names; local or s3://"
+    )
     parser.add_argument(
         "--metrics",
         default=DEFAULT_METRICS,
         help=f"a set ({', '.join(SETS)}) or names separated by commas: {', '.join(METRICS)}, or package.module:Class",
     )
-    parser.add_argument("--set", type=_renamed, help=argparse.SUPPRESS)
+    add_config_options(parser, required=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
@@ -168,14 +169,26 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
+    for override in arguments.overrides:
+        if override in SETS:
+            raise UserError(
+                f"--set {override}: a set of metrics is given with --metrics: write --metrics {override}"
+            )
+    (storage,) = load_sections(arguments, storage=StorageConfig)
     names = resolve_names(arguments.metrics)
     needing = [name for name in names if find_metric(name).needs_reference]
     if needing and arguments.reference is None:
         raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
     settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
     metrics = create_all(names, settings)
-    videos, references = pair_clips(arguments.video, arguments.reference)
-    scores = evaluate(videos, references, metrics, arguments.max_frames)
+    with ExitStack() as stack:
+        local = [
+            stack.enter_context(local_copy(address, storage)) if address else None
+            for address in (arguments.video, arguments.reference)
+        ]
+        assert local[0] is not None
+        videos, references = pair_clips(local[0], local[1])
+        scores = evaluate(videos, references, metrics, arguments.max_frames)
     means = mean_scores(scores)
 
     write_json(
@@ -184,8 +197,8 @@ def main() -> None:
             "metrics": means,
             "clips": scores,
             "lower_is_better": {metric.name: metric.lower_is_better for metric in metrics},
-            "video": str(arguments.video),
-            "reference": str(arguments.reference) if arguments.reference else None,
+            "video": arguments.video,
+            "reference": arguments.reference,
             "max_frames": arguments.max_frames,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")},
         },

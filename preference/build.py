@@ -17,7 +17,6 @@ fourth shard, so several machines share a job; whoever finishes the last shard w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -26,10 +25,11 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from common.config import load_section
+from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
+from common.fingerprint import fingerprint
 from common.progress import progress
-from common.storage import Folder, open_folder
+from common.storage import Folder, StorageConfig, open_folder
 from datagen.dataset.shard_format import (
     Sample,
     Sidecar,
@@ -57,6 +57,7 @@ def build(
     weights: Path | None = None,
     device: str = "cpu",
     part: tuple[int, int] = (0, 1),
+    storage: StorageConfig | None = None,
 ) -> int | None:
     """Make the shards of `part` that are not there yet.
 
@@ -66,14 +67,14 @@ def build(
     Raises:
         UserError: anything the command's user can mend, found before the first candidate where possible.
     """
-    clips = ClipFolder(data)
+    clips = ClipFolder(data, storage)
     count = min(config.pairs, len(clips))
     plan = {
         "data": clips.fingerprint,
         "model": model_fingerprint(model_folder),
         "config": plan_config(config),
     }
-    folder, shards = open_folder(output), math.ceil(count / config.clips_per_shard)
+    folder, shards = open_folder(output, storage), math.ceil(count / config.clips_per_shard)
     committed = committed_shards(folder, shards, plan_hash(plan))
     mine = [index for index in range(shards) if index % part[1] == part[0] and index not in committed]
     spans = {index: shard_span(index, config.clips_per_shard, count) for index in mine}
@@ -138,7 +139,7 @@ def plan_config(config: PreferenceConfig) -> dict[str, Any]:
 
 def plan_hash(plan: dict[str, Any]) -> str:
     """Short identity of a plan."""
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(plan)[:16]
 
 
 def shard_span(index: int, clips_per_shard: int, count: int) -> range:
@@ -198,7 +199,7 @@ def _part(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build preference pairs for Stage III.")
-    parser.add_argument("--config", type=Path, required=True, help="preset, for instance configs/tiny.yaml")
+    add_config_options(parser)
     parser.add_argument("--model", type=Path, required=True, help="model folder of the stage dual_stream")
     parser.add_argument(
         "--data", required=True, help="dataset folder or s3:// prefix of datagen.build_shards"
@@ -210,10 +211,10 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", default="0/1", help="i/n: make only every n-th shard, from i")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     arguments = parser.parse_args()
-    overrides = arguments.set + ([f"preference.metrics={arguments.metrics}"] if arguments.metrics else [])
-    config = load_section(arguments.config, "preference", PreferenceConfig, overrides)
+    if arguments.metrics:
+        arguments.overrides.append(f"preference.metrics={arguments.metrics}")
+    config, storage = load_sections(arguments, preference=PreferenceConfig, storage=StorageConfig)
     pairs = build(
         config,
         arguments.model,
@@ -222,6 +223,7 @@ def main() -> None:
         weights=arguments.weights,
         device=arguments.device,
         part=_part(arguments.part),
+        storage=storage,
     )
     if pairs is None:
         print(f"part {arguments.part} is done; the manifest follows with the last part")

@@ -30,6 +30,7 @@ if "DS_ACCELERATOR" not in os.environ:
 
 from common.command_line import add_config_options, load_sections
 from common.errors import UserError
+from common.storage import StorageConfig
 from pipeline.model.config import ModelConfig
 from trainer.config import config_class
 from trainer.stages import STAGES, find_stage
@@ -67,7 +68,9 @@ def training_job(arguments: argparse.Namespace) -> TrainingJob:
         UserError: an argument or a value of the configuration is missing or wrong.
     """
     stage = find_stage(arguments.stage)
-    model, config = load_sections(arguments, model=ModelConfig, trainer=config_class(stage))
+    model, config, storage = load_sections(
+        arguments, model=ModelConfig, trainer=config_class(stage), storage=StorageConfig
+    )
     if arguments.data is None or arguments.output is None:
         raise UserError("--data and --output are needed (only --dry-run goes without)")
     from trainer.train import TrainingJob
@@ -82,6 +85,7 @@ def training_job(arguments: argparse.Namespace) -> TrainingJob:
         teacher=arguments.teacher,
         export=arguments.export,
         stop_after=arguments.stop_after,
+        storage=storage,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.storage import StorageConfig
 from datagen.dataset.loader import ShardReader
 from pipeline.model.attention import set_attention
 from pipeline.model.config import ModelConfig
@@ -48,6 +49,8 @@ class TrainingJob:
     export: Literal["last", "best"] = "last"
     #: save and leave after this many steps of this process, as if preempted
     stop_after: int | None = None
+    #: how s3:// addresses are reached
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def check(self) -> None:
         """Fail early, before anything is loaded.
@@ -66,10 +69,10 @@ class TrainingJob:
             if folder is not None and not folder.exists():
                 raise UserError(f"{option} {folder}: no such model folder")
         schedule = self.config.schedules[stage.name]
-        for field, off in (("validate_every", "0"), ("keep_best", "null")):
-            if self.export == "best" and not getattr(schedule, field):
+        for name, off in (("validate_every", "0"), ("keep_best", "null")):
+            if self.export == "best" and not getattr(schedule, name):
                 raise UserError(
-                    f"--export best: no best checkpoint is kept, as trainer.schedules.{stage.name}.{field} is {off}"
+                    f"--export best: no best checkpoint is kept, as trainer.schedules.{stage.name}.{name} is {off}"
                 )
 
 
@@ -231,6 +234,7 @@ def _reader(job: TrainingJob, world: World, sequence: SequenceGroup, samples: in
         world_size=readers,
         cache_dir=job.config.shard_cache,
         damaged=job.config.damaged_samples,
+        storage=job.storage,
     )
 
 

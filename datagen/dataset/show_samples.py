@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
 from common.storage import StorageConfig, open_folder
 from datagen.dataset.data_card import contact_sheet
@@ -25,7 +26,8 @@ COLUMNS = 4
 
 def main() -> None:
     arguments = _arguments()
-    folder = open_folder(arguments.dataset, StorageConfig(endpoint_url=arguments.endpoint_url))
+    (storage,) = load_sections(arguments, storage=StorageConfig)
+    folder = open_folder(arguments.dataset, storage)
     manifest = read_manifest(folder)
     console = Console()
     console.print(
@@ -75,7 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("dataset", help="folder or s3:// prefix")
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--output", type=Path, help="also write a sheet of pictures, .png or .jpg")
-    parser.add_argument("--endpoint-url", help="S3 server, where it is not Amazon's")
+    add_config_options(parser, required=False)
     return parser.parse_args()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
 from common.lossless_clip import decode_bytes
 from common.progress import progress
@@ -137,9 +138,10 @@ def main() -> None:
         description="Check a dataset byte for byte and name each fault.",
     )
     parser.add_argument("dataset", help="folder or s3:// prefix")
-    parser.add_argument("--endpoint-url", help="S3 server, where it is not Amazon's")
+    add_config_options(parser, required=False)
     arguments = parser.parse_args()
-    folder = open_folder(arguments.dataset, StorageConfig(endpoint_url=arguments.endpoint_url))
+    (storage,) = load_sections(arguments, storage=StorageConfig)
+    folder = open_folder(arguments.dataset, storage)
     count = 0
     for fault in faults(folder):
         count += 1

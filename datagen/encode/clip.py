@@ -14,6 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.lossless_clip import encode_bytes
+from common.storage import StorageConfig
 from datagen.config import DatagenConfig, FilterConfig
 from datagen.dataset.shard_format import Sample
 from datagen.degradation.degrade import degrade_clip
@@ -54,14 +55,14 @@ class Clip:
     variants: list[Variant | Fault]
 
 
-def make_clip(plans: list[SamplePlan], config: DatagenConfig) -> Clip | Fault:
+def make_clip(plans: list[SamplePlan], config: DatagenConfig, storage: StorageConfig) -> Clip | Fault:
     """Decode and crop once, degrade for each of `plans`, which are variants of one clip."""
     # the workers are the parallelism, and results must not depend on the number of cores
     cv2.setNumThreads(1)
     plan = plans[0]
     try:
         source = Source(plan.source, plan.path)
-        window = decode_isolated(source, plan.start, plan.pts, plan.frames, config)
+        window = decode_isolated(source, plan.start, plan.pts, plan.frames, config, storage)
         hr = cropped(window, plan)
         reason = empty_crop(hr, config.filters)
         if reason:

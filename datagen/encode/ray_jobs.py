@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy
 from safetensors.torch import load
 
 from common.scale import SCALE
+from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
 from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
@@ -45,6 +46,7 @@ class EncodedSample(NamedTuple):
 def encode(
     plans: list[SamplePlan],
     config: DatagenConfig,
+    storage: StorageConfig,
     vae: str,
     versions: dict[str, str],
     earlier: EarlierDataset | None = None,
@@ -62,8 +64,8 @@ def encode(
 
     def degrade(table: pa.Table) -> pa.Table:
         plans, place = _plans(table["plans"][0].as_py()), json.loads(table["place"][0].as_py())
-        z_hr = read_latent(earlier_url, Place.of(place), plans[0], config.storage) if place else b""
-        return _degraded(table["plans"], make_clip(plans, config), len(plans), z_hr)
+        z_hr = read_latent(earlier_url, Place.of(place), plans[0], storage) if place else b""
+        return _degraded(table["plans"], make_clip(plans, config, storage), len(plans), z_hr)
 
     class Actor(_EncodeActor):
         def __init__(self) -> None:

@@ -35,7 +35,7 @@ from datagen.survey.window_reader import WindowReader
 PR_SET_PDEATHSIG = 1
 
 
-def survey_isolated(source: Source, config: DatagenConfig) -> SourceSurvey:
+def survey_isolated(source: Source, config: DatagenConfig, storage: StorageConfig) -> SourceSurvey:
     """`survey`, in the child.
 
     Raises:
@@ -43,18 +43,18 @@ def survey_isolated(source: Source, config: DatagenConfig) -> SourceSurvey:
     """
     request = {"do": "survey", "clip": config.clip.model_dump(mode="json")}
     # a survey decodes everything, a window a little: the limit is per window, a video has many
-    header, _ = _ask(request, source, config, patience=20)
+    header, _ = _ask(request, source, config, storage, patience=20)
     survey = from_document(header["survey"], source)
     assert isinstance(survey, SourceSurvey)
     return survey
 
 
 def decode_isolated(
-    source: Source, start: int, pts: int | None, frames: int, config: DatagenConfig
+    source: Source, start: int, pts: int | None, frames: int, config: DatagenConfig, storage: StorageConfig
 ) -> np.ndarray:
     """A window by `WindowReader`, in the child; raises like `survey_isolated`."""
     request = {"do": "window", "start": start, "pts": pts, "frames": frames}
-    header, content = _ask(request, source, config, patience=1)
+    header, content = _ask(request, source, config, storage, patience=1)
     return np.frombuffer(content, np.uint8).reshape(header["shape"])
 
 
@@ -62,7 +62,11 @@ _child: subprocess.Popen[bytes] | None = None
 
 
 def _ask(
-    request: dict[str, Any], source: Source, config: DatagenConfig, patience: int
+    request: dict[str, Any],
+    source: Source,
+    config: DatagenConfig,
+    storage: StorageConfig,
+    patience: int,
 ) -> tuple[dict[str, Any], bytearray]:
     """Send one request and wait for header and content."""
     child = _running_child()
@@ -77,7 +81,7 @@ def _ask(
     timer = threading.Timer(limit_s, expire)
     timer.start()
     try:
-        request |= {"path": source.path, "name": source.id, "storage": config.storage.model_dump(mode="json")}
+        request |= {"path": source.path, "name": source.id, "storage": storage.model_dump(mode="json")}
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.flush()
         header = json.loads(child.stdout.readline())

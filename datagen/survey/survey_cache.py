@@ -12,7 +12,7 @@ import pyarrow as pa
 from common.errors import UserError
 from common.fingerprint import fingerprint
 from common.progress import progress
-from common.storage import Folder
+from common.storage import Folder, StorageConfig
 from datagen.config import DatagenConfig
 from datagen.format_revision import SURVEY_REVISION
 from datagen.ray_cluster import MAX_RETRIES, dataset_of, iterate_rows, text_array
@@ -25,7 +25,9 @@ SOURCES_PER_FILE = 64
 Survey = SourceSurvey | Unreadable
 
 
-def survey_all(folder: Folder, sources: list[Source], config: DatagenConfig) -> list[Survey]:
+def survey_all(
+    folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig
+) -> list[Survey]:
     """Surveys of all sources in order, taken from finished files where there are any."""
     groups = [sources[first : first + SOURCES_PER_FILE] for first in range(0, len(sources), SOURCES_PER_FILE)]
     done: dict[int, list[Survey]] = {}
@@ -35,7 +37,7 @@ def survey_all(folder: Folder, sources: list[Source], config: DatagenConfig) -> 
             done[index] = saved
     missing = [index for index in range(len(groups)) if index not in done]
     if missing:
-        surveys = _survey([source for index in missing for source in groups[index]], config)
+        surveys = _survey([source for index in missing for source in groups[index]], config, storage)
         unreadable = 0
         with progress(sum(len(groups[index]) for index in missing), "survey", "sources") as bar:
             for index in missing:
@@ -50,11 +52,11 @@ def survey_all(folder: Folder, sources: list[Source], config: DatagenConfig) -> 
     return [found for index in range(len(groups)) for found in done[index]]
 
 
-def _survey(sources: list[Source], config: DatagenConfig) -> Iterator[Survey]:
+def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> Iterator[Survey]:
     """The Ray job: a survey of each source, in order."""
 
     def work(table: pa.Table) -> pa.Table:
-        surveys = [_of(Source(row["id"], row["path"]), config) for row in table.to_pylist()]
+        surveys = [_of(Source(row["id"], row["path"]), config, storage) for row in table.to_pylist()]
         return pa.table({"survey": text_array([json.dumps(to_document(found)) for found in surveys])})
 
     rows = [{"id": source.id, "path": source.path} for source in sources]
@@ -65,9 +67,9 @@ def _survey(sources: list[Source], config: DatagenConfig) -> Iterator[Survey]:
         yield from_document(json.loads(row["survey"]), source)
 
 
-def _of(source: Source, config: DatagenConfig) -> Survey:
+def _of(source: Source, config: DatagenConfig, storage: StorageConfig) -> Survey:
     try:
-        return survey_isolated(source, config)
+        return survey_isolated(source, config, storage)
     except UserError as error:
         return Unreadable(source, str(error))
     except Exception as error:

@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UserError, run_command
 from common.lossless_clip import UnreadableVideo, write_lossless
-from common.storage import open_folder
+from common.storage import StorageConfig, open_folder
 from datagen.build_shards import main
 from datagen.config import DatagenConfig
 from datagen.job_folder import check_limit, writing
@@ -17,6 +17,8 @@ from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
 from datagen.survey.source_survey import Unreadable
 from tests.datagen.conftest import build_command, moving_picture
+
+LOCAL = StorageConfig()
 
 
 def test_an_empty_folder(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,18 +79,18 @@ def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
     config = DatagenConfig()
     cut, complete = (Source(name, str(tmp_path / name)) for name in ("cut.mkv", "whole.mkv"))
-    assert survey_isolated(cut, config).frames < 30
+    assert survey_isolated(cut, config, LOCAL).frames < 30
     with pytest.raises(UnreadableVideo, match=r"cut\.mkv"):
-        decode_isolated(cut, 20, None, 9, config)
+        decode_isolated(cut, 20, None, 9, config, LOCAL)
     # the child that answered is still there for the next file
-    assert decode_isolated(complete, 20, None, 9, config).shape == (9, 64, 64, 3)
+    assert decode_isolated(complete, 20, None, 9, config, LOCAL).shape == (9, 64, 64, 3)
 
 
 def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
     write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
     slow = DatagenConfig(decode_timeout_s=1e-3)
     with pytest.raises(UnreadableVideo, match=r"not decoded within 0\.001 s"):
-        decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, slow)
+        decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, slow, LOCAL)
 
     import os
     import signal
@@ -98,7 +100,7 @@ def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
     child = isolated._running_child()
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    clip = decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, DatagenConfig())
+    clip = decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, DatagenConfig(), LOCAL)
     assert clip.shape == (9, 64, 64, 3)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from common.config import load_section
 from common.lossless_clip import write_lossless
+from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
 from datagen.encode.clip import Clip, Fault, Variant, make_clip
@@ -37,12 +38,12 @@ def test_a_crop_that_shows_nothing_is_left_out_with_its_measure(config_file: Pat
     film[:, :, 128:] = 120
     write_lossless(tmp_path / "a.mkv", film)
     config = load_section(config_file, "datagen", DatagenConfig)
-    assert isinstance(make_clip(plans_of(tmp_path / "a.mkv", config, 0), config), Clip)
+    assert isinstance(make_clip(plans_of(tmp_path / "a.mkv", config, 0), config, StorageConfig()), Clip)
     for left, reason in (
         (64, "black crop: luma 0.0 is below 4.0"),
         (128, "empty crop: contrast 0.0 is below 4.0"),
     ):
-        fault = make_clip(plans_of(tmp_path / "a.mkv", config, left), config)
+        fault = make_clip(plans_of(tmp_path / "a.mkv", config, left), config, StorageConfig())
         assert fault == Fault(reason, "filtered")
 
 
@@ -50,7 +51,7 @@ def test_a_variant_that_fails_does_not_take_the_others_with_it(config_file: Path
     write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
     config = load_section(config_file, "datagen", DatagenConfig, ["datagen.variants=3"])
     plans = plans_of(tmp_path / "a.mkv", config, 0)
-    made = make_clip(plans, config)
+    made = make_clip(plans, config, StorageConfig())
     assert isinstance(made, Clip) and all(isinstance(variant, Variant) for variant in made.variants)
     broken = Clip(made.hr, made.stored, [made.variants[0], Fault("codec gave up"), made.variants[2]])
     actor = _EncodeActor(str(load_section(config_file, "model", ModelConfig).vae), config)

@@ -14,6 +14,7 @@ import pandas
 import pytest
 from pydantic import ValidationError
 
+from common.config import load_section
 from common.errors import UserError
 from common.lossless_clip import UnreadableVideo, read_window, write_lossless
 from common.seeding import derive_seed
@@ -222,3 +223,9 @@ def test_crops_and_variants() -> None:
 def test_impossible_clips_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="must be"):
         ClipConfig(**values)
+
+
+def test_the_old_section_for_s3_is_refused_with_the_new_one(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("datagen: {storage: {endpoint_url: 'http://localhost'}}")
+    with pytest.raises(UserError, match=r"datagen\.storage is now called storage, a section of its own"):
+        load_section(tmp_path / "old.yaml", "datagen", DatagenConfig)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -24,9 +26,11 @@ from datagen.encode.ray_jobs import encode
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
 from datagen.sources import Source
+from metrics import evaluate
 from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
+from tests.trainer import presets
 
 pytestmark = pytest.mark.distributed
 
@@ -91,7 +95,7 @@ def no_faults_at_first(server: FaultyServer) -> None:
 
 
 def storage(server: FaultyServer) -> StorageConfig:
-    return StorageConfig(endpoint_url=server.url, first_pause_s=0.01)
+    return StorageConfig(endpoint_url=server.url)
 
 
 def s3(server: FaultyServer, prefix: str = "") -> S3Folder:
@@ -122,9 +126,7 @@ def test_reads_and_writes_survive_faults(server: FaultyServer) -> None:
 
 def test_a_server_that_stays_away_is_named(server: FaultyServer) -> None:
     server.every = 1
-    folder = open_folder(
-        "s3://bucket/x", StorageConfig(endpoint_url=server.url, attempts=2, first_pause_s=0.01)
-    )
+    folder = open_folder("s3://bucket/x", StorageConfig(endpoint_url=server.url, attempts=2))
     with pytest.raises(UserError, match="s3://bucket/x: still failing after 2 attempts"):
         folder.read("y")
 
@@ -171,7 +173,7 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
         "s3://bucket/built",
         *VARIANTS,
         "--set",
-        f"datagen.storage.endpoint_url={server.url}",
+        f"storage.endpoint_url={server.url}",
         "--reuse",
         "s3://bucket/earlier",
     )
@@ -195,14 +197,14 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
         config_file,
         "datagen",
         DatagenConfig,
-        [f"datagen.encode.clips_ahead={CLIPS_AHEAD}", f"datagen.storage.endpoint_url={server.url}"],
+        [f"datagen.encode.clips_ahead={CLIPS_AHEAD}"],
     )
     vae = str(load_section(config_file, "model", ModelConfig).vae)
     plans = make_plan(surveys, config, {}).samples
     server.asked.clear()
     try:
         start_ray(None, WORKERS, config)
-        rows = encode(plans, config, vae, {})
+        rows = encode(plans, config, storage(server), vae, {})
         made = [next(rows).made]
         asked = 0
         while len(server.asked) > asked:
@@ -216,3 +218,30 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
     finally:
         ray.shutdown()
     assert len(made) == CLIPS and all(isinstance(sample, Sample) for sample in made)
+
+
+def test_a_stage_trains_on_shards_in_s3(server: FaultyServer, tmp_path: Path) -> None:
+    preset = presets.write_preset(tmp_path)
+    upload(server, tmp_path / "clips", "clips")
+    line = ["--config", preset, "--stage", "base", "--set", f"storage.endpoint_url={server.url}"]
+    done = presets.run_command(*line, "--data", "s3://bucket/clips", "--output", tmp_path / "s3")
+    assert done.returncode == 0, done.stderr
+    done = presets.run_command(*line, "--data", tmp_path / "clips", "--output", tmp_path / "local")
+    assert presets.losses(tmp_path / "s3") == presets.losses(tmp_path / "local")
+
+
+def test_metrics_of_clips_in_s3(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = moving_picture(3, 32, 32, 0)
+    for name, clip in (("hr", frames), ("out", frames // 2)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "clip.npy", clip)
+        upload(server, tmp_path / name, name)
+    scores = []
+    for root in (str(tmp_path), "s3://bucket"):
+        line = ["--video", f"{root}/out", "--reference", f"{root}/hr", "--output", str(tmp_path / "m.json")]
+        monkeypatch.setattr("sys.argv", ["evaluate", *line, "--set", f"storage.endpoint_url={server.url}"])
+        evaluate.main()
+        scores.append(json.loads((tmp_path / "m.json").read_text())["clips"])
+    assert scores[0] == scores[1]
