@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     #: read public buckets without credentials
     anonymous: bool = False
-    #: attempts per request; botocore and s3fs pause between them, longer each time [ours]
+    #: attempts per request; s3fs pauses between them, longer each time [ours]
     attempts: int = Field(default=8, ge=1)
 
 
@@ -176,6 +177,7 @@ class S3Folder:
             yield self._system
 
 
+@lru_cache(maxsize=8)
 def s3_filesystem(config: StorageConfig) -> Any:
     """An s3fs file system without listing cache, with its own retries."""
     import s3fs
@@ -184,9 +186,11 @@ def s3_filesystem(config: StorageConfig) -> Any:
         anon=config.anonymous,
         endpoint_url=config.endpoint_url,
         use_listings_cache=False,
-        config_kwargs={"retries": {"max_attempts": config.attempts, "mode": "standard"}},
+        config_kwargs={"retries": {"total_max_attempts": 1}},  # s3fs retries: two layers would multiply
+        skip_instance_cache=True,
     )
     system.retries = config.attempts
+    s3fs.core.set_custom_error_handler(_is_temporary)
     return system
 
 
@@ -223,6 +227,15 @@ def local_copy(address: str, config: StorageConfig) -> Iterator[Path]:
         except FileNotFoundError:
             raise UserError(f"no file or folder {address}") from None
         yield target
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Errors that s3fs does not retry by itself: the server's own (5xx), and no connection."""
+    from botocore.exceptions import ClientError, ConnectionError
+
+    if isinstance(error, ClientError):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+    return isinstance(error, ConnectionError)
 
 
 def _short(error: BaseException) -> str:

@@ -12,8 +12,6 @@ from datagen.dataset.shard_format import SCHEMA_VERSION
 ENCODING_REVISION = 1
 #: How HR becomes LR.
 DEGRADATION_REVISION = 1
-#: How members lie in a tar: 2 since webdataset's TarWriter writes it, sorted by name.
-SHARD_REVISION = 2
 #: What the survey measures. Its finished parts are resumed only at the same revision.
 SURVEY_REVISION = 1
 
@@ -26,5 +24,4 @@ def code_versions() -> dict[str, str]:
         "schema": str(SCHEMA_VERSION),
         "encoding": str(ENCODING_REVISION),
         "degradation": str(DEGRADATION_REVISION),
-        "shards": str(SHARD_REVISION),
     } | {package: version(package) for package in PACKAGES}

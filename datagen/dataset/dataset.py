@@ -25,6 +25,7 @@ from common.fingerprint import fingerprint
 from common.lossless_clip import decode_bytes
 from common.storage import Folder, StorageConfig, open_folder
 from datagen.dataset.shard_format import (
+    DamagedShard,
     Manifest,
     ShardEntry,
     Sidecar,
@@ -115,6 +116,10 @@ class ShardDataset:
             raise IndexError(index)
         shard, row = self.place(index)
         sidecar = self._sidecar(shard)
+        if len(sidecar.keys) != self.shards[shard].samples:
+            raise DamagedShard(
+                f"{self.folder.url}/{sidecar.name}: its sidecar is not the one of the manifest"
+            )
         return StoredSample(self.folder, sidecar.name, sidecar.keys[row], sidecar.members[row])
 
     def place(self, index: int) -> tuple[int, int]:

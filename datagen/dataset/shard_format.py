@@ -123,9 +123,12 @@ def write_shard(
                             f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}"
                         )
                     keys.append(sample.key)
-                    start = tar.tarstream.offset
-                    tar.write({"__key__": sample.key, **sample.members})
-                    members.append(_spans(sample, start, tar.tarstream.offset))
+                    members.append(
+                        {
+                            member: _add(tar, sample.key, member, content)
+                            for member, content in sample.members.items()
+                        }
+                    )
         folder.commit(temporary, name)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -223,15 +226,11 @@ class DamagedShard(Exception):
     """A shard's bytes are not those that were written."""
 
 
-def _spans(sample: Sample, start: int, end: int) -> dict[str, Span]:
-    """Where `TarWriter` put the members of a sample, which it sorts by name: [start, end) of the tar."""
-    spans, offset = {}, start
-    for member, content in sorted(sample.members.items()):
-        spans[member] = Span(offset + tarfile.BLOCKSIZE, len(content), zlib.crc32(content))
-        offset += tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE))
-    if offset != end:
-        raise ValueError(f"sample key {sample.key!r} with its member names is too long for a tar header")
-    return spans
+def _add(tar: TarWriter, key: str, member: str, content: bytes) -> Span:
+    """Append one member; `TarWriter.write` sorts those of one call, so each has a call of its own."""
+    tar.write({"__key__": key, member: content})
+    padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return Span(tar.tarstream.offset - padded, len(content), zlib.crc32(content))
 
 
 class _HashedFile:
