@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from common.errors import UserError, run_command
-from common.lossless_clip import read_window
 from common.scale import SCALE
+from common.video_io import read_video
 from datagen.degradation.degrade import draw_operations
 from datagen.degradation.kernels import gaussian_kernels, sinc_kernels
 from datagen.degradation.noise import add_gaussian, poisson_quantiles
@@ -293,7 +293,7 @@ def _psnr_to_hr(lr: np.ndarray, hr: np.ndarray) -> float:
 
 def _decode_ms_per_frame(frames: int = 60) -> float:
     start = time.process_time()
-    read_window(_source(), 0, frames)
+    read_video(_source(), 0, frames)
     return (time.process_time() - start) / frames * 1e3
 
 
@@ -304,7 +304,7 @@ def _source() -> str:
 
 def _clip(size: tuple[int, int], index: int, frames: int) -> np.ndarray:
     """A window of it, centre crop."""
-    clip = read_window(_source(), 13 * index % (130 - frames), frames)
+    clip = read_video(_source(), 13 * index % (130 - frames), frames)
     top, left = (clip.shape[1] - size[0]) // 2, (clip.shape[2] - size[1]) // 2
     return np.ascontiguousarray(clip[:, top : top + size[0], left : left + size[1]])
 

@@ -1,4 +1,4 @@
-"""Clips in and out through PyAV: windows of a video, and lossless clips in memory or on disk.
+"""Lossless clips in memory or on disk, and PyAV's frames of any video.
 
 The clips inside samples are FFV1 in Matroska: lossless in RGB, intra-frame, decoded by any FFmpeg.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,12 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from common.atomic import write_atomic
 from common.errors import UserError
 
 
 class UnreadableVideo(UserError):
     """A file that is no video, or one that breaks off while it is decoded."""
-
-
-@dataclass(frozen=True)
-class VideoFacts:
-    """What a container says of its first video stream; `frames` is 0 where it does not."""
-
-    width: int
-    height: int
-    frames: int
-    frames_per_second: float
 
 
 def opened(source: Any, name: str) -> Any:
@@ -50,18 +40,6 @@ def opened(source: Any, name: str) -> Any:
         raise UnreadableVideo(f"{name}: holds no video stream")
     container.streams.video[0].thread_type = "NONE"
     return container
-
-
-def probe(source: Any, name: str) -> VideoFacts:
-    """Facts of the first video stream of a path or binary file object.
-
-    Raises:
-        UnreadableVideo: no container FFmpeg knows, or none with pictures.
-    """
-    with opened(source, name) as container:
-        stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate
-        return VideoFacts(stream.width, stream.height, stream.frames, float(rate) if rate else 0.0)
 
 
 def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -84,22 +62,6 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
             raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
 
 
-def read_window(path: str | os.PathLike[str], start: int, frames: int | None) -> np.ndarray:
-    """uint8 (F, H, W, 3) RGB.
-
-    Raises:
-        UserError: not a readable video, or too short.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist")
-    stop = None if frames is None else start + frames
-    clip = list(decode(os.fspath(path), os.fspath(path), start, stop))
-    if not clip or (frames is not None and len(clip) < frames):
-        wanted = "any frame" if frames is None else f"frames {start}...{start + frames - 1}"
-        raise UserError(f"{path} is too short for {wanted}: it ends after frame {start + len(clip) - 1}")
-    return np.stack(clip)
-
-
 def encode_bytes(clip: np.ndarray) -> bytes:
     """A lossless Matroska file (FFV1, RGB) of uint8 (F, H, W, 3); the same bytes for the same clip."""
     buffer = io.BytesIO()
@@ -110,9 +72,7 @@ def encode_bytes(clip: np.ndarray) -> bytes:
         stream.pix_fmt = "bgr0"  # what FFV1 takes for 8-bit RGB
         stream.codec_context.flags |= av.codec.context.Flags.bitexact
         stream.codec_context.thread_count = 1
-        for picture in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
+        _mux(container, stream, clip)
     return buffer.getvalue()
 
 
@@ -122,13 +82,9 @@ def decode_bytes(content: bytes) -> np.ndarray:
 
 
 def write_lossless(path: str | os.PathLike[str], clip: np.ndarray) -> None:
-    """Write a clip without loss, whole or not at all: `encode_bytes` into any of FFmpeg's names for Matroska or mp4."""
+    """Write a clip without loss, atomically: x264 in RGB for `.mp4`, else `encode_bytes`."""
     path = Path(path)
-    content = _lossless_mp4(clip) if path.suffix.lower() == ".mp4" else encode_bytes(clip)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_atomic(path, _lossless_mp4(clip) if path.suffix.lower() == ".mp4" else encode_bytes(clip))
 
 
 def _lossless_mp4(clip: np.ndarray) -> bytes:
@@ -138,7 +94,11 @@ def _lossless_mp4(clip: np.ndarray) -> bytes:
         stream = container.add_stream("libx264rgb", rate=24, options={"qp": "0", "preset": "veryfast"})
         stream.width, stream.height = clip.shape[2], clip.shape[1]
         stream.pix_fmt = "rgb24"
-        for picture in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
+        _mux(container, stream, clip)
     return buffer.getvalue()
+
+
+def _mux(container: Any, stream: Any, clip: np.ndarray) -> None:
+    for frame in clip:
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+    container.mux(stream.encode(None))

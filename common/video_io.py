@@ -1,6 +1,7 @@
 """Video files in and out through FFmpeg: frames stream, sound and frame rate are kept.
 
-Frames are uint8 RGB. The FFmpeg used is the system's, or the binary in the wheel `imageio-ffmpeg` where there is none.
+Frames are uint8 RGB. The FFmpeg program is the one in the wheel `imageio-ffmpeg`, the same version everywhere; another
+one is chosen by the environment variable DUO_VSR_FFMPEG.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import imageio_ffmpeg
 import numpy as np
 from av.error import FFmpegError
 
+from common.atomic import atomic_file
 from common.errors import UserError
 
 MP4_AUDIO = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"})
@@ -36,7 +38,12 @@ COPIED_AUDIO = {
 }
 #: containers that take what is written here
 OUTPUT_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v", ".avi")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
+#: files that are looked for as videos
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),
+)
+#: the variable that names another FFmpeg program than the bundled one
+FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 
 Quality = Literal["lossy", "lossless"]
 
@@ -58,10 +65,6 @@ class VideoInfo:
     audio_codecs: tuple[str, ...]
 
     @property
-    def has_audio(self) -> bool:
-        return bool(self.audio_codecs)
-
-    @property
     def estimated_frames(self) -> int | None:
         """For progress bars: what the header says, or duration times rate."""
         if self.frames or self.duration_s is None:
@@ -70,8 +73,18 @@ class VideoInfo:
 
 
 def ffmpeg_binary() -> str:
-    """Path of the FFmpeg program."""
-    return shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe()
+    """Path of the FFmpeg program.
+
+    Raises:
+        UserError: DUO_VSR_FFMPEG names no program.
+    """
+    chosen = os.environ.get(FFMPEG_VARIABLE)
+    if not chosen:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    found = shutil.which(chosen)
+    if found is None:
+        raise UserError(f"{FFMPEG_VARIABLE}={chosen}: no such program; unset it to use the bundled FFmpeg")
+    return found
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -151,7 +164,7 @@ def read_video(path: str | Path, start: int = 0, frames: int | None = None) -> n
 
 
 class VideoWriter:
-    """Write frames to a video file that appears under its name only when it is whole.
+    """Write frames to a video file atomically.
 
     Use as a context manager; an exception inside removes what was written.
     """
@@ -182,8 +195,8 @@ class VideoWriter:
         if quality == "lossless" and bit_depth == 10:
             raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
+        self._file = atomic_file(self.path)
+        temporary = self._file.__enter__()
         self._shape = (height, width, 3)
         self._wide = bit_depth == 10
         source = ffmpeg.input(
@@ -203,7 +216,7 @@ class VideoWriter:
             source = source.filter("setsar", str(sample_aspect_ratio))
         if self.path.suffix.lower() in (".mp4", ".mov", ".m4v"):
             options["movflags"] = "+faststart"
-        output = ffmpeg.output(source, str(self._temporary), **options).overwrite_output()
+        output = ffmpeg.output(source, str(temporary), **options).overwrite_output()
         command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the writer)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log)
@@ -236,12 +249,11 @@ class VideoWriter:
         failed = self._process.wait() != 0
         message = self._message()
         self._log.close()
-        if kind is None and not failed:
-            os.replace(self._temporary, self.path)
-            return
-        self._temporary.unlink(missing_ok=True)
-        if kind is None:
-            raise UserError(f"cannot write {self.path}: {message}")
+        if kind is None and failed:
+            failure = UserError(f"cannot write {self.path}: {message}")
+            self._file.__exit__(UserError, failure, None)
+            raise failure
+        self._file.__exit__(kind, error, trace)
 
     def _message(self) -> str:
         self._log.seek(0)
@@ -259,7 +271,6 @@ def join(parts: Sequence[Path], path: Path, audio_from: str | Path | None = None
         UserError: `path` cannot be written.
     """
     names = parts[0].with_name(".parts.txt")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     options: dict[str, Any] = {"vcodec": "copy"}
     tracks = probe(audio_from).audio_codecs if audio_from is not None else ()
     streams = [ffmpeg.input(str(names), format="concat", safe=0).video]
@@ -269,18 +280,13 @@ def join(parts: Sequence[Path], path: Path, audio_from: str | Path | None = None
             options["acodec"] = "copy"
     if path.suffix.lower() in (".mp4", ".mov", ".m4v"):
         options["movflags"] = "+faststart"
-    output = ffmpeg.output(*streams, str(temporary), **options).overwrite_output()
-    command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
-    try:
-        names.write_text("".join(f"file {part.name}\n" for part in parts))
+    names.write_text("".join(f"file {part.name}\n" for part in parts))
+    with atomic_file(path) as temporary:
+        output = ffmpeg.output(*streams, str(temporary), **options).overwrite_output()
+        command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
         done = subprocess.run(command, stderr=subprocess.PIPE, check=False)
         if done.returncode:
             raise UserError(f"cannot write {path}: {_reason(done.stderr)}")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _reason(log: bytes) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from common.errors import UserError
 from common.storage import StorageConfig, s3_errors, s3_filesystem
+from common.video_io import VIDEO_SUFFIXES
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"}
 #: columns of a table that hold the video's path, in order of preference
 PATH_COLUMNS = ("video", "path", "file", "url")
 

@@ -31,7 +31,8 @@ from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
 from common.progress import progress
 from common.storage import StorageConfig, local_copy
-from metrics.clips import VIDEO_SUFFIXES, find_clips, load_clip
+from common.video_io import VIDEO_SUFFIXES
+from metrics.clips import find_clips, load_clip
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.published import load_published
 from metrics.registry import METRICS, SETS, create_all, find_metric, resolve_names

@@ -44,10 +44,3 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 def time_grid(steps: int, shift: float) -> Tensor:
     """Times 1 = t_0 > … > t_steps = 0 of a sampler with `steps` Euler steps, shape (steps + 1,), float64."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
-
-
-def sample_times(
-    batch: int, shift: float, low: float, high: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """t ~ U(0, 1), shifted, then clamped to [low, high]; shape (batch,), float32, CPU."""
-    return shift_time(torch.rand(batch, generator=generator), shift).clamp(low, high)

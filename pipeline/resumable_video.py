@@ -1,56 +1,49 @@
-"""A film written in parts, so that a killed job goes on where it was.
+"""A video written in parts, so that a killed job can be resumed.
 
     .out.mp4.parts/
         job.json          what decides the pixels: input, model, options
         part-00000.mp4    a closed stretch of video
-        part-00000.json   its frames, and where the film goes on: written last, so a part without it does not count
+        part-00000.json   its frames, and where the video continues: written last, so a part without it does not count
 
-Parts are joined without being encoded again. Their folder lies beside the output and goes when that is whole.
+Parts are joined without being encoded again. Their folder lies beside the output and is removed when that is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.atomic import write_atomic
 from common.video_io import VideoWriter, join
-
-
-class Place(NamedTuple):
-    """Where a film can go on: read from frame `start` and drop the first `skip` frames of what comes out."""
-
-    start: int = 0
-    skip: int = 0
+from pipeline.video_windows import Place
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is remembered of a whole part."""
+    """What is recorded of a complete part."""
 
     frames: int
-    #: None where the film ends with it
+    #: None where the video ends with it
     place: Place | None
     #: of the job so far
     statistics: dict[str, float] = field(default_factory=dict)
 
 
-class FilmParts:
+class VideoParts:
     """The parts of one output."""
 
     def __init__(self, output: Path, job: dict[str, Any], part_frames: int) -> None:
-        """Take over the whole parts of an earlier run of the same job; those of another one are thrown away.
+        """Take over the complete parts of an earlier run of the same job; those of another one are deleted.
 
         Args:
             job: everything that decides the pixels; JSON types.
-            part_frames: a part ends with the first place after so many frames where the film can go on.
+            part_frames: a part ends with the first place after so many frames where the video can be continued.
         """
         self._output, self._part_frames = output, part_frames
         self._folder = output.with_name(f".{output.name}.parts")
@@ -61,23 +54,23 @@ class FilmParts:
         self._folder.mkdir(parents=True, exist_ok=True)
         for unfinished in self._folder.glob(".*"):
             unfinished.unlink()
-        _write_json(self._folder / "job.json", job)
-        self.whole = self._read()
+        write_atomic(self._folder / "job.json", json.dumps(job) + "\n")
+        self.complete = self._read()
 
     @property
     def frames(self) -> int:
-        """Of all whole parts."""
-        return sum(part.frames for part in self.whole)
+        """Of all complete parts."""
+        return sum(part.frames for part in self.complete)
 
     @property
     def place(self) -> Place | None:
-        """Where the film goes on after them; None where they are all of it."""
-        return self.whole[-1].place if self.whole else Place()
+        """Where the video continues after them; None where they are all of it."""
+        return self.complete[-1].place if self.complete else Place()
 
     @property
     def statistics(self) -> dict[str, float]:
         """Of the job up to there."""
-        return dict(self.whole[-1].statistics) if self.whole else {}
+        return dict(self.complete[-1].statistics) if self.complete else {}
 
     def write(
         self,
@@ -86,10 +79,10 @@ class FilmParts:
         statistics: dict[str, float],
         on_frames: Callable[[int], None],
     ) -> None:
-        """Append the rest of the film.
+        """Append the rest of the video.
 
         Args:
-            clips: frames (F, H, W, 3), each with the place that follows it, None where the film cannot go on.
+            clips: frames (F, H, W, 3), each with the place that follows it, None where it cannot be continued.
             open_writer: opens a video file.
             statistics: recorded with each part.
             on_frames: called with the number of frames written.
@@ -98,7 +91,7 @@ class FilmParts:
         rest = _without_first(clips, self.place.skip)
         clip = next(rest, None)
         while clip is not None:
-            path = self._path(len(self.whole))
+            path = self._path(len(self.complete))
             written = 0
             with open_writer(path) as writer:
                 while clip is not None:
@@ -110,17 +103,17 @@ class FilmParts:
                     if place is not None and written >= self._part_frames:
                         break
             part = Part(written, None if clip is None else place, dict(statistics))
-            _write_json(path.with_suffix(".json"), asdict(part))
-            self.whole.append(part)
+            write_atomic(path.with_suffix(".json"), json.dumps(asdict(part)) + "\n")
+            self.complete.append(part)
 
     def finish(self, audio_from: Path | None) -> None:
         """Join the parts under the output's name, with the sound of `audio_from`."""
-        join([self._path(index) for index in range(len(self.whole))], self._output, audio_from)
+        join([self._path(index) for index in range(len(self.complete))], self._output, audio_from)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def leave(self) -> None:
-        """After a failure: whole parts stay for the next run; without any, nothing does."""
-        if not self.whole:
+        """After a failure: complete parts stay for the next run; without any, nothing does."""
+        if not self.complete:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
@@ -159,14 +152,3 @@ def _without_first(
         if len(clip) > frames:
             yield clip[frames:], place
         frames = max(0, frames - len(clip))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(values) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder"
-        ) from None

@@ -43,7 +43,6 @@ def euler_sample(
     shift: float,
     null_prompt: Tensor | None = None,
     guidance_weight: float = 0.0,
-    on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Integrate dz/dt = v from t = 1 to 0 in `steps` Euler steps; float32 state.
 
@@ -60,8 +59,6 @@ def euler_sample(
         else:
             v = guided_velocity(model, z, t, z_lr, prompt, null_prompt, guidance_weight)
         z = z + (grid[index + 1] - grid[index]) * v.float()
-        if on_step is not None:
-            on_step(index)
     return z
 
 

@@ -2,125 +2,54 @@
 
     python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR
 
-The film streams through in windows that overlap and are blended, cut at scene changes, so memory stays bounded and no
-scene bleeds into the next. Sound and frame rate are kept. The output appears under its name only when it is whole; a
-killed job goes on where it was.
+The video streams through in windows that overlap and are cross-faded, cut at scene changes (pipeline/video_windows.py).
+Sound and frame rate are kept. The output is written atomically. Run the command again to resume a killed job.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from common.atomic import write_atomic
+from common.command_line import exit_on_sigterm
 from common.errors import UserError, run_command
 from common.progress import progress
 from common.scale import SCALE
+from common.scene_cuts import CONTEXT
 from common.video_io import OUTPUT_SUFFIXES, VideoInfo, VideoWriter, probe, read_frames
 from pipeline.model.attention import set_attention
+from pipeline.model.config import Attention
 from pipeline.model.prompts import DEFAULT_PROMPT
 from pipeline.model.vae import to_frames, upsample_low_resolution
-from pipeline.resumable_video import FilmParts, Place
-from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
-
-#: mean absolute change of 16x16-pixel thumbnails (0…255) from one frame to the next that is taken for a cut [ours]
-CUT_THRESHOLD = 40.0
+from pipeline.resumable_video import VideoParts
+from pipeline.video_windows import Place, Windows, upscale_video
+from pipeline.vsr_pipeline import Tiling, open_pipeline
 
 
-def split_film(
-    frames: Iterator[np.ndarray], window: int, overlap: int, first: int = 0
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cut a stream of frames, the film from frame `first` on, into clips for the model.
-
-    Yields:
-        (number of its first frame, how many of its first frames the clip before also holds, uint8 (F, h, w, 3)).
-        Clips of one scene overlap by `overlap` frames; a new scene starts a new clip.
-    """
-    held: list[np.ndarray] = []
-    start, shared = first, 0
-    last_thumbnail: np.ndarray | None = None
-    for number, frame in enumerate(frames, first):
-        thumbnail = _thumbnail(frame)
-        cut = last_thumbnail is not None and np.abs(thumbnail - last_thumbnail).mean() > CUT_THRESHOLD
-        last_thumbnail = thumbnail
-        if cut and len(held) > shared:
-            yield start, shared, np.stack(held)
-        if cut:
-            held, start, shared = [], number, 0
-        held.append(frame)
-        if len(held) == window:
-            yield start, shared, np.stack(held)
-            held = held[window - overlap :]
-            start, shared = number + 1 - overlap, overlap
-    if len(held) > shared:
-        yield start, shared, np.stack(held)
-
-
-def upscale_film(
-    pipeline: VSRPipeline,
-    frames: Iterator[np.ndarray],
-    *,
-    window: int,
-    overlap: int,
-    first: int = 0,
-    statistics: dict[str, float],
-    **options: object,
-) -> Iterator[tuple[np.ndarray, Place | None]]:
-    """Upscaled clips in order, (F, 4h, 4w, 3), cross-faded where they overlapped: every frame of the film once.
-
-    After some of them the film can go on from a place: the window whose end is still to be cross-faded comes out the
-    same again when it is read from its first frame.
-
-    Args:
-        frames: the film from frame `first` on.
-        overlap: at most half of `window`, so that no frame lies in three windows.
-        options: the pipeline's.
-    """
-    tail: np.ndarray | None = None
-    for start, shared, clip in split_film(frames, window, overlap, first):
-        result = pipeline(clip, first_frame=start, **options)  # type: ignore[arg-type]
-        statistics["dit_evaluations"] = statistics.get("dit_evaluations", 0) + result.dit_evaluations
-        for part, seconds in result.seconds.items():
-            statistics[f"{part}_s"] = statistics.get(f"{part}_s", 0.0) + seconds
-        upscaled = result.frames
-        if tail is not None:
-            if shared:
-                ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / shared)[:, None, None, None]
-                mixed = tail * (1 - ramp) + upscaled[:shared] * ramp
-                tail, upscaled = np.rint(mixed).astype(upscaled.dtype), upscaled[shared:]
-            yield tail, None
-        keep = min(overlap, len(upscaled))
-        if len(upscaled) > keep:
-            yield upscaled[: len(upscaled) - keep], Place(start, len(clip) - keep)
-        tail = upscaled[len(upscaled) - keep :]
-    if tail is not None and len(tail):
-        yield tail, None
-
-
-def model_film(
+def with_model(
     frames: Iterator[np.ndarray], first: int, arguments: argparse.Namespace, statistics: dict[str, float]
 ) -> Iterator[tuple[np.ndarray, Place | None]]:
-    """`upscale_film` with the command's options; the model is opened before anything is returned."""
+    """`upscale_video` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     pipeline = open_pipeline(arguments.model, arguments.device, dtype)
     set_attention(pipeline.transformer, arguments.attention)
-    return upscale_film(
+    return upscale_video(
         pipeline,
         frames,
-        window=arguments.window,
-        overlap=arguments.overlap,
+        arguments.windows,
         first=first,
+        context=min(first, CONTEXT),
         statistics=statistics,
         prompt=arguments.prompt,
         seed=arguments.seed,
@@ -128,36 +57,28 @@ def model_film(
         guidance_weight=arguments.guidance,
         colour_fix=arguments.colour_fix,
         bit_depth=arguments.bit_depth,
-        tiling=replace(arguments.tiling, window_frames=None),  # the film is split here, not there
+        tiling=arguments.tiling,
     )
 
 
-def bicubic_film(
+def with_bicubic(
     frames: Iterator[np.ndarray], first: int, arguments: argparse.Namespace, statistics: dict[str, float]
 ) -> Iterator[tuple[np.ndarray, Place | None]]:
     """Frames enlarged as for z_LR, one by one."""
     statistics["dit_evaluations"] = 0
-    for number, frame in enumerate(frames, first):
+    for number, frame in enumerate(itertools.islice(frames, min(first, CONTEXT), None), first):
         yield (
             to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy(),
             Place(number + 1, 0),
         )
 
 
-def _thumbnail(frame: np.ndarray) -> np.ndarray:
-    rows = np.linspace(0, frame.shape[0], 17, dtype=int)[:-1]
-    columns = np.linspace(0, frame.shape[1], 17, dtype=int)[:-1]
-    sums = np.add.reduceat(np.add.reduceat(frame.mean(2, dtype=np.float32), rows, 0), columns, 1)
-    return sums / (frame.shape[0] * frame.shape[1] / 256)
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the partial file is removed
+    exit_on_sigterm()  # the partial file is removed
     arguments = _arguments()
     info = probe(arguments.input)
+    arguments.windows = Windows(arguments.window, arguments.overlap)
     arguments.tiling = Tiling(
-        arguments.window,
-        arguments.overlap,
         transformer_tile_px=arguments.tile,
         vae_tile_px=arguments.vae_tile,
         decode_tile_px=arguments.decode_tile,
@@ -166,11 +87,11 @@ def main() -> None:
     if arguments.output.suffix.lower() not in OUTPUT_SUFFIXES:
         raise UserError(f"cannot write {arguments.output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
     began = time.perf_counter()
-    parts = FilmParts(arguments.output, _job(arguments), arguments.part_frames)
+    parts = VideoParts(arguments.output, _job(arguments), arguments.part_frames)
     if parts.refused:
         print(f"starting over: {parts.refused[0]}", file=sys.stderr)
-    elif parts.whole:
-        print(f"going on after {parts.frames} frames", file=sys.stderr)
+    elif parts.complete:
+        print(f"resuming after {parts.frames} frames", file=sys.stderr)
     try:
         statistics = parts.statistics
         if parts.place is not None:
@@ -194,17 +115,14 @@ def main() -> None:
         "device": arguments.device,
     }
     if arguments.stats:
-        arguments.stats.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.stats.with_name(f".{arguments.stats.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, arguments.stats)
+        write_atomic(arguments.stats, json.dumps(record, indent=2) + "\n")
     print(
         f"{arguments.output}: {parts.frames} frames of {record['width']}x{record['height']} in {record['seconds']} s"
     )
 
 
 def _write_parts(
-    parts: FilmParts,
+    parts: VideoParts,
     place: Place,
     info: VideoInfo,
     arguments: argparse.Namespace,
@@ -215,8 +133,11 @@ def _write_parts(
     wanted = None if arguments.frames is None else arguments.frames - place.start
     if arguments.frames is not None:
         total = min(arguments.frames, total or arguments.frames)
-    frames = read_frames(arguments.input, arguments.start + place.start, wanted)
-    enlarge = bicubic_film if arguments.bicubic else model_film
+    context = min(place.start, CONTEXT)  # frames before it, in which scene cuts are looked for
+    frames = read_frames(
+        arguments.input, arguments.start + place.start - context, wanted and wanted + context
+    )
+    enlarge = with_bicubic if arguments.bicubic else with_model
     clips = enlarge(frames, place.start, arguments, statistics)  # opens the model, so before any file
     open_writer = partial(
         VideoWriter,
@@ -269,8 +190,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
     parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
     parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
-    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: whole frames")
-    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: whole frames")
+    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided")
+    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: undivided")
     parser.add_argument("--decode-tile", type=int, help="VAE decoder tile; default: as --vae-tile")
     parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
     parser.add_argument("--colour-fix", choices=("none", "wavelet", "adain"), default="none")
@@ -283,9 +204,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32"
     )
-    parser.add_argument(
-        "--attention", choices=("auto", "flash", "flash3", "xformers", "native"), default="auto"
-    )
+    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument(
         "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"
     )

@@ -3,9 +3,9 @@
     pipeline = VSRPipeline.from_pretrained("runs/demo/preference/model")
     frames = pipeline(low_resolution, seed=0).frames
 
-A diffusers pipeline of three components (transformer, vae, prompts). Long clips go through in overlapping windows,
-large ones in overlapping tiles; both are blended with smooth weights, and the noise belongs to the place in the film,
-not to the window, so that neighbours agree where they overlap.
+A diffusers pipeline of three components (transformer, vae, prompts). Large clips go through in overlapping tiles, which
+are blended with smooth weights. Long videos go through in windows, one call each (pipeline/video_windows.py); the noise
+belongs to the place in the video, not to the window, so that neighbours agree where they overlap.
 """
 
 from __future__ import annotations
@@ -59,18 +59,15 @@ MINIMAL_STRIDE_PX = 32
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes in pixels of the output and in frames; None = never split.
+    """Sizes in pixels of the output; None = never split.
 
     Overlaps of at least 128 px leave no seams [peer: SeedVR2 users]. The DiT's tiles are separate from the VAE's, whose
     convolutions need far more memory per pixel; `decode_tile_px` splits the decoder further, which needs most.
-    Consecutive windows draw the same noise where they overlap if they start a multiple of 4 frames apart.
 
     Raises:
-        UserError: an overlap that leaves no room between tiles or windows.
+        UserError: an overlap that leaves no room between tiles.
     """
 
-    window_frames: int | None = 21
-    window_overlap_frames: int = 5
     transformer_tile_px: int | None = None
     vae_tile_px: int | None = None
     #: None = as `vae_tile_px`
@@ -84,12 +81,6 @@ class Tiling:
                     f"a tile of {tile} px with an overlap of {self.overlap_px} px: the tile must be at least "
                     f"{MINIMAL_STRIDE_PX} px larger"
                 )
-        window, overlap = self.window_frames, self.window_overlap_frames
-        if window is not None and not (window >= 5 and 0 <= 2 * overlap <= window):
-            raise UserError(
-                f"a window of {window} frames with an overlap of {overlap}: "
-                "it must have at least 5 frames and at least twice its overlap"
-            )
 
 
 class VSRPipeline(DiffusionPipeline):
@@ -101,8 +92,6 @@ class VSRPipeline(DiffusionPipeline):
         shift: timestep shift s of the sampler.
         guidance_weight: w of v(c) + w·(v(c) - v(∅)); 0 for distilled models.
     """
-
-    model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
         self,
@@ -132,15 +121,13 @@ class VSRPipeline(DiffusionPipeline):
         colour_fix: ColourFix = "none",
         bit_depth: Literal[8, 10] = 8,
         first_frame: int = 0,
-        on_step: Callable[[int], None] | None = None,
     ) -> VSRResult:
-        """Upscale one clip that fits in memory; `upscale.py` streams longer films through here.
+        """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.
 
         Args:
             low_resolution: uint8 (F, h, w, 3) RGB, any F and size.
             seed: of the noise; the result is a function of the clip and this.
-            first_frame: where the clip stands in its film; the noise depends on it.
-            on_step: called after every DiT evaluation.
+            first_frame: number of the clip's first frame in its video; the noise depends on it.
 
         Raises:
             ValueError: not uint8 (F, h, w, 3).
@@ -155,14 +142,8 @@ class VSRPipeline(DiffusionPipeline):
             self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
             self.config.guidance_weight if guidance_weight is None else guidance_weight,
             tiling,
-            on_step,
         )
-        padded = _repeat_last(frames)
-        windows = spans(len(padded), tiling.window_frames, tiling.window_overlap_frames)
-        parts = (
-            (span, run.window(padded[span.start : span.stop], first_frame + span.start)) for span in windows
-        )
-        enlarged = blend_windows(parts, len(padded), axis=1)[:, : len(frames)]
+        enlarged = run.clip(frames, first_frame)
         if colour_fix != "none":
             enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
         return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
@@ -179,17 +160,16 @@ class _Run:
         steps: int,
         guidance_weight: float,
         tiling: Tiling,
-        on_step: Callable[[int], None] | None,
     ) -> None:
         self._pipeline, self._seed, self._steps, self._tiling = pipeline, seed, steps, tiling
-        self._guidance_weight, self._on_step = guidance_weight, on_step
+        self._guidance_weight = guidance_weight
         device = pipeline.transformer.device
         self._prompt = pipeline.prompts.embed([prompt]).to(device)
         self._null_prompt = pipeline.prompts.embed([NULL_PROMPT]).to(device) if guidance_weight else None
         self.dit_evaluations = 0
         self.seconds = {"encode": 0.0, "transformer": 0.0, "decode": 0.0}
 
-    def window(self, frames: Tensor, first_frame: int) -> Tensor:
+    def clip(self, frames: Tensor, first_frame: int) -> Tensor:
         """uint8 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
         count = len(frames)
         pixels = upsample_low_resolution(_repeat_last(frames))
@@ -254,7 +234,10 @@ class _Run:
         return _tiled(tuple(z_lr.shape[1:]), tile, self._overlap(), sample)
 
     def _noise(self, shape: tuple[int, ...], first_frame: int) -> Tensor:
-        """(1, C, T, h, w); a latent frame's noise belongs to its place in the film."""
+        """(1, C, T, h, w); a latent frame's noise belongs to its place in the video.
+
+        The word "film" is part of the seed: another one would change every result.
+        """
         channels, latent_frames, height, width = shape
         rows = [
             seeded_noise((channels, height, width), self._seed, "film", first_frame + TEMPORAL_FACTOR * index)
@@ -265,8 +248,6 @@ class _Run:
     def _velocity(self, z_t: Tensor, t: Tensor, z_lr: Tensor, prompt: Tensor) -> Tensor:
         velocity = self._pipeline.transformer(z_t, t, z_lr, prompt).velocity
         self.dit_evaluations += 1
-        if self._on_step is not None:
-            self._on_step(self.dit_evaluations)
         return velocity
 
     def _tile(self, pixels: int | None) -> int | None:

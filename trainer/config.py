@@ -9,6 +9,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 
 from common.config import Section
 from common.errors import UserError
+from pipeline.model.config import Attention
 from trainer.engine.config import DeepSpeedConfig, LoRAConfig
 from trainer.stages import STAGES
 from trainer.stages.base import BaseConfig
@@ -55,7 +56,7 @@ class TrainerConfig(Section):
     dual_stream: DualStreamConfig = DualStreamConfig()
     preference: PreferenceTrainingConfig = PreferenceTrainingConfig()
     #: attention kernels of the DiT; auto takes the fastest one installed (pipeline/model/attention.py)
-    attention: Literal["auto", "flash", "flash3", "xformers", "native"] = "auto"
+    attention: Attention = "auto"
     #: ranks that share the tokens of each clip, for clips too long for one GPU (pipeline/model/sequence_parallel.py)
     sequence_parallel: int = Field(default=1, ge=1)
     #: torch.compile the transformer blocks; pays on GPUs for long runs

@@ -17,12 +17,11 @@ import cv2
 import numpy as np
 
 from common.lossless_clip import UnreadableVideo, opened
+from common.scene_cuts import WIDTH, SceneCuts, small_height
 from datagen.config import ClipConfig
 from datagen.sources import Source
 from datagen.survey.source_survey import SourceSurvey, Window
 
-#: width of the pictures that scenes are found in, px
-SURVEY_WIDTH = 256
 #: sharpness is measured on every n-th frame
 SHARPNESS_EVERY = 4
 
@@ -53,7 +52,10 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     with opened(opened_source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        finder = _SceneFinder(clip, float(rate or 25))
+        finder = SceneCuts(
+            threshold=clip.scene_threshold, min_scene_frames=clip.frames, frame_rate=float(rate or 25)
+        )
+        cuts: set[int] = set()
         previous = None
         content = _content(stream)
         try:
@@ -63,7 +65,8 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
                 sharpness = (
                     _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 )
-                finder.add(small)
+                if clip.respect_scenes:
+                    cuts.update(finder.add(small))
                 features.append(_measure(frame.pts, thumbnail, previous, sharpness))
                 previous = thumbnail
         except av.error.FFmpegError as error:
@@ -72,8 +75,10 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         content.update(repr([frame.pts for frame in features]).encode())
     if not features:
         raise UnreadableVideo(f"{name}: holds no frame that can be decoded")
-    cuts = finder.cuts()
-    starts = window_starts(len(features), cuts, clip.frames, clip.stride)
+    if clip.respect_scenes:
+        cuts.update(finder.finish())
+    scene_starts = sorted(cut for cut in cuts if 0 < cut < len(features))
+    starts = window_starts(len(features), scene_starts, clip.frames, clip.stride)
     return SourceSurvey(
         source,
         width,
@@ -81,7 +86,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         frames=len(features),
         frames_per_second=float(rate or 0),
         content=content.hexdigest(),
-        cuts=tuple(cuts),
+        cuts=tuple(scene_starts),
         windows=tuple(_window(features, start, clip.frames) for start in starts),
     )
 
@@ -126,39 +131,9 @@ def window_starts(frames: int, cuts: list[int], length: int, stride: int | None)
     return starts
 
 
-class _SceneFinder:
-    """PySceneDetect's AdaptiveDetector, fed frame by frame."""
-
-    def __init__(self, clip: ClipConfig, rate: float) -> None:
-        from scenedetect import FrameTimecode
-        from scenedetect.detectors import AdaptiveDetector
-
-        self._timecode = FrameTimecode
-        self._rate = rate
-        self._count = 0
-        self._cuts: list[int] = []
-        self._detector = None
-        if clip.respect_scenes:
-            self._detector = AdaptiveDetector(
-                adaptive_threshold=clip.scene_threshold, min_scene_len=clip.frames
-            )
-
-    def add(self, picture: np.ndarray) -> None:
-        if self._detector is not None:
-            found = self._detector.process_frame(self._timecode(self._count, fps=self._rate), picture)
-            self._cuts += [cut.frame_num for cut in found]
-        self._count += 1
-
-    def cuts(self) -> list[int]:
-        if self._detector is not None and self._count:
-            found = self._detector.post_process(self._timecode(self._count - 1, fps=self._rate))
-            self._cuts += [cut.frame_num for cut in found]
-        return sorted({cut for cut in self._cuts if 0 < cut < self._count})
-
-
 def _small(frame: av.VideoFrame) -> np.ndarray:
-    height = max(8, round(frame.height * SURVEY_WIDTH / frame.width))
-    return frame.reformat(SURVEY_WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
+    height = small_height(frame.height, frame.width)
+    return frame.reformat(WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
 
 
 def _sharpness(frame: av.VideoFrame) -> float:

@@ -32,13 +32,13 @@ metrics/registry.py knows get their direction and their best value is set in bol
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from pydantic import ValidationError
 
+from common.atomic import write_atomic
 from common.errors import UserError
 from metrics.published import load_published
 from metrics.registry import METRICS
@@ -54,7 +54,7 @@ _OTHER_COLUMNS = {
 
 
 def build_report(description: ReportDescription, output: Path, base: Path | None = None) -> None:
-    """Write the page to `output`, whole or not at all.
+    """Write the page to `output`, atomically.
 
     Args:
         base: folder that relative paths of the description start from; the working directory by default.
@@ -77,10 +77,7 @@ def build_report(description: ReportDescription, output: Path, base: Path | None
         seconds=_bars(description.seconds),
         published=_published() if description.published else None,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, output)
+    write_atomic(output, page)
 
 
 def comparison(methods: dict[str, dict[str, float | int | None]]) -> dict[str, Any] | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
 
 import torch
 
 from common.errors import UserError
+from pipeline.model.config import Attention
 from pipeline.model.transformer import VSRTransformer
-
-Attention = Literal["auto", "flash", "flash3", "xformers", "native"]
 
 #: our name -> (diffusers' backend, the package it needs)
 BACKENDS: dict[str, tuple[str, str | None]] = {

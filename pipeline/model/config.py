@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from common.config import Section
+
+#: attention kernels of the DiT (pipeline/model/attention.py)
+Attention = Literal["auto", "flash", "flash3", "xformers", "native"]
 
 
 class TransformerConfig(Section):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
+from common.atomic import write_atomic
 from common.errors import UserError
 from common.seeding import derive_seed
 
@@ -84,8 +84,8 @@ def make_study(ours: Path, other: Path, output: Path, seed: int = 0) -> dict[str
         pairs.append({"name": name, "ours": side})
         shown.append(files)
     key = {"study": study, "seed": seed, "pairs": pairs}
-    _write(output / "page" / "index.html", _page(study, shown))
-    _write(output / "key.json", json.dumps(key, indent=2) + "\n")
+    write_atomic(output / "page" / "index.html", _page(study, shown))
+    write_atomic(output / "key.json", json.dumps(key, indent=2) + "\n")
     return key
 
 
@@ -129,12 +129,6 @@ def _page(study: str, pairs: list[dict[str, str]]) -> str:
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True)
     return environment.get_template("study.html").render(study=study, pairs=pairs)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _read(path: Path) -> dict[str, Any]:

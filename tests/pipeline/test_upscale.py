@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from common.errors import run_command
+from common.scene_cuts import CONTEXT
 from common.video_io import VideoWriter, ffmpeg_binary, probe, read_video
 from pipeline.model.prompts import PromptCache, load_prompts, placeholder_cache
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.transformer import VSRTransformer
 from pipeline.tiling import blend_windows, spans
-from pipeline.upscale import main, split_film, upscale_film
+from pipeline.upscale import main
+from pipeline.video_windows import Windows, split_video, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 
@@ -99,10 +101,8 @@ def test_windows_and_tiles_agree_with_the_whole_where_the_model_is_local(pipelin
     pipeline.transformer.proj_out.bias.data.zero_()
     try:
         clip = frames(13, 32, 48)
-        whole = pipeline(clip, tiling=Tiling(window_frames=None)).frames
-        parts = pipeline(
-            clip, tiling=Tiling(None, 0, transformer_tile_px=96, vae_tile_px=96, overlap_px=64)
-        ).frames
+        whole = pipeline(clip, tiling=Tiling()).frames
+        parts = pipeline(clip, tiling=Tiling(transformer_tile_px=96, vae_tile_px=96, overlap_px=64)).frames
     finally:
         pipeline.transformer.proj_out.weight.data.copy_(weight[0])
         pipeline.transformer.proj_out.bias.data.copy_(weight[1])
@@ -123,14 +123,14 @@ def test_spans_cover_everything_and_blending_identical_windows_changes_nothing(l
 def test_film_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
     dark, bright = np.full((7, 24, 40, 3), 20, np.uint8), np.full((8, 24, 40, 3), 220, np.uint8)
     film = np.concatenate([dark, bright])
-    clips = list(split_film(iter(film), window=5, overlap=2))
+    clips = list(split_video(iter(film), Windows(5, 2)))
     assert [(start, shared, len(clip)) for start, shared, clip in clips] == [
         (0, 0, 5), (3, 2, 4), (7, 0, 5), (10, 2, 5),
     ]  # fmt: skip
     for _, _, clip in clips:
         assert clip.min() == clip.max(), "a clip holds two scenes"
     statistics: dict[str, float] = {}
-    upscaled = upscale_film(pipeline, iter(film), window=5, overlap=2, statistics=statistics)
+    upscaled = upscale_video(pipeline, iter(film), Windows(5, 2), statistics=statistics)
     result = np.concatenate([clip for clip, _ in upscaled])
     assert result.shape == (15, 96, 160, 3) and statistics["dit_evaluations"] == 4
 
@@ -141,7 +141,7 @@ def test_command_keeps_sound_frame_count_and_rate(upscale, model_folder, film, t
     assert done.returncode == 0, done.stderr
     before, after = probe(film), probe(output)
     assert (after.width, after.height) == (192, 128)
-    assert after.has_audio and after.frame_rate == before.frame_rate == Fraction(24000, 1001)
+    assert after.audio_codecs and after.frame_rate == before.frame_rate == Fraction(24000, 1001)
     assert len(read_video(output)) == len(read_video(film)) == json.loads(stats.read_text())["frames"]
 
 
@@ -218,12 +218,16 @@ def test_a_film_goes_on_from_any_of_its_places(pipeline):
     """Cuts, short scenes and windows that overlap: what follows a place is the same when the film starts there."""
     scenes = [np.full((count, 24, 40, 3), level, np.uint8) for count, level in ((7, 20), (2, 220), (12, 90))]
     film = np.concatenate(scenes) + frames(21) // 32
-    whole = list(upscale_film(pipeline, iter(film), window=5, overlap=2, statistics={}))
+    whole = list(upscale_video(pipeline, iter(film), Windows(5, 2), statistics={}))
     places = [index for index, (_, place) in enumerate(whole) if place is not None]
     assert len(places) >= 4
     for index in places:
         start, skip = whole[index][1]
-        again = upscale_film(pipeline, iter(film[start:]), window=5, overlap=2, first=start, statistics={})
+        context = min(start, CONTEXT)
+        rest_of_video = iter(film[start - context :])
+        again = upscale_video(
+            pipeline, rest_of_video, Windows(5, 2), first=start, context=context, statistics={}
+        )
         rest = np.concatenate([clip for clip, _ in again])[skip:]
         assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
 
@@ -247,7 +251,7 @@ def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, numb
     assert len(kept) >= 2 and not output.exists()
 
     done = upscale(source, output, *options)
-    assert done.returncode == 0 and f"going on after {sum(kept)} frames" in done.stderr
+    assert done.returncode == 0 and f"resuming after {sum(kept)} frames" in done.stderr
     assert [path.name for path in output.parent.iterdir()] == ["out.mp4"]
     assert upscale(source, whole, *options).returncode == 0
     assert np.array_equal(read_video(output), read_video(whole))

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import av
 import ffmpeg
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -128,3 +129,16 @@ def test_an_error_while_writing_leaves_neither_file(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path / "x.nonsense", gradient())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bundled_ffmpeg_is_used_unless_another_is_chosen(tmp_path, monkeypatch):
+    other = tmp_path / "ffmpeg"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert ffmpeg_binary() == imageio_ffmpeg.get_ffmpeg_exe()
+    monkeypatch.setenv("DUO_VSR_FFMPEG", str(other))
+    assert ffmpeg_binary() == str(other)
+    monkeypatch.setenv("DUO_VSR_FFMPEG", "no-such-program")
+    with pytest.raises(UserError, match="DUO_VSR_FFMPEG=no-such-program: no such program; unset it"):
+        ffmpeg_binary()

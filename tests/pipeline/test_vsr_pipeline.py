@@ -11,7 +11,8 @@ from common.errors import UserError
 from pipeline.model.prompts import placeholder_cache
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import to_frames
-from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
+from pipeline.video_windows import Windows, upscale_video
+from pipeline.vsr_pipeline import VSRPipeline, open_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_ten_bits_are_finer_than_eight(pipeline):
     assert to_frames(torch.ones(3, 1, 1, 1), 10).numpy().max() == 1023
 
 
-def test_windows_draw_the_noise_of_their_place_in_the_film(pipeline, monkeypatch):
+def test_windows_draw_the_noise_of_their_place_in_the_video(pipeline, monkeypatch):
     """Both windows see the same noise in the latent frames that they share, and another seed sees another."""
     seen = []
 
@@ -83,8 +84,8 @@ def test_windows_draw_the_noise_of_their_place_in_the_film(pipeline, monkeypatch
 
     monkeypatch.setattr(pipeline.transformer, "forward", remember)
     film = clip(15)
-    pipeline(film, num_inference_steps=1, tiling=Tiling(9, 1))  # padded to 17 frames: 0…8 and 8…16
-    first, second = seen
+    list(upscale_video(pipeline, iter(film), Windows(9, 1), statistics={}, num_inference_steps=1))
+    first, second = seen  # of frames 0…8 and 8…14, the second padded to 8…16
     assert torch.equal(first[:, :, -1], second[:, :, 0])
     assert not torch.equal(first[:, :, 0], second[:, :, 0])
     pipeline(film[8:], num_inference_steps=1, first_frame=8)

@@ -12,6 +12,7 @@ from tests.trainer import toys
 from trainer.engine.config import OptimizerConfig
 from trainer.engine.process_group import World
 from trainer.stages.base import SPEC, Base, BaseConfig
+from trainer.stages.random_draws import Draws
 
 KEYS = [f"clip-{index}" for index in range(64)]
 
@@ -78,3 +79,10 @@ def test_it_learns(world: World) -> None:
 def test_a_wrong_noise_range_is_refused(steps: tuple[int, int]) -> None:
     with pytest.raises(ValidationError, match="low <= high"):
         BaseConfig(low_resolution_noise=steps)
+
+
+def test_times_are_clamped_and_shifted_towards_noise() -> None:
+    t = Draws([str(index) for index in range(4000)], 0).times("time", shift=5.0, low=0.02, high=0.98)
+    assert t.min() >= 0.02 and t.max() <= 0.98
+    # U(0, 1) shifted by s has median s/(1 + s).
+    assert abs(t.median() - 5 / 6) < 0.02

@@ -73,6 +73,8 @@ class Validation:
                 clip = decode_latents(vae, latent)
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
+                if not hasattr(vae, "enable_tiling"):
+                    raise
                 vae.enable_tiling()  # from now on: what did not fit beside the training will not fit later
                 clip = decode_latents(vae, latent)
             clips.append(clip[0].cpu())

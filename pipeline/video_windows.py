@@ -1,0 +1,133 @@
+"""Long videos in windows: cut at scene changes, overlapping within a scene, cross-faded where they overlap.
+
+The only place with temporal windows. `VSRPipeline` takes one window; memory stays bounded, and no scene bleeds into the
+next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.errors import UserError
+from common.scene_cuts import DELAY, SceneCuts, small_frame
+from pipeline.vsr_pipeline import VSRPipeline
+
+
+class Place(NamedTuple):
+    """Where a video can be continued: read from frame `start`, drop the first `skip` frames of what comes out."""
+
+    start: int = 0
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Sizes in frames. Windows that start a multiple of 4 frames apart draw the same noise where they overlap.
+
+    Raises:
+        UserError: a window that is too short for its overlap: a frame must not lie in three windows.
+    """
+
+    frames: int = 21
+    overlap: int = 5
+
+    def __post_init__(self) -> None:
+        if not (self.frames >= 5 and 0 <= 2 * self.overlap <= self.frames):
+            raise UserError(
+                f"a window of {self.frames} frames with an overlap of {self.overlap}: "
+                "it must have at least 5 frames and at least twice its overlap"
+            )
+
+
+def scenes(
+    frames: Iterator[np.ndarray], first: int = 0, context: int = 0
+) -> Iterator[tuple[int, bool, np.ndarray]]:
+    """(number, whether it starts a scene, frame) of each frame.
+
+    Args:
+        first: number of the first frame that is wanted.
+        context: frames in `frames` before that one (common/scene_cuts.py: CONTEXT); only cuts are looked for in them.
+    """
+    finder, cuts = SceneCuts(), set()
+    waiting: deque[tuple[int, np.ndarray]] = deque()
+    for index, frame in enumerate(frames):
+        cuts.update(finder.add(small_frame(frame)))
+        if index >= context:
+            waiting.append((index, frame))
+        if len(waiting) > DELAY:
+            known, earlier = waiting.popleft()
+            yield first + known - context, known in cuts, earlier
+    cuts.update(finder.finish())
+    for known, earlier in waiting:
+        yield first + known - context, known in cuts, earlier
+
+
+def split_video(
+    frames: Iterator[np.ndarray], windows: Windows, first: int = 0, context: int = 0
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Cut a stream of frames into windows for the model; arguments as in `scenes`.
+
+    Yields:
+        (number of its first frame, how many of its first frames the window before also holds, uint8 (F, h, w, 3)).
+        Windows of one scene overlap; a new scene starts a new window.
+    """
+    held: list[np.ndarray] = []
+    start, shared = first, 0
+    for number, cut, frame in scenes(frames, first, context):
+        if cut and len(held) > shared:
+            yield start, shared, np.stack(held)
+        if cut:
+            held, start, shared = [], number, 0
+        held.append(frame)
+        if len(held) == windows.frames:
+            yield start, shared, np.stack(held)
+            held = held[windows.frames - windows.overlap :]
+            start, shared = number + 1 - windows.overlap, windows.overlap
+    if len(held) > shared:
+        yield start, shared, np.stack(held)
+
+
+def upscale_video(
+    pipeline: VSRPipeline,
+    frames: Iterator[np.ndarray],
+    windows: Windows,
+    *,
+    first: int = 0,
+    context: int = 0,
+    statistics: dict[str, float],
+    **options: Any,
+) -> Iterator[tuple[np.ndarray, Place | None]]:
+    """Upscaled clips in order, (F, 4h, 4w, 3), cross-faded where they overlapped: every frame of the video once.
+
+    After some of them the video can be continued from a place: the window whose end is still to be cross-faded comes
+    out the same again when it is read from its first frame.
+
+    Args:
+        frames, first, context: as in `scenes`.
+        statistics: DiT evaluations and seconds are added to it.
+        options: the pipeline's.
+    """
+    tail: np.ndarray | None = None
+    for start, shared, window in split_video(frames, windows, first, context):
+        result = pipeline(window, first_frame=start, **options)
+        statistics["dit_evaluations"] = statistics.get("dit_evaluations", 0) + result.dit_evaluations
+        for step, seconds in result.seconds.items():
+            statistics[f"{step}_s"] = statistics.get(f"{step}_s", 0.0) + seconds
+        upscaled = result.frames
+        if tail is not None:
+            if shared:
+                ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / shared)[:, None, None, None]
+                mixed = tail * (1 - ramp) + upscaled[:shared] * ramp
+                tail, upscaled = np.rint(mixed).astype(upscaled.dtype), upscaled[shared:]
+            yield tail, None
+        keep = min(windows.overlap, len(upscaled))
+        if len(upscaled) > keep:
+            yield upscaled[: len(upscaled) - keep], Place(start, len(window) - keep)
+        tail = upscaled[len(upscaled) - keep :]
+    if tail is not None and len(tail):
+        yield tail, None
