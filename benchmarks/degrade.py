@@ -45,9 +45,7 @@ def load_basicsr() -> tuple[Any, Any]:
     try:
         paths = {str(file): Path(str(file.locate())) for file in files("basicsr") or []}
     except PackageNotFoundError:
-        raise UserError(
-            "the reference is missing: pip install --no-deps --no-build-isolation basicsr"
-        ) from None
+        raise UserError("the reference is missing: pip install --no-deps --no-build-isolation basicsr") from None
     shim = types.ModuleType("torchvision.transforms.functional_tensor")
     from torchvision.transforms.functional import rgb_to_grayscale
 
@@ -70,9 +68,7 @@ class Reference:
         self._basicsr, self._sharpening = load_basicsr()
         self._codec_preset = codec_preset
 
-    def apply(
-        self, operation: dict[str, Any], frames: list[np.ndarray], target: tuple[int, int]
-    ) -> list[np.ndarray]:
+    def apply(self, operation: dict[str, Any], frames: list[np.ndarray], target: tuple[int, int]) -> list[np.ndarray]:
         return getattr(self, "_" + operation["op"])(operation, frames, target)
 
     def _sharpen(self, operation: dict[str, Any], frames: list[np.ndarray], target: Any) -> list[np.ndarray]:
@@ -87,9 +83,7 @@ class Reference:
         if kind == "sinc":
             return self._basicsr.circular_lowpass_kernel(operation["cutoff"][index], size)
         x = operation["sigma_x"][index]
-        y, turn, beta = (
-            operation.get(name, [1.0] * (index + 1))[index] for name in ("sigma_y", "rotation", "beta")
-        )
+        y, turn, beta = (operation.get(name, [1.0] * (index + 1))[index] for name in ("sigma_y", "rotation", "beta"))
         isotropic = not kind.endswith("aniso")
         if kind.startswith("generalized"):
             return self._basicsr.bivariate_generalized_Gaussian(size, x, y, turn, beta, isotropic=isotropic)
@@ -108,9 +102,7 @@ class Reference:
             add, strengths = self._basicsr.add_gaussian_noise, operation["sigma"]
         else:
             add, strengths = self._basicsr.add_poisson_noise, operation["scale"]
-        return [
-            add(frame, strength, gray_noise=grey) for frame, strength in zip(frames, strengths, strict=True)
-        ]
+        return [add(frame, strength, gray_noise=grey) for frame, strength in zip(frames, strengths, strict=True)]
 
     def _jpeg(self, operation: dict[str, Any], frames: list[np.ndarray], target: Any) -> list[np.ndarray]:
         def one(frame: np.ndarray, quality: int) -> np.ndarray:
@@ -140,9 +132,7 @@ class Reference:
             container.mux(stream.encode())
         with av.open(buffer, "r", "mp4") as container:
             container.streams.video[0].thread_type = "NONE"
-            decoded = [
-                np.float32(frame.to_ndarray(format="bgr24")) / 255 for frame in container.decode(video=0)
-            ]
+            decoded = [np.float32(frame.to_ndarray(format="bgr24")) / 255 for frame in container.decode(video=0)]
         return [frame[:height, :width] for frame in decoded]
 
 
@@ -151,9 +141,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     _warm_up()
-    seconds: dict[str, dict[str, float]] = {
-        name: defaultdict(float) for name in ("ours", "reference", "equal")
-    }
+    seconds: dict[str, dict[str, float]] = {name: defaultdict(float) for name in ("ours", "reference", "equal")}
     psnr: dict[str, list[float]] = {"ours": [], "reference": []}
     change: dict[str, list[tuple[float, float]]] = defaultdict(list)
     per_size = {}
@@ -239,17 +227,13 @@ def _run(draws: list[dict[str, Any]], hr: np.ndarray, how: str, seconds: dict[st
     return lr
 
 
-def _compare(
-    draws: list[dict[str, Any]], hr: np.ndarray, change: dict[str, list[tuple[float, float]]]
-) -> None:
+def _compare(draws: list[dict[str, Any]], hr: np.ndarray, change: dict[str, list[tuple[float, float]]]) -> None:
     """Each operation on the same input by both: standard deviation of what it changed, 0...255, (ours, theirs)."""
     target = (hr.shape[1] // SCALE, hr.shape[2] // SCALE)
     reference, rng = Reference(CodecConfig().preset), np.random.Generator(np.random.SFC64(1))
     frames = [np.ascontiguousarray(frame[..., ::-1]) for frame in hr[:2]]
     for operation in draws:
-        operation = {
-            name: value[:2] if isinstance(value, list) else value for name, value in operation.items()
-        }
+        operation = {name: value[:2] if isinstance(value, list) else value for name, value in operation.items()}
         ours = find_operation(operation["op"]).apply(operation, frames, target, rng)
         theirs = reference.apply(operation, [np.float32(frame) / 255 for frame in frames], target)
         rounded = [np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8) for frame in theirs]

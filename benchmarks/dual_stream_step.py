@@ -58,9 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT_TOKENS = {"wan-1.3b": 512, "tiny": 4}
 
 
-def build_modules(
-    shape: str, device: str, dtype: torch.dtype, config: DualStreamConfig
-) -> dict[str, nn.Module]:
+def build_modules(shape: str, device: str, dtype: torch.dtype, config: DualStreamConfig) -> dict[str, nn.Module]:
     """Student, critic and real score with random weights."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -74,9 +72,7 @@ def build_modules(
     return modules
 
 
-def build_stage(
-    modules: dict[str, nn.Module], shape: str, device: str, config: DualStreamConfig
-) -> DualStream:
+def build_stage(modules: dict[str, nn.Module], shape: str, device: str, config: DualStreamConfig) -> DualStream:
     """The trainer's own stage over bare modules."""
     return DualStream(_BareSetup(**_setup(modules, shape, device, config)))
 
@@ -178,10 +174,7 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
                 seconds[name].append(time.perf_counter() - start)
                 cpu_seconds[name].append(time.process_time() - cpu_start)
     results = {
-        name: {
-            "seconds_per_round": statistics.median(seconds[name]),
-            "peak_memory_gib": peak_memory_bytes(run) / 2**30,
-        }
+        name: {"seconds_per_round": statistics.median(seconds[name]), "peak_memory_gib": peak_memory_bytes(run) / 2**30}
         for name, run in runs.items()
     }
     if not torch.cuda.is_available():
@@ -213,10 +206,7 @@ def time_bare(arguments: argparse.Namespace) -> dict[str, Any]:
     literal = LiteralDualStream(config, modules, embed, device)
     stage = build_stage(modules, arguments.shape, device, config)
     return measure(
-        {
-            "literal": lambda: literal.round(batch, each_term_alone=True),
-            "ours": lambda: round_of_ours(stage, batch),
-        },
+        {"literal": lambda: literal.round(batch, each_term_alone=True), "ours": lambda: round_of_ours(stage, batch)},
         arguments.rounds,
     )
 
@@ -251,11 +241,7 @@ def _setting(arguments: argparse.Namespace) -> tuple[DualStreamConfig, str, Deep
 
 
 def _add_rates(
-    result: dict[str, Any],
-    batch: Batch,
-    config: DualStreamConfig,
-    flops: float,
-    arguments: argparse.Namespace,
+    result: dict[str, Any], batch: Batch, config: DualStreamConfig, flops: float, arguments: argparse.Namespace
 ) -> None:
     """Tokens/s: tokens of the clips a round consumes. MFU: counted operations, recomputation left out."""
     b, _, t, h, w = batch.tensors["z_hr"].shape
@@ -293,9 +279,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=720)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument(
-        "--timed-size", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"), default=None
-    )
+    parser.add_argument("--timed-size", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"), default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--checkpointing", action="store_true")

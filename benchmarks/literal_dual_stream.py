@@ -24,11 +24,7 @@ class LiteralDualStream:
     """One autograd graph over bare modules, which are shared with whoever gave them."""
 
     def __init__(
-        self,
-        config: DualStreamConfig,
-        modules: dict[str, nn.Module],
-        embed: Callable[[list[str]], Tensor],
-        device: str,
+        self, config: DualStreamConfig, modules: dict[str, nn.Module], embed: Callable[[list[str]], Tensor], device: str
     ) -> None:
         self.config, self.embed, self.device = config, embed, device
         self.student: Any = modules["student"]

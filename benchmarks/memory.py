@@ -97,12 +97,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def held_by_a_block(
-    shape: TransformerConfig,
-    latent: tuple[int, int, int],
-    precision: str,
-    *,
-    learns: bool,
-    checkpointing: bool,
+    shape: TransformerConfig, latent: tuple[int, int, int], precision: str, *, learns: bool, checkpointing: bool
 ) -> float:
     """Bytes that one more block holds from forward to backward."""
     return (
@@ -111,9 +106,7 @@ def held_by_a_block(
     ) / 2
 
 
-def _held(
-    shape: TransformerConfig, latent: Any, precision: str, learns: bool, checkpointing: bool, layers: int
-) -> int:
+def _held(shape: TransformerConfig, latent: Any, precision: str, learns: bool, checkpointing: bool, layers: int) -> int:
     model = VSRTransformer(**(shape.model_dump() | {"num_layers": layers})).requires_grad_(learns)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -152,9 +145,7 @@ def network_bytes(zero_stage: int, precision: str, *, bucket_size: int = SMALL_B
     return {"always": (live.now - tables) / count, "peak": (live.peak - tables) / count}
 
 
-def build_stage(
-    stage: StageSpec, model: ModelConfig, config: TrainerConfig, device: torch.device
-) -> TrainingStage:
+def build_stage(stage: StageSpec, model: ModelConfig, config: TrainerConfig, device: torch.device) -> TrainingStage:
     """Random weights in real engines."""
     modules: dict[str, nn.Module] = {}
     for network in stage.networks:
@@ -180,18 +171,11 @@ def batch_of(stage: StageSpec, model: ModelConfig, latent: tuple[int, int, int],
     names = ("z_win", "z_lose", "z_lr") if stage.member == "pair" else ("z_hr", "z_lr")
     shape = (size, model.transformer.latent_channels, *latent)
     noises = {"noise_win": ["w"], "noise_lose": ["l"]}
-    return Batch(
-        keys, {name: torch.zeros(shape) for name in names}, [{"caption": "", **noises} for _ in keys]
-    )
+    return Batch(keys, {name: torch.zeros(shape) for name in names}, [{"caption": "", **noises} for _ in keys])
 
 
 def stage_bytes(
-    stage: StageSpec,
-    model: ModelConfig,
-    config: TrainerConfig,
-    world: World,
-    latent: tuple[int, int, int],
-    size: int,
+    stage: StageSpec, model: ModelConfig, config: TrainerConfig, world: World, latent: tuple[int, int, int], size: int
 ) -> tuple[float, float]:
     """(between two steps, at most during one), in GiB, of one rank."""
     gc.collect()
@@ -215,12 +199,7 @@ def stage_bytes(
 
 
 def predicted(
-    stage: StageSpec,
-    model: ModelConfig,
-    config: TrainerConfig,
-    gpus: int,
-    latent: tuple[int, int, int],
-    size: int,
+    stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: int, latent: tuple[int, int, int], size: int
 ) -> StageMemory:
     """What the formulas say."""
     networks = meta_networks(stage, model, config)
@@ -230,11 +209,7 @@ def predicted(
 
 
 def small_configuration(zero_stage: int, checkpointing: bool) -> TrainerConfig:
-    engine = {
-        "zero_stage": zero_stage,
-        "activation_checkpointing": checkpointing,
-        "bucket_size": SMALL_BUCKET,
-    }
+    engine = {"zero_stage": zero_stage, "activation_checkpointing": checkpointing, "bucket_size": SMALL_BUCKET}
     return TrainerConfig(
         engine=DeepSpeedConfig(**engine),  # type: ignore[arg-type]
         attention="native",
@@ -243,9 +218,7 @@ def small_configuration(zero_stage: int, checkpointing: bool) -> TrainerConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="preset; without one, a small network")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=list(STAGES))
     parser.add_argument("--latent", type=int, nargs=3, default=(2, 64, 64), metavar=("T", "H", "W"))
@@ -262,9 +235,7 @@ def main() -> None:
     else:
         model = ModelConfig(transformer=SMALL, vae=Path("none"), prompts=Path("none"))
         settings = [small_configuration(2, checkpointing) for checkpointing in (False, True)]
-    print(
-        f"{'stage':<12} {'checkpointing':<14} {'MiB between steps':>18} {'formula':>9} {'peak':>9} {'formula':>9}"
-    )
+    print(f"{'stage':<12} {'checkpointing':<14} {'MiB between steps':>18} {'formula':>9} {'peak':>9} {'formula':>9}")
     for config in settings:
         for name in arguments.stage:
             stage = STAGES[name]

@@ -87,11 +87,7 @@ def table(stage: StageSpec, model: ModelConfig, preset: TrainerConfig) -> str:
     networks = meta_networks(stage, model, preset)
     counts = (
         {name: count_parameters(network) for name, network in networks.items()},
-        {
-            name: count_parameters(n, trained=True)
-            for name, n in networks.items()
-            if stage.network(name).optimizer
-        },
+        {name: count_parameters(n, trained=True) for name, n in networks.items() if stage.network(name).optimizer},
     )
     titles = [f"{frames} × {height} × {width}" for frames, height, width in CLIPS]
     lines = [f"| GPUs | GiB each | {' | '.join(titles)} |", "|---" * (len(CLIPS) + 2) + "|"]
@@ -103,9 +99,7 @@ def table(stage: StageSpec, model: ModelConfig, preset: TrainerConfig) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = load_section(PRESET, "model", ModelConfig)
     preset = load_section(PRESET, "trainer", TrainerConfig)
     lora_path = PRESET.with_name("wan-1.3b-lora.yaml")

@@ -80,8 +80,7 @@ def make_data(folder: Path) -> None:
     placeholder_cache(text_dim=16, max_length=4).save_pretrained(folder / "prompts")
     for kind, make in (("clips", _clip), ("pairs", _pair)):
         sidecars = [
-            write_shard(folder / kind, shard, [make(index) for index in range(shard, CLIPS, 2)])
-            for shard in range(2)
+            write_shard(folder / kind, shard, [make(index) for index in range(shard, CLIPS, 2)]) for shard in range(2)
         ]
         write_manifest(open_folder(folder / kind), kind, sidecars, {"recipe": "reference run"})
 
@@ -120,9 +119,7 @@ def train(output: Path, overrides: Sequence[str] = ()) -> None:
     from trainer.engine.process_group import start_distributed
 
     if (output / "configuration.yaml").exists():
-        raise UserError(
-            f"{output} holds a reference run: look at it with --compare, or give another --output"
-        )
+        raise UserError(f"{output} holds a reference run: look at it with --compare, or give another --output")
     world = start_distributed()
     if world.rank == 0:
         make_data(output / "data")
@@ -134,11 +131,7 @@ def train(output: Path, overrides: Sequence[str] = ()) -> None:
 
 
 def train_stage(
-    stage: str,
-    output: Path,
-    overrides: Sequence[str] = (),
-    into: Path | None = None,
-    stop_after: int | None = None,
+    stage: str, output: Path, overrides: Sequence[str] = (), into: Path | None = None, stop_after: int | None = None
 ) -> bool:
     """One stage from the models in `output`, into `into` or its usual place; whether it came to its end."""
     from trainer import train as training
@@ -187,9 +180,7 @@ def read_run(folder: Path) -> dict[str, Curves]:
         if path.exists():
             found[stage] = read_curves(path)
     if not found:
-        raise UserError(
-            f"{folder} holds no reference run: no <stage>/metrics.jsonl; make one without --compare"
-        )
+        raise UserError(f"{folder} holds no reference run: no <stage>/metrics.jsonl; make one without --compare")
     return found
 
 
@@ -254,9 +245,7 @@ def _as_far_as(before: Any, after: Any) -> Any:
 
 def table(deviations: list[Deviation], tolerance: float) -> str:
     """One line per curve."""
-    lines = [
-        f"{'stage':<12} {'curve':<28} {'deviation':>10} {'at step':>8} {'this run':>12} {'reference':>12}"
-    ]
+    lines = [f"{'stage':<12} {'curve':<28} {'deviation':>10} {'at step':>8} {'this run':>12} {'reference':>12}"]
     for d in deviations:
         verdict = "" if d.largest <= tolerance else f"  > {tolerance:g}"
         lines.append(
@@ -343,9 +332,7 @@ def report(run: Path, tolerance: float) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/reference"), help="folder of the new run")
     parser.add_argument("--compare", type=Path, metavar="RUN", help="train nothing: look at an earlier run")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)

@@ -93,6 +93,4 @@ def fsync(path: Path) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or str(error)
-    return UserError(
-        f"cannot write {path}: {reason}; free space or choose another place, and run the command again"
-    )
+    return UserError(f"cannot write {path}: {reason}; free space or choose another place, and run the command again")

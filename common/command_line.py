@@ -23,9 +23,7 @@ EXIT_SIGTERM = 128 + signal.SIGTERM
 def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add `--config FILE`, `--set SECTION.FIELD=VALUE` (repeatable) and `--print-config`."""
     group = parser.add_argument_group("configuration")
-    group.add_argument(
-        "--config", type=Path, required=required, help="preset, for instance configs/tiny.yaml"
-    )
+    group.add_argument("--config", type=Path, required=required, help="preset, for instance configs/tiny.yaml")
     group.add_argument(
         "--set",
         dest="overrides",
@@ -34,9 +32,7 @@ def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True
         metavar="SECTION.FIELD=VALUE",
         help="override a value of the preset; repeatable",
     )
-    group.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration as YAML and exit"
-    )
+    group.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and exit")
 
 
 def load_sections(arguments: argparse.Namespace, **schemas: type[Section]) -> list[Any]:
@@ -46,8 +42,7 @@ def load_sections(arguments: argparse.Namespace, **schemas: type[Section]) -> li
         UserError: naming file, field, value and remedy.
     """
     sections = {
-        name: load_section(arguments.config, name, schema, arguments.overrides)
-        for name, schema in schemas.items()
+        name: load_section(arguments.config, name, schema, arguments.overrides) for name, schema in schemas.items()
     }
     if arguments.print_config:
         print(resolved_yaml(**sections), end="")

@@ -32,9 +32,7 @@ def opened(source: Any, name: str) -> Any:
     try:
         container = av.open(source)
     except (FFmpegError, ValueError) as error:
-        raise UnreadableVideo(
-            f"{name}: not a video FFmpeg can read ({getattr(error, 'strerror', error)})"
-        ) from None
+        raise UnreadableVideo(f"{name}: not a video FFmpeg can read ({getattr(error, 'strerror', error)})") from None
     if not container.streams.video:
         container.close()
         raise UnreadableVideo(f"{name}: holds no video stream")

@@ -8,14 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 #: seconds between plain lines when stderr is not a terminal
 PLAIN_INTERVAL_S = 30.0
@@ -24,20 +17,10 @@ PLAIN_INTERVAL_S = 30.0
 class Counter:
     """What `progress` hands out; `advance` may be called as often as one likes."""
 
-    def __init__(
-        self, total: int | None, description: str, unit: str, bar: Progress | None, start: int
-    ) -> None:
+    def __init__(self, total: int | None, description: str, unit: str, bar: Progress | None, start: int) -> None:
         self.done = start
-        self._start, self._total, self._description, self._unit, self._bar = (
-            start,
-            total,
-            description,
-            unit,
-            bar,
-        )
-        self._task = (
-            bar.add_task(description, total=total, completed=start, rate="", fields="") if bar else None
-        )
+        self._start, self._total, self._description, self._unit, self._bar = (start, total, description, unit, bar)
+        self._task = bar.add_task(description, total=total, completed=start, rate="", fields="") if bar else None
         self._began = self._printed = time.monotonic()
 
     @property
@@ -50,9 +33,7 @@ class Counter:
         self.done += count
         shown = " ".join(f"{name} {value}" for name, value in fields.items())
         if self._bar is not None and self._task is not None:
-            self._bar.update(
-                self._task, completed=self.done, rate=f"{self.rate:.3g} {self._unit}/s", fields=shown
-            )
+            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:.3g} {self._unit}/s", fields=shown)
             return
         now = time.monotonic()
         finished = self._total is not None and self.done >= self._total

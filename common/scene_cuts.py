@@ -22,9 +22,7 @@ CONTEXT = 4
 class SceneCuts:
     """Takes one frame after the other."""
 
-    def __init__(
-        self, *, threshold: float = THRESHOLD, min_scene_frames: int = 1, frame_rate: float = 25.0
-    ) -> None:
+    def __init__(self, *, threshold: float = THRESHOLD, min_scene_frames: int = 1, frame_rate: float = 25.0) -> None:
         """
         Args:
             min_scene_frames: a cut that soon after another one is none.

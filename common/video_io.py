@@ -30,18 +30,11 @@ from common.errors import UserError
 
 MP4_AUDIO = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"})
 #: sound that a container takes unchanged; any other is encoded anew
-COPIED_AUDIO = {
-    ".mp4": MP4_AUDIO,
-    ".m4v": MP4_AUDIO,
-    ".mov": MP4_AUDIO,
-    ".webm": frozenset({"opus", "vorbis"}),
-}
+COPIED_AUDIO = {".mp4": MP4_AUDIO, ".m4v": MP4_AUDIO, ".mov": MP4_AUDIO, ".webm": frozenset({"opus", "vorbis"})}
 #: containers that take what is written here
 OUTPUT_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v", ".avi")
 #: files that are looked for as videos
-VIDEO_SUFFIXES = (
-    *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),
-)
+VIDEO_SUFFIXES = (*(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),)
 #: the variable that names another FFmpeg program than the bundled one
 FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 
@@ -106,9 +99,7 @@ def probe(path: str | Path) -> VideoInfo:
             if first is None:
                 raise UserError(f"{path} holds no frame that can be decoded; convert it or leave it out")
             # FFmpeg turns what a phone recorded on its side, and swaps the sides with it.
-            width, height = (
-                (first.width, first.height) if first.rotation % 180 == 0 else (first.height, first.width)
-            )
+            width, height = (first.width, first.height) if first.rotation % 180 == 0 else (first.height, first.width)
             return VideoInfo(
                 width,
                 height,
@@ -119,9 +110,7 @@ def probe(path: str | Path) -> VideoInfo:
                 audio_codecs,
             )
     except FFmpegError as error:
-        raise UserError(
-            f"{path} is not a readable video ({error.strerror}); convert it or leave it out"
-        ) from None
+        raise UserError(f"{path} is not a readable video ({error.strerror}); convert it or leave it out") from None
 
 
 def read_frames(path: str | Path, start: int = 0, frames: int | None = None) -> Iterator[np.ndarray]:

@@ -33,9 +33,7 @@ from pipeline.model.config import ModelConfig
 
 def main() -> None:
     arguments = _arguments()
-    config, model, storage = load_sections(
-        arguments, datagen=DatagenConfig, model=ModelConfig, storage=StorageConfig
-    )
+    config, model, storage = load_sections(arguments, datagen=DatagenConfig, model=ModelConfig, storage=StorageConfig)
     exit_on_sigterm()  # temporary files are removed, committed shards stay
     manifest = build(
         config,
@@ -84,15 +82,11 @@ def build(
             unreadable = [found for found in surveys if isinstance(found, Unreadable)]
             check_limit(unreadable, len(sources), config)
 
-            plan = make_plan(
-                [found for found in surveys if isinstance(found, SourceSurvey)], config, versions
-            )
+            plan = make_plan([found for found in surveys if isinstance(found, SourceSurvey)], config, versions)
             begin(folder, plan, unreadable, config, versions)
 
             committed = committed_shards(folder, plan)
-            samples = [
-                s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard
-            ]
+            samples = [s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard]
             earlier = find_clips(reuse, (sample.clip for sample in samples), storage) if reuse else None
             encoded = encode(samples, config, storage, str(vae.resolve()), versions, earlier)
 
@@ -118,9 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="Ray cluster to run on, for instance auto; default: this machine")
     parser.add_argument("--workers", type=int, help="clips in the making at once; default: one per CPU")
     parser.add_argument(
-        "--reuse",
-        metavar="DATASET",
-        help="earlier dataset of the same clips: z_hr is taken from it, not encoded again",
+        "--reuse", metavar="DATASET", help="earlier dataset of the same clips: z_hr is taken from it, not encoded again"
     )
     return parser.parse_args()
 

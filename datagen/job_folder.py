@@ -89,11 +89,7 @@ def check_limit(unreadable: Sequence[Unreadable], sources: int, config: DatagenC
 
 
 def begin(
-    folder: Folder,
-    plan: Plan,
-    unreadable: Sequence[Unreadable],
-    config: DatagenConfig,
-    versions: dict[str, str],
+    folder: Folder, plan: Plan, unreadable: Sequence[Unreadable], config: DatagenConfig, versions: dict[str, str]
 ) -> None:
     """Check that there is something to do and that the folder is this plan's.
 
@@ -196,9 +192,7 @@ def finish(
     Args:
         sources: how many there were.
     """
-    faults = [
-        {"kind": "unreadable", "source": found.source.id, "reason": found.reason} for found in unreadable
-    ]
+    faults = [{"kind": "unreadable", "source": found.source.id, "reason": found.reason} for found in unreadable]
     faults += [fault for shard in shards for fault in shard.extra["failed"]]
     rejected = [{"kind": "filtered", **rejection} for rejection in plan.rejected]
     folder.write(QUARANTINE, "".join(json.dumps(line) + "\n" for line in faults + rejected).encode())

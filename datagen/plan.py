@@ -171,9 +171,7 @@ class _Duplicates:
 
     def __init__(self, distance: int) -> None:
         self._distance = distance
-        self._bands: list[dict[int, list[tuple[str, int, list[int]]]]] = [
-            defaultdict(list) for _ in range(distance)
-        ]
+        self._bands: list[dict[int, list[tuple[str, int, list[int]]]]] = [defaultdict(list) for _ in range(distance)]
 
     def find(self, source: str, window: Window) -> str | None:
         if not self._distance:
@@ -191,8 +189,4 @@ class _Duplicates:
 
     def _band(self, value: int, band: int) -> int:
         width = 64 // self._distance
-        return (
-            value >> (band * width)
-            if band == self._distance - 1
-            else value >> (band * width) & (1 << width) - 1
-        )
+        return value >> (band * width) if band == self._distance - 1 else value >> (band * width) & (1 << width) - 1

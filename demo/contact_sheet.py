@@ -23,9 +23,7 @@ def contact_sheet(frames: dict[str, Path], crop: tuple[int, int, int, int], outp
     width, height = next(iter(pictures.values())).size
     detail_height = round(crop_height * width / crop_width)
     sheet = Image.new(
-        "RGB",
-        ((width + MARGIN) * len(pictures) - MARGIN, LABEL_HEIGHT + height + MARGIN + detail_height),
-        PAPER,
+        "RGB", ((width + MARGIN) * len(pictures) - MARGIN, LABEL_HEIGHT + height + MARGIN + detail_height), PAPER
     )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
     for column, (label, picture) in enumerate(pictures.items()):
@@ -35,9 +33,7 @@ def contact_sheet(frames: dict[str, Path], crop: tuple[int, int, int, int], outp
         detail = picture.crop((x, y, x + crop_width, y + crop_height))
         detail = detail.resize((width, detail_height), Image.Resampling.NEAREST)
         sheet.paste(detail, (left, LABEL_HEIGHT + height + MARGIN))
-    draw.rectangle(
-        (x, LABEL_HEIGHT + y, x + crop_width, LABEL_HEIGHT + y + crop_height), outline=FRAME, width=2
-    )
+    draw.rectangle((x, LABEL_HEIGHT + y, x + crop_width, LABEL_HEIGHT + y + crop_height), outline=FRAME, width=2)
     temporary = output.with_suffix(".partial.png")
     sheet.save(temporary)
     temporary.replace(output)

@@ -90,9 +90,7 @@ def scene(output: Path, frames: dict[str, Path], title: str, caption: str) -> di
     return {
         "title": title,
         "caption": caption,
-        "frames": [
-            {"label": label, "image": str(path.relative_to(output))} for label, path in frames.items()
-        ],
+        "frames": [{"label": label, "image": str(path.relative_to(output))} for label, path in frames.items()],
         "crops": [list(crop) for crop in CROPS],
         "compare": [LABELS["bicubic"], LABELS["preference"]],
     }
@@ -121,9 +119,7 @@ def curve(stage: str, series: dict[str, str]) -> dict[str, Any]:
     return {
         "title": stage.replace("_", " "),
         "log_y": stage in ("base", "progressive"),
-        "series": [
-            {"label": label, "file": f"{stage}/metrics.jsonl", "y": key} for key, label in series.items()
-        ],
+        "series": [{"label": label, "file": f"{stage}/metrics.jsonl", "y": key} for key, label in series.items()],
     }
 
 

@@ -146,9 +146,7 @@ def _installed_file(package: str, name: str) -> Path:
 def training_steps(output: Path, config: str) -> list[Step]:
     """From clips to the four models."""
     shards, pairs = output / "shards", output / "pairs"
-    built = python(
-        "datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards
-    )
+    built = python("datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards)
     judge = python(
         "metrics.fit_niqe", "--input", output / "clips/train", "--output", output / "niqe.safetensors",
         "--block", 32, "--frame-step", 8,
@@ -225,8 +223,7 @@ def collect_metrics(output: Path, held_out: HeldOut) -> dict[str, Any]:
     for method in held_out.methods:
         scores = json.loads((folder / f"{method}.json").read_text())
         statistics = [
-            json.loads((folder / f"{method}/seed-{seed}.stats.json").read_text())
-            for seed in DEGRADATION_SEEDS
+            json.loads((folder / f"{method}/seed-{seed}.stats.json").read_text()) for seed in DEGRADATION_SEEDS
         ]
         methods[method] = {
             **{name: round(value, 4) for name, value in scores["metrics"].items()},
@@ -246,11 +243,7 @@ def describe_run(runner: StepRunner) -> dict[str, Any]:
     return {
         "seconds": {name: round(value, 1) for name, value in runner.seconds.items()},
         "commands": runner.commands,
-        "machine": {
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-        },
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
 
 

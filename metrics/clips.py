@@ -38,9 +38,7 @@ def load_clip(path: Path, max_frames: int | None = None) -> Tensor:
     elif path.suffix.lower() in PICTURE_SUFFIXES:
         frames = _read_picture(path)[None]
     else:
-        raise UserError(
-            f"{path} is no clip: give a video, a folder of pictures, or a .npy array (F, H, W, 3)"
-        )
+        raise UserError(f"{path} is no clip: give a video, a folder of pictures, or a .npy array (F, H, W, 3)")
     return to_tensor(frames[:max_frames])
 
 
@@ -65,9 +63,7 @@ def find_clips(path: Path) -> dict[str, Path]:
         if not is_clip(child) or child.suffix.lower() in PICTURE_SUFFIXES:
             continue
         if child.stem in found:
-            raise UserError(
-                f"{path} holds two clips named {child.stem}: {found[child.stem].name}, {child.name}"
-            )
+            raise UserError(f"{path} holds two clips named {child.stem}: {found[child.stem].name}, {child.name}")
         found[child.stem] = child
     if not found:
         raise UserError(f"{path} holds no clip: no video, no folder of pictures, no .npy")
@@ -89,9 +85,7 @@ def _read_pictures(folder: Path, max_frames: int | None) -> NDArray[np.uint8]:
     frames = [_read_picture(file) for file in files]
     for file, frame in zip(files, frames, strict=True):
         if frame.shape != frames[0].shape:
-            raise UserError(
-                f"{file} differs in size from {files[0].name}: the frames of a clip have one size"
-            )
+            raise UserError(f"{file} differs in size from {files[0].name}: the frames of a clip have one size")
     return np.stack(frames)
 
 

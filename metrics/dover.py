@@ -8,6 +8,8 @@ the whole network; the two views it looks at and the fusion of its two heads are
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.frame_metric import Metric, MetricSettings, check_video
-from metrics.weights import find_weights, missing_package
-
-_FILE = "onnx_dover.onnx"
-_SOURCE = "convert_to_onnx.py of https://github.com/VQAssessment/DOVER, run on its DOVER.pth"
+from metrics.frame_metric import check_video
+from metrics.weights import WeightedMetric
 
 _CLIP_FRAMES = 32
 _FRAME_STEP = 2
@@ -33,34 +32,26 @@ _MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1, 1)
 _DEVIATION = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1, 1)
 
 
-class Dover(Metric):
+class Dover(WeightedMetric):
     """Fused DOVER score in 0…100. Fragments are drawn with a fixed seed: equal clips get equal scores."""
 
     name = "dover"
     label = "DOVER"
     lower_is_better = False
     needs_reference = False
-    needs_weights = True
+    package, module = "onnxruntime", "onnxruntime"
+    file = "onnx_dover.onnx"
+    source = "convert_to_onnx.py of https://github.com/VQAssessment/DOVER, run on its DOVER.pth"
 
-    def __init__(self, settings: MetricSettings | None = None) -> None:
-        super().__init__(settings)
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise missing_package(self.name, "onnxruntime", error, _FILE, _SOURCE) from None
-        path = find_weights(self.name, _FILE, _SOURCE, self.settings.weights)
+    def load(self, module: Any, path: Path) -> None:
         wanted = ["CUDAExecutionProvider"] if self.settings.device.startswith("cuda") else []
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        providers = [name for name in wanted if name in module.get_available_providers()]
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), providers=[*providers, "CPUExecutionProvider"]
-            )
+            self._session = module.InferenceSession(str(path), providers=[*providers, "CPUExecutionProvider"])
             inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
             declared = inputs["tech_view"][0]
         except Exception as error:
-            raise UserError(
-                f"{path} is not DOVER's ONNX export ({type(error).__name__}); make it again"
-            ) from None
+            raise UserError(f"{path} is not DOVER's ONNX export ({type(error).__name__}); make it again") from None
         # the authors' script exports a fixed batch of four, their protocol scores three clips
         self._batch = declared if isinstance(declared, int) else _TECHNICAL_CLIPS
 
@@ -97,15 +88,11 @@ def aesthetic_view(frames: Tensor, generator: np.random.Generator) -> NDArray[np
 def technical_view(frames: Tensor, generator: np.random.Generator) -> NDArray[np.float32]:
     """Three clips of 32 frames made of 7×7 fragments at full resolution: (3, 3, 32, 224, 224), normalised."""
     indices = frame_indices(frames.shape[1], _TECHNICAL_CLIPS, _CLIP_FRAMES, generator)
-    clips = [
-        _normalised(fragments(frames[:, part], generator)) for part in np.split(indices, _TECHNICAL_CLIPS)
-    ]
+    clips = [_normalised(fragments(frames[:, part], generator)) for part in np.split(indices, _TECHNICAL_CLIPS)]
     return np.stack(clips)
 
 
-def frame_indices(
-    frames: int, stretches: int, length: int, generator: np.random.Generator
-) -> NDArray[np.intp]:
+def frame_indices(frames: int, stretches: int, length: int, generator: np.random.Generator) -> NDArray[np.intp]:
     """`length` frames, every second one, from a random place in each of `stretches` equal parts of a clip; a
     clip that is too short starts over."""
     stretch = frames // stretches
@@ -121,9 +108,7 @@ def fragments(clip: Tensor, generator: np.random.Generator) -> Tensor:
     Smaller pictures are enlarged first."""
     ratio = min(clip.shape[2:]) / _SIDE
     if ratio < 1:
-        clip = functional.interpolate(
-            clip.transpose(0, 1), scale_factor=1 / ratio, mode="bilinear"
-        ).transpose(0, 1)
+        clip = functional.interpolate(clip.transpose(0, 1), scale_factor=1 / ratio, mode="bilinear").transpose(0, 1)
     height, width = clip.shape[2:]
     rows = []
     for row in range(_GRID):

@@ -49,10 +49,7 @@ def score(video: Tensor, reference: Tensor | None, metrics: list[Metric]) -> dic
 
 
 def evaluate(
-    videos: dict[str, Path],
-    references: dict[str, Path] | None,
-    metrics: list[Metric],
-    max_frames: int | None = None,
+    videos: dict[str, Path], references: dict[str, Path] | None, metrics: list[Metric], max_frames: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Scores by clip name.
 
@@ -117,10 +114,7 @@ def _table(title: str, rows_are: str, columns: Iterable[str]) -> Table:
 
 
 def _print_scores(
-    console: Console,
-    scores: dict[str, dict[str, float]],
-    means: dict[str, float],
-    metrics: list[Metric],
+    console: Console, scores: dict[str, dict[str, float]], means: dict[str, float], metrics: list[Metric]
 ) -> None:
     table = _table("measured", "clip", [_heading(type(metric)) for metric in metrics])
     for clip, values in scores.items():
@@ -135,9 +129,7 @@ def _print_published(console: Console) -> None:
     published = load_published()
     for printed in published.tables:
         columns = list(next(iter(printed.rows.values())))
-        headings = [
-            _heading(METRICS[name]) if name in METRICS else _OTHER_LABELS.get(name, name) for name in columns
-        ]
+        headings = [_heading(METRICS[name]) if name in METRICS else _OTHER_LABELS.get(name, name) for name in columns]
         table = _table(printed.title, "method", headings)
         for method, values in printed.rows.items():
             table.add_row(method, *(f"{values[name]:g}" for name in columns))
@@ -148,9 +140,7 @@ def _print_published(console: Console) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score videos.")
     parser.add_argument("--video", required=True, help="clip, or folder of clips, to score; local or s3://")
-    parser.add_argument(
-        "--reference", help="HR clip, or folder of HR clips with the same names; local or s3://"
-    )
+    parser.add_argument("--reference", help="HR clip, or folder of HR clips with the same names; local or s3://")
     parser.add_argument(
         "--metrics",
         default=DEFAULT_METRICS,
@@ -162,9 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--published", action="store_true", help="also print the figures the authors published"
-    )
+    parser.add_argument("--published", action="store_true", help="also print the figures the authors published")
     return parser.parse_args()
 
 
@@ -172,9 +160,7 @@ def main() -> None:
     arguments = _arguments()
     for override in arguments.overrides:
         if override in SETS:
-            raise UserError(
-                f"--set {override}: a set of metrics is given with --metrics: write --metrics {override}"
-            )
+            raise UserError(f"--set {override}: a set of metrics is given with --metrics: write --metrics {override}")
     (storage,) = load_sections(arguments, storage=StorageConfig)
     names = resolve_names(arguments.metrics)
     needing = [name for name in names if find_metric(name).needs_reference]

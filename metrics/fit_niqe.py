@@ -24,11 +24,7 @@ _FEWEST_BLOCKS = 2 * FEATURES
 
 
 def fit_niqe(
-    clips: Iterable[Tensor],
-    block: int = OFFICIAL_BLOCK,
-    *,
-    frame_step: int = 1,
-    sharpness: float = OFFICIAL_SHARPNESS,
+    clips: Iterable[Tensor], block: int = OFFICIAL_BLOCK, *, frame_step: int = 1, sharpness: float = OFFICIAL_SHARPNESS
 ) -> tuple[NiqeModel, int]:
     """Gaussian over the sharp blocks of `clips`, each float32 (F, 3, H, W) in [0, 1].
 
@@ -43,9 +39,7 @@ def fit_niqe(
         UserError: too few blocks with contrast.
     """
     parts = [
-        sharp_block_features(np.round(luma(frame)), block, sharpness)
-        for clip in clips
-        for frame in clip[::frame_step]
+        sharp_block_features(np.round(luma(frame)), block, sharpness) for clip in clips for frame in clip[::frame_step]
     ]
     features = np.concatenate(parts) if parts else np.empty((0, FEATURES))
     features = features[~np.isnan(features).any(axis=1)]
@@ -82,9 +76,7 @@ def main() -> None:
                 yield load_clip(path)
                 bar.advance(1)
 
-    model, blocks = fit_niqe(
-        clips(), arguments.block, frame_step=arguments.frame_step, sharpness=arguments.sharpness
-    )
+    model, blocks = fit_niqe(clips(), arguments.block, frame_step=arguments.frame_step, sharpness=arguments.sharpness)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     details = {
         "clips": sorted(found),

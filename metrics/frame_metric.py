@@ -76,9 +76,7 @@ class FrameMetric(Metric):
 def check_video(video: Tensor, what: str = "video") -> Tensor:
     """`video` itself if it is float (F, 3, H, W); a ValueError for the programmer otherwise."""
     if video.ndim != 4 or video.shape[1] != 3 or not torch.is_floating_point(video):
-        raise ValueError(
-            f"{what} must be float (F, 3, H, W) in [0, 1], not {video.dtype} {tuple(video.shape)}"
-        )
+        raise ValueError(f"{what} must be float (F, 3, H, W) in [0, 1], not {video.dtype} {tuple(video.shape)}")
     return video
 
 

@@ -44,10 +44,6 @@ def _halve(plane: NDArray[np.float64]) -> NDArray[np.float64]:
 def _gradient_magnitude(plane: NDArray[np.float64]) -> NDArray[np.float64]:
     """Prewitt gradient with kernels that sum to 1 on each side."""
     difference, mean = [1.0, 0.0, -1.0], [1 / 3, 1 / 3, 1 / 3]
-    horizontal = correlate1d(
-        correlate1d(plane, difference, axis=1, mode="nearest"), mean, axis=0, mode="nearest"
-    )
-    vertical = correlate1d(
-        correlate1d(plane, difference, axis=0, mode="nearest"), mean, axis=1, mode="nearest"
-    )
+    horizontal = correlate1d(correlate1d(plane, difference, axis=1, mode="nearest"), mean, axis=0, mode="nearest")
+    vertical = correlate1d(correlate1d(plane, difference, axis=0, mode="nearest"), mean, axis=1, mode="nearest")
     return np.hypot(horizontal, vertical)

@@ -6,37 +6,35 @@ The calibrated heads ship in the package `lpips`; the AlexNet backbone is torchv
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.frame_metric import FrameMetric, MetricSettings
-from metrics.weights import find_weights, load_state_dict, missing_package
+from metrics.frame_metric import FrameMetric
+from metrics.weights import WeightedMetric, load_state_dict
 
-_BACKBONE = "alexnet-owt-7be5be79.pth"
 _SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 
-class Lpips(FrameMetric):
+class Lpips(WeightedMetric, FrameMetric):
     """LPIPS v0.1 (AlexNet) on RGB, mean over frames; 0 for identical frames."""
 
     name = "lpips"
     label = "LPIPS"
     lower_is_better = True
     needs_reference = True
-    needs_weights = True
+    package, module = "lpips", "lpips"
+    file = "alexnet-owt-7be5be79.pth"
+    source = _SOURCE
 
-    def __init__(self, settings: MetricSettings | None = None) -> None:
-        super().__init__(settings)
-        try:
-            import lpips
-        except ImportError as error:
-            raise missing_package(self.name, "lpips", error, _BACKBONE, _SOURCE) from None
-        path = find_weights(self.name, _BACKBONE, _SOURCE, self.settings.weights)
+    def load(self, module: Any, path: Path) -> None:
         # pnet_rand builds the backbone without a download; its weights follow from the local file
-        network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        network = module.LPIPS(net="alex", pnet_rand=True, verbose=False)
         _fill_backbone(network.net, load_state_dict(path), str(path))
-        self._network = network.requires_grad_(False).eval().to(self.settings.device)
+        self._network = self.ready(network)
 
     def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
         assert reference is not None
@@ -49,7 +47,5 @@ def _fill_backbone(backbone: torch.nn.Module, state: dict[str, Tensor], where: s
     for name in backbone.state_dict():
         layer = name.split(".", 1)[1]
         if f"features.{layer}" not in state:
-            raise UserError(
-                f"{where} holds no features.{layer}: not torchvision's AlexNet; get it from {_SOURCE}"
-            )
+            raise UserError(f"{where} holds no features.{layer}: not torchvision's AlexNet; get it from {_SOURCE}")
     backbone.load_state_dict({n: state[f"features.{n.split('.', 1)[1]}"] for n in backbone.state_dict()})

@@ -68,9 +68,7 @@ class NiqeModel:
             UserError: no such file, or another kind of file.
         """
         if not path.is_file():
-            raise UserError(
-                f"no NIQE model {path}; make it with python -m metrics.fit_niqe --input HR --output {path}"
-            )
+            raise UserError(f"no NIQE model {path}; make it with python -m metrics.fit_niqe --input HR --output {path}")
         try:
             with safe_open(str(path), framework="numpy") as file:
                 header = json.loads((file.metadata() or {})["niqe"])
@@ -78,9 +76,7 @@ class NiqeModel:
                     raise ValueError("another format")
                 return cls(file.get_tensor("mean"), file.get_tensor("covariance"), header["block"])
         except Exception:
-            raise UserError(
-                f"{path} is not a NIQE model of python -m metrics.fit_niqe; make it again"
-            ) from None
+            raise UserError(f"{path} is not a NIQE model of python -m metrics.fit_niqe; make it again") from None
 
 
 def gaussian(features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -136,9 +132,7 @@ class FittedNiqe(Metric):
         self.model = NiqeModel.load(self.settings.niqe_model)
 
     def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        return self.model.distance(
-            np.concatenate([_features(frame, self.model) for frame in check_video(video)])
-        )
+        return self.model.distance(np.concatenate([_features(frame, self.model) for frame in check_video(video)]))
 
 
 def _features(frame: Tensor, model: NiqeModel) -> NDArray[np.float64]:

@@ -25,8 +25,7 @@ from metrics.ssim import Ssim
 from metrics.warping_error import WarpingError
 
 METRICS: dict[str, type[Metric]] = {
-    metric.name: metric
-    for metric in (Psnr, Ssim, Gmsd, Lpips, Niqe, FittedNiqe, Musiq, ClipIqa, Dover, WarpingError)
+    metric.name: metric for metric in (Psnr, Ssim, Gmsd, Lpips, Niqe, FittedNiqe, Musiq, ClipIqa, Dover, WarpingError)
 }
 
 SETS: dict[str, tuple[str, ...]] = {

@@ -29,9 +29,7 @@ class Ssim(FrameMetric):
     def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
         assert reference is not None
         if min(frame.shape[1:]) <= 2 * _RADIUS:
-            raise UserError(
-                f"ssim needs frames of at least {2 * _RADIUS + 1} px, not {tuple(frame.shape[1:])}"
-            )
+            raise UserError(f"ssim needs frames of at least {2 * _RADIUS + 1} px, not {tuple(frame.shape[1:])}")
         return ssim_plane(luma(frame), luma(reference))
 
 

@@ -6,13 +6,16 @@ reader decides. Files are opened with `weights_only=True`.
 
 from __future__ import annotations
 
+import importlib
 import os
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from common.errors import UserError
+from metrics.frame_metric import Metric, MetricSettings
 
 #: environment variable that names a folder with weight files
 VARIABLE = "DUO_VSR_WEIGHTS"
@@ -64,8 +67,32 @@ def load_state_dict(path: Path) -> dict[str, Any]:
     return state
 
 
-def missing_package(metric: str, package: str, cause: ImportError, file_name: str, source: str) -> UserError:
-    """The error for an optional package that does not import; it names the weight file too."""
-    return UserError(
-        f"{metric} needs the package {package} ({cause}; pip install {package}) and {file_name} from {source}"
-    )
+class WeightedMetric(Metric):
+    """A metric with a network of an optional package and a weight file that nothing downloads."""
+
+    needs_weights = True
+    #: what `pip install` takes, and the module that is imported
+    package: ClassVar[str]
+    module: ClassVar[str]
+    #: name of the weight file, and where people get it
+    file: ClassVar[str]
+    source: ClassVar[str]
+
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        super().__init__(settings)
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError as error:
+            raise UserError(
+                f"{self.name} needs the package {self.package} ({error}; pip install {self.package}) and "
+                f"{self.file} from {self.source}"
+            ) from None
+        self.load(module, find_weights(self.name, self.file, self.source, self.settings.weights))
+
+    @abstractmethod
+    def load(self, module: Any, path: Path) -> None:
+        """Make the network from the imported module and its weight file."""
+
+    def ready(self, network: Any) -> Any:
+        """`network` without gradients, on the device."""
+        return network.requires_grad_(False).eval().to(self.settings.device)

@@ -29,9 +29,7 @@ def fix_colour(result: Tensor, source: Tensor, method: ColourFix) -> Tensor:
     result, source = result.float(), source.to(result.device).float()
     if method == "adain":
         axes = (2, 3)
-        normalised = (result - result.mean(axes, keepdim=True)) / result.std(axes, keepdim=True).clamp_min(
-            1e-5
-        )
+        normalised = (result - result.mean(axes, keepdim=True)) / result.std(axes, keepdim=True).clamp_min(1e-5)
         recoloured = normalised * source.std(axes, keepdim=True) + source.mean(axes, keepdim=True)
     else:
         recoloured = result - low_frequencies(result) + low_frequencies(source)

@@ -67,10 +67,7 @@ def with_bicubic(
     """Frames enlarged as for z_LR, one by one."""
     statistics["dit_evaluations"] = 0
     for number, frame in enumerate(itertools.islice(frames, min(first, CONTEXT), None), first):
-        yield (
-            to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy(),
-            Place(number + 1, 0),
-        )
+        yield (to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy(), Place(number + 1, 0))
 
 
 def main() -> None:
@@ -116,17 +113,11 @@ def main() -> None:
     }
     if arguments.stats:
         write_atomic(arguments.stats, json.dumps(record, indent=2) + "\n")
-    print(
-        f"{arguments.output}: {parts.frames} frames of {record['width']}x{record['height']} in {record['seconds']} s"
-    )
+    print(f"{arguments.output}: {parts.frames} frames of {record['width']}x{record['height']} in {record['seconds']} s")
 
 
 def _write_parts(
-    parts: VideoParts,
-    place: Place,
-    info: VideoInfo,
-    arguments: argparse.Namespace,
-    statistics: dict[str, float],
+    parts: VideoParts, place: Place, info: VideoInfo, arguments: argparse.Namespace, statistics: dict[str, float]
 ) -> None:
     """Upscale what is missing, from `place` on."""
     total = info.estimated_frames and max(info.estimated_frames - arguments.start, 0)
@@ -134,9 +125,7 @@ def _write_parts(
     if arguments.frames is not None:
         total = min(arguments.frames, total or arguments.frames)
     context = min(place.start, CONTEXT)  # frames before it, in which scene cuts are looked for
-    frames = read_frames(
-        arguments.input, arguments.start + place.start - context, wanted and wanted + context
-    )
+    frames = read_frames(arguments.input, arguments.start + place.start - context, wanted and wanted + context)
     enlarge = with_bicubic if arguments.bicubic else with_model
     clips = enlarge(frames, place.start, arguments, statistics)  # opens the model, so before any file
     open_writer = partial(
@@ -163,9 +152,7 @@ def _job(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors")
-    )
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
 
 
 def _state(path: Path) -> str:
@@ -201,9 +188,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
     parser.add_argument("--bit-depth", type=int, choices=(8, 10), default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32"
-    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument(
         "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"

@@ -44,9 +44,7 @@ class Windows:
             )
 
 
-def scenes(
-    frames: Iterator[np.ndarray], first: int = 0, context: int = 0
-) -> Iterator[tuple[int, bool, np.ndarray]]:
+def scenes(frames: Iterator[np.ndarray], first: int = 0, context: int = 0) -> Iterator[tuple[int, bool, np.ndarray]]:
     """(number, whether it starts a scene, frame) of each frame.
 
     Args:

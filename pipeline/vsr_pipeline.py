@@ -104,9 +104,7 @@ class VSRPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, prompts=prompts)
-        self.register_to_config(
-            num_inference_steps=num_inference_steps, shift=shift, guidance_weight=guidance_weight
-        )
+        self.register_to_config(num_inference_steps=num_inference_steps, shift=shift, guidance_weight=guidance_weight)
 
     @torch.no_grad()
     def __call__(
@@ -153,13 +151,7 @@ class _Run:
     """One call: its settings, counters and clocks."""
 
     def __init__(
-        self,
-        pipeline: VSRPipeline,
-        prompt: str,
-        seed: int,
-        steps: int,
-        guidance_weight: float,
-        tiling: Tiling,
+        self, pipeline: VSRPipeline, prompt: str, seed: int, steps: int, guidance_weight: float, tiling: Tiling
     ) -> None:
         self._pipeline, self._seed, self._steps, self._tiling = pipeline, seed, steps, tiling
         self._guidance_weight = guidance_weight
@@ -278,14 +270,10 @@ def open_pipeline(
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no GPU here; choose --device cpu")
     if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"no model in {folder}: model_index.json is missing; give a folder that training exported"
-        )
+        raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
     for part in ("transformer", "vae", "prompts"):
         if not list((folder / part).glob("*.safetensors")):
-            raise UserError(
-                f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again"
-            )
+            raise UserError(f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again")
     pipeline = VSRPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     for component in (pipeline.transformer, pipeline.vae, pipeline.prompts):
@@ -308,9 +296,7 @@ def _mirror(pixels: Tensor, multiple: int) -> Tensor:
     return F.pad(pixels, (0, right, 0, bottom), mode=mode)
 
 
-def _tiled(
-    shape: tuple[int, ...], tile: int | None, overlap: int, compute: Callable[[slice, slice], Tensor]
-) -> Tensor:
+def _tiled(shape: tuple[int, ...], tile: int | None, overlap: int, compute: Callable[[slice, slice], Tensor]) -> Tensor:
     """Run `compute` on spatial tiles of an output of `shape` (C, T, h, w) and blend; all at once without tiles."""
     height, width = shape[2:]
 

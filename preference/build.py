@@ -69,11 +69,7 @@ def build(
     """
     clips = ClipFolder(data, storage)
     count = min(config.pairs, len(clips))
-    plan = {
-        "data": clips.fingerprint,
-        "model": model_fingerprint(model_folder),
-        "config": plan_config(config),
-    }
+    plan = {"data": clips.fingerprint, "model": model_fingerprint(model_folder), "config": plan_config(config)}
     folder, shards = open_folder(output, storage), math.ceil(count / config.clips_per_shard)
     committed = committed_shards(folder, shards, plan_hash(plan))
     mine = [index for index in range(shards) if index % part[1] == part[0] and index not in committed]
@@ -170,9 +166,7 @@ def committed_shards(folder: Folder, shards: int, plan: str) -> dict[int, Sideca
     return committed
 
 
-def _record(
-    clip: Clip, candidates: Candidates, scores: dict[str, list[float]], ranking: Ranking
-) -> dict[str, Any]:
+def _record(clip: Clip, candidates: Candidates, scores: dict[str, list[float]], ranking: Ranking) -> dict[str, Any]:
     return {
         "key": clip.key,
         "caption": candidates.caption,
@@ -201,13 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build preference pairs for Stage III.")
     add_config_options(parser)
     parser.add_argument("--model", type=Path, required=True, help="model folder of the stage dual_stream")
-    parser.add_argument(
-        "--data", required=True, help="dataset folder or s3:// prefix of datagen.build_shards"
-    )
+    parser.add_argument("--data", required=True, help="dataset folder or s3:// prefix of datagen.build_shards")
     parser.add_argument("--output", type=Path, required=True, help="folder of the pairs")
-    parser.add_argument(
-        "--metrics", help="ranking metrics instead of the configuration's: a set or metric names"
-    )
+    parser.add_argument("--metrics", help="ranking metrics instead of the configuration's: a set or metric names")
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--part", default="0/1", help="i/n: make only every n-th shard, from i")

@@ -52,16 +52,10 @@ class CandidateModel:
         pipeline = open_pipeline(folder, device, precision)
         steps = pipeline.config.num_inference_steps
         if steps != 1:
-            raise UserError(
-                f"{folder} is a {steps}-step model; pairs need the one-step model of the stage dual_stream"
-            )
+            raise UserError(f"{folder} is a {steps}-step model; pairs need the one-step model of the stage dual_stream")
         self._config = config
         self._device = device
-        self._transformer, self._vae, self._prompts = (
-            pipeline.transformer,
-            pipeline.vae,
-            pipeline.prompts,
-        )
+        self._transformer, self._vae, self._prompts = (pipeline.transformer, pipeline.vae, pipeline.prompts)
 
     @torch.inference_mode()
     def candidates(self, clip: Clip) -> Candidates:

@@ -55,15 +55,11 @@ class ClipFolder:
         try:
             sample = self._dataset[position]
             if "latents.safetensors" not in sample.spans:
-                raise UserError(
-                    f"{self._dataset.folder.url}/{sample.shard}: sample {sample.key} has no latents"
-                )
+                raise UserError(f"{self._dataset.folder.url}/{sample.shard}: sample {sample.key} has no latents")
             latents = sample.tensors("latents")
             hr = to_tensor(sample.frames("hr")) if "hr.mkv" in sample.spans else None
             metadata = sample.metadata()
         except (DamagedShard, FileNotFoundError, SafetensorError) as error:
-            raise UserError(
-                f"{error}: build the shard again (delete its .json and repeat the command)"
-            ) from None
+            raise UserError(f"{error}: build the shard again (delete its .json and repeat the command)") from None
         z_hr, z_lr = latents["z_hr"].to(torch.float32), latents["z_lr"].to(torch.float32)
         return Clip(sample.key, z_hr, z_lr, hr, metadata)

@@ -39,9 +39,7 @@ class PreferenceConfig(Section):
     def _known(cls, value: str) -> str:
         unknown = [name for name in value.split(",") if name.strip() not in METRICS and ":" not in name]
         if value not in SETS and unknown:
-            raise ValueError(
-                f"unknown {', '.join(unknown)}; sets: {', '.join(SETS)}; metrics: {', '.join(METRICS)}"
-            )
+            raise ValueError(f"unknown {', '.join(unknown)}; sets: {', '.join(SETS)}; metrics: {', '.join(METRICS)}")
         return value
 
     @field_validator("niqe_block")

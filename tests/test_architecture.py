@@ -33,14 +33,9 @@ def imports(path: Path, *, at_start: bool = False) -> set[str]:
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
     if at_start:
-        inner = [
-            n for f in nodes if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)
-        ]
+        inner = [n for f in nodes if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)]
         inner += [
-            n
-            for i in nodes
-            if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test)
-            for n in ast.walk(i)
+            n for i in nodes if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.dump(i.test) for n in ast.walk(i)
         ]
         nodes = [node for node in nodes if node not in set(inner)]
     found: set[str] = set()

@@ -67,11 +67,7 @@ def load_clips(folders: list[Path], density: float, generator: np.random.Generat
 def _videos(entry: Path) -> list[Path]:
     if not entry.exists():
         raise UserError(f"--input {entry} does not exist")
-    return (
-        [path for path in entry.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES]
-        if entry.is_dir()
-        else [entry]
-    )
+    return [path for path in entry.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES] if entry.is_dir() else [entry]
 
 
 def to_pixels(clips: Tensor) -> Tensor:
@@ -138,9 +134,7 @@ def latent_noise(latents: Tensor, generator: torch.Generator) -> Tensor:
     common to a patch of 2x2, of a strength between 0 and `NOISE` per sample."""
     batch, channels, frames, height, width = latents.shape
     own = torch.randn(latents.shape, generator=generator)
-    coarse = torch.randn(
-        (batch, channels, frames, -(-height // PATCH), -(-width // PATCH)), generator=generator
-    )
+    coarse = torch.randn((batch, channels, frames, -(-height // PATCH), -(-width // PATCH)), generator=generator)
     shared = coarse.repeat_interleave(PATCH, 3).repeat_interleave(PATCH, 4)[..., :height, :width]
     strength, balance = torch.rand((2, batch, 1, 1, 1, 1), generator=generator)
     return NOISE * strength * (balance.sqrt() * own + (1 - balance).sqrt() * shared)
@@ -158,9 +152,7 @@ def train(vae: TinyVideoVAE, clips: Tensor, steps: int, seed: int, decoder_only:
     network = [p for name, p in trained.items() if name.startswith("refine")]
     rates = (1e-4, 1e-3)
     optimizer = torch.optim.AdamW(
-        [{"params": linear, "lr": rates[0]}, {"params": network, "lr": rates[1]}],
-        betas=(0.9, 0.99),
-        weight_decay=0,
+        [{"params": linear, "lr": rates[0]}, {"params": network, "lr": rates[1]}], betas=(0.9, 0.99), weight_decay=0
     )
     scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     with progress(steps, "fitting", "step") as bar:
@@ -181,17 +173,13 @@ def train(vae: TinyVideoVAE, clips: Tensor, steps: int, seed: int, decoder_only:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True)
     parser.add_argument("--held-out", type=Path, required=True, help="a video that is not in --input")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--channels", type=int, default=48)
     parser.add_argument("--density", type=float, default=1.0, help="crops per 9x128x128 pixels of video")
-    parser.add_argument(
-        "--encoder", type=Path, help="a VAE folder whose encoder is kept; its decoder goes on"
-    )
+    parser.add_argument("--encoder", type=Path, help="a VAE folder whose encoder is kept; its decoder goes on")
     parser.add_argument("--steps", type=int, default=140, help=f"updates of {BATCH} clips")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -217,10 +205,7 @@ def main() -> None:
         "clips": len(clips),
         "steps": arguments.steps,
         "held_out": arguments.held_out.name,
-        "held_out_psnr_db": {
-            "before": round(before_db, 2),
-            "fitted": round(held_out_psnr_db(vae, held_out), 2),
-        },
+        "held_out_psnr_db": {"before": round(before_db, 2), "fitted": round(held_out_psnr_db(vae, held_out), 2)},
     }
     vae.save_pretrained(arguments.output)
     (arguments.output / "fit.json").write_text(json.dumps(record, indent=2) + "\n")

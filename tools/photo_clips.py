@@ -79,9 +79,7 @@ def _clips(photo: np.ndarray, name: str, arguments: argparse.Namespace) -> Itera
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders or pictures")
     parser.add_argument("--output", type=Path, required=True, help="folder of the videos")
     parser.add_argument("--clips-per-photo", type=int, default=6)

@@ -83,9 +83,7 @@ def load_checkpoint(checkpoint: Path, stage: TrainingStage) -> dict[str, Any]:
     """
     document = read_state(checkpoint)
     if document["stage"] != stage.name:
-        raise UserError(
-            f"{checkpoint} is of stage {document['stage']}, not {stage.name}; choose another --output"
-        )
+        raise UserError(f"{checkpoint} is of stage {document['stage']}, not {stage.name}; choose another --output")
     for name, network in stage.networks.items():
         if network.fragments:
             network.load(checkpoint / name)

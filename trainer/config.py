@@ -116,9 +116,7 @@ class TrainerConfig(Section):
                 raise ValueError(f"unknown network {name!r}; known: {', '.join(sorted(known))}")
             for field in fields:
                 if field not in DeepSpeedConfig.model_fields:
-                    raise ValueError(
-                        f"unknown key {name}.{field}; known: {', '.join(DeepSpeedConfig.model_fields)}"
-                    )
+                    raise ValueError(f"unknown key {name}.{field}; known: {', '.join(DeepSpeedConfig.model_fields)}")
             DeepSpeedConfig.model_validate(fields)
         return value
 
@@ -141,9 +139,7 @@ class TrainerConfig(Section):
     def engine_of(self, network: str) -> DeepSpeedConfig:
         """Sharding of one network: `engine`, refined by its overrides."""
         overrides = self.engine_overrides.get(network)
-        return (
-            DeepSpeedConfig.model_validate(self.engine.model_dump() | overrides) if overrides else self.engine
-        )
+        return DeepSpeedConfig.model_validate(self.engine.model_dump() | overrides) if overrides else self.engine
 
     def steps_of(self, stage: StageSpec) -> int:
         """Steps of the loop.
@@ -151,9 +147,7 @@ class TrainerConfig(Section):
         Raises:
             ValueError: the schedule of a stage from outside gives none.
         """
-        steps = (
-            self.schedules[stage.name].steps if stage.steps is None else stage.steps(self.section_of(stage))
-        )
+        steps = self.schedules[stage.name].steps if stage.steps is None else stage.steps(self.section_of(stage))
         if steps is None:
             raise ValueError(f"trainer.schedules.{stage.name}.steps is missing")
         return steps
@@ -168,9 +162,7 @@ def config_class(stage: StageSpec) -> type[TrainerConfig]:
     if STAGES.get(stage.name) is stage:
         return TrainerConfig
     if stage.name in TrainerConfig.model_fields:
-        raise UserError(
-            f"--stage: trainer.{stage.name} exists already; give the spec another name than {stage.name}"
-        )
+        raise UserError(f"--stage: trainer.{stage.name} exists already; give the spec another name than {stage.name}")
     extended = create_model(
         TrainerConfig.__name__, __base__=TrainerConfig, **{stage.name: (stage.config, stage.config())}
     )  # type: ignore[call-overload]

@@ -45,12 +45,7 @@ def export_model(
     transformer.load_state_dict(state, strict=True)
     transformer.to(dtype)
     pipeline = VSRPipeline(
-        transformer,
-        vae,
-        prompts,
-        num_inference_steps=steps,
-        shift=model.shift,
-        guidance_weight=guidance_weight,
+        transformer, vae, prompts, num_inference_steps=steps, shift=model.shift, guidance_weight=guidance_weight
     )
     with atomic_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)

@@ -15,13 +15,7 @@ import torch
 from common.errors import UserError
 from common.progress import Counter, progress
 from datagen.dataset.loader import Batch, ShardReader
-from trainer.checkpoint import (
-    Best,
-    delete_old_checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from trainer.checkpoint import Best, delete_old_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import TrainerConfig
 from trainer.divergence import DivergenceWatch
 from trainer.engine.process_group import World
@@ -66,11 +60,7 @@ def train_loop(run: Run) -> bool:
     """
     document = _resume(run)
     start = int(document.get("step", 0))
-    tracker = (
-        Tracker(run.config.tracking, run.output, run.output.name, run.settings, start)
-        if _first(run)
-        else None
-    )
+    tracker = Tracker(run.config.tracking, run.output, run.output.name, run.settings, start) if _first(run) else None
     stop = StopSignal()
     watch = DivergenceWatch(run.config.max_bad_steps, run.config.explosion_factor)
     watch.load_state_dict(document.get("watch", {}))

@@ -19,9 +19,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked = False
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

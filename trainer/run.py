@@ -111,14 +111,10 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         "--stage", required=True, help=f"{', '.join(STAGES)}, or package.module:SPEC for one of your own"
     )
     parser.add_argument("--data", help="dataset folder or s3:// prefix (pairs for --stage preference)")
-    parser.add_argument(
-        "--output", type=Path, help="folder of the run; existing checkpoints there are resumed"
-    )
+    parser.add_argument("--output", type=Path, help="folder of the run; existing checkpoints there are resumed")
     parser.add_argument("--init", type=Path, help="model folder the student starts from")
     parser.add_argument("--teacher", type=Path, help="model folder of the real score (Stage II)")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print configuration, sizes and memory; needs no GPU"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, sizes and memory; needs no GPU")
     parser.add_argument(
         "--export",
         choices=("last", "best"),
@@ -127,9 +123,7 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that --dry-run computes with")
     parser.add_argument("--stop-after", type=int, help="save and exit after this many steps, as if preempted")
-    parser.add_argument(
-        "--local_rank", type=int, default=0, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(line)
 
 

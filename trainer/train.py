@@ -95,10 +95,7 @@ def train(job: TrainingJob) -> bool:
         "stage": job.stage.name,
         "model": job.model.model_dump(mode="json"),
         "trainer": config.model_dump(mode="json"),
-        "data": {
-            "folder": str(job.data),
-            **training_reader.manifest.model_dump(mode="json", exclude={"shards"}),
-        },
+        "data": {"folder": str(job.data), **training_reader.manifest.model_dump(mode="json", exclude={"shards"})},
         "parents": {name: str(folder) for name in ("init", "teacher") if (folder := getattr(job, name))},
         "code": code_version(),
     }
@@ -246,9 +243,7 @@ class _Exporter:
     ) -> None:
         self._job, self._vae, self._prompts, self._settings, self._first = job, vae, prompts, settings, first
 
-    def export(
-        self, name: str, state: dict[str, Tensor], steps: int, metrics: dict[str, float] | None = None
-    ) -> None:
+    def export(self, name: str, state: dict[str, Tensor], steps: int, metrics: dict[str, float] | None = None) -> None:
         """Write OUTPUT/`name` from the exported network's trained parameters."""
         if not self._first:
             return

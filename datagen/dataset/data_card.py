@@ -78,11 +78,7 @@ def _kind_of(reason: str) -> str:
         return "duplicate"
     if reason.startswith(("resolution", "length", "no scene")):
         return reason.split()[0] if not reason.startswith("no scene") else "scenes too short"
-    return (
-        reason.split(":")[0]
-        if reason.split(":")[0] in ("black", "empty", "static", "blurred")
-        else "unreadable"
-    )
+    return reason.split(":")[0] if reason.split(":")[0] in ("black", "empty", "static", "blurred") else "unreadable"
 
 
 def _data_uri(picture: np.ndarray) -> str:

@@ -117,9 +117,7 @@ class ShardDataset:
         shard, row = self.place(index)
         sidecar = self._sidecar(shard)
         if len(sidecar.keys) != self.shards[shard].samples:
-            raise DamagedShard(
-                f"{self.folder.url}/{sidecar.name}: its sidecar is not the one of the manifest"
-            )
+            raise DamagedShard(f"{self.folder.url}/{sidecar.name}: its sidecar is not the one of the manifest")
         return StoredSample(self.folder, sidecar.name, sidecar.keys[row], sidecar.members[row])
 
     def place(self, index: int) -> tuple[int, int]:

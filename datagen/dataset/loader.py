@@ -155,9 +155,7 @@ class ShardReader:
                 "changed; point --data to the dataset the run began with, or start a new run"
             )
         if state["seed"] != self._seed:
-            raise UserError(
-                f"the saved position was made with seed {state['seed']}, this run has {self._seed}"
-            )
+            raise UserError(f"the saved position was made with seed {state['seed']}, this run has {self._seed}")
         self._consumed = int(state["consumed"])
 
     def _intact_shards(self, folder: Folder) -> list[ShardEntry]:

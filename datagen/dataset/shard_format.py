@@ -95,10 +95,7 @@ def sidecar_name(shard: str) -> str:
 
 
 def write_shard(
-    folder: Folder | str | os.PathLike[str],
-    index: int,
-    samples: Iterable[Sample],
-    extra: dict[str, Any] | None = None,
+    folder: Folder | str | os.PathLike[str], index: int, samples: Iterable[Sample], extra: dict[str, Any] | None = None
 ) -> Sidecar:
     """Write shard `index` atomically, the sidecar last.
 
@@ -119,15 +116,10 @@ def write_shard(
             with TarWriter(stream, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
                 for sample in samples:
                     if "." in sample.key or "/" in sample.key or sample.key in keys:
-                        raise ValueError(
-                            f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}"
-                        )
+                        raise ValueError(f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}")
                     keys.append(sample.key)
                     members.append(
-                        {
-                            member: _add(tar, sample.key, member, content)
-                            for member, content in sample.members.items()
-                        }
+                        {member: _add(tar, sample.key, member, content) for member, content in sample.members.items()}
                     )
         folder.commit(temporary, name)
     except BaseException:
@@ -171,16 +163,13 @@ def read_manifest(folder: Folder) -> Manifest:
         content = folder.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path} does not exist: not a dataset folder, or its job has not finished; "
-            "then run the same command again"
+            f"{path} does not exist: not a dataset folder, or its job has not finished; then run the same command again"
         ) from None
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         fault = error.errors()[0]["msg"]
-        raise UserError(
-            f"{path} is damaged ({fault}); run the same build command again to write it"
-        ) from None
+        raise UserError(f"{path} is damaged ({fault}); run the same build command again to write it") from None
     if manifest.schema_version > SCHEMA_VERSION:
         raise UserError(
             f"{path}: schema version {manifest.schema_version} is newer than "
@@ -193,13 +182,9 @@ def write_manifest(
     folder: Folder, kind: str, shards: Iterable[ShardEntry], extra: dict[str, Any] | None = None
 ) -> Manifest:
     """Write `manifest.json` over committed shards: from then on the dataset is complete."""
-    entries = [
-        ShardEntry(**{field: getattr(shard, field) for field in ShardEntry.model_fields}) for shard in shards
-    ]
+    entries = [ShardEntry(**{field: getattr(shard, field) for field in ShardEntry.model_fields}) for shard in shards]
     entries.sort(key=lambda entry: entry.name)
-    manifest = Manifest(
-        kind=kind, samples=sum(entry.samples for entry in entries), shards=entries, extra=extra or {}
-    )
+    manifest = Manifest(kind=kind, samples=sum(entry.samples for entry in entries), shards=entries, extra=extra or {})
     folder.write(MANIFEST, _to_json(manifest, indent=1))
     return manifest
 

@@ -57,15 +57,9 @@ def summed(records: list[dict[str, Any]]) -> dict[str, Any]:
         spread = np.sqrt(np.maximum(np.sum([part["squares"] for part in parts], 0) / values - mean**2, 0))
         latents[name] = {"mean": mean.round(4).tolist(), "std": spread.round(4).tolist()}
     return {
-        "counts": {
-            group: dict(table.most_common()) for group, table in sorted(counts.items()) if group != "source"
-        },
+        "counts": {group: dict(table.most_common()) for group, table in sorted(counts.items()) if group != "source"},
         "sources": len(counts.get("source", ())),
-        "lr_psnr_db": {
-            "quantiles": quantiles,
-            "histogram": histogram.tolist(),
-            "edges": edges.round(2).tolist(),
-        },
+        "lr_psnr_db": {"quantiles": quantiles, "histogram": histogram.tolist(), "edges": edges.round(2).tolist()},
         "latents": latents,
     }
 

@@ -30,9 +30,7 @@ def main() -> None:
     folder = open_folder(arguments.dataset, storage)
     manifest = read_manifest(folder)
     console = Console()
-    console.print(
-        f"{arguments.dataset}: {manifest.kind}, {manifest.samples} samples in {len(manifest.shards)} shards"
-    )
+    console.print(f"{arguments.dataset}: {manifest.kind}, {manifest.samples} samples in {len(manifest.shards)} shards")
     if manifest.kind != "clips":
         raise UserError(f"{arguments.dataset} holds {manifest.kind}; this command shows datasets of clips")
     sheet = contact_sheet(folder, manifest, arguments.samples)
@@ -55,9 +53,7 @@ def main() -> None:
 
 def _write_sheet(pictures: list[str | None], output: Path) -> None:
     decoded = [
-        np.asarray(
-            cv2.imdecode(np.frombuffer(base64.b64decode(uri.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
-        )
+        np.asarray(cv2.imdecode(np.frombuffer(base64.b64decode(uri.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR))
         for uri in pictures
         if uri
     ]

@@ -47,9 +47,7 @@ def faults(folder: Folder, threads: int = 4) -> Iterator[str]:
     seen: dict[str, str] = {}
     with ThreadPoolExecutor(threads) as pool, progress(len(manifest.shards), "verify", "shards") as bar:
         for entry, (found, keys) in zip(
-            manifest.shards,
-            pool.map(lambda entry: _shard_faults(folder, entry), manifest.shards),
-            strict=True,
+            manifest.shards, pool.map(lambda entry: _shard_faults(folder, entry), manifest.shards), strict=True
         ):
             bar.advance(1)
             yield from found
@@ -134,8 +132,7 @@ def _open_member(member: str, data: bytes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m datagen.dataset.verify",
-        description="Check a dataset byte for byte and name each fault.",
+        prog="python -m datagen.dataset.verify", description="Check a dataset byte for byte and name each fault."
     )
     parser.add_argument("dataset", help="folder or s3:// prefix")
     add_config_options(parser, required=False)

@@ -10,21 +10,9 @@ from pydantic import Field, model_validator
 
 from common.config import Section
 from datagen.degradation.kernels import apply_kernel, gaussian_kernels, sinc_kernels
-from datagen.degradation.operation import (
-    Drawn,
-    Frames,
-    HrShape,
-    Operation,
-    Probability,
-    Range,
-    choose,
-    listed,
-    walk,
-)
+from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Probability, Range, choose, listed, walk
 
-Kernel = Literal[
-    "iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"
-]
+Kernel = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"]
 
 #: [peer: Real-ESRGAN and RealBasicVSR]
 KERNEL_WEIGHTS: dict[Kernel, float] = {
@@ -86,16 +74,12 @@ class Blur(Operation):
             drawn["sigma_y"] = listed(walk(rng, config.sigma, config.sigma_step, shape.frames))
             drawn["rotation"] = listed(walk(rng, config.rotation, config.rotation_step, shape.frames))
         if kind.startswith("generalized"):
-            drawn["beta"] = listed(
-                walk(rng, config.beta_generalized, config.beta_generalized_step, shape.frames)
-            )
+            drawn["beta"] = listed(walk(rng, config.beta_generalized, config.beta_generalized_step, shape.frames))
         if kind.startswith("plateau"):
             drawn["beta"] = listed(walk(rng, config.beta_plateau, config.beta_plateau_step, shape.frames))
         return drawn
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         if drawn["kind"] == "sinc":
             kernels = sinc_kernels(drawn["size"], np.array(drawn["cutoff"]))
         else:

@@ -23,9 +23,7 @@ from datagen.degradation.recipe import Mixture, Recipe, StageRecipe, mixture
 from datagen.degradation.registry import OPERATIONS, find_operation
 
 
-def degrade_clip(
-    hr: np.ndarray, recipe: Recipe | Mixture | str, seed: int
-) -> tuple[np.ndarray, dict[str, Any]]:
+def degrade_clip(hr: np.ndarray, recipe: Recipe | Mixture | str, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Draw a degradation and apply it.
 
     Args:
@@ -112,9 +110,7 @@ def main() -> None:
     height, width = arguments.crop or (hr.shape[1] // SCALE * SCALE, hr.shape[2] // SCALE * SCALE)
     top, left = (hr.shape[1] - height) // 2, (hr.shape[2] - width) // 2
     if top < 0 or left < 0:
-        raise UserError(
-            f"{arguments.input} is {hr.shape[2]}x{hr.shape[1]}: too small for --crop {height}x{width}"
-        )
+        raise UserError(f"{arguments.input} is {hr.shape[2]}x{hr.shape[1]}: too small for --crop {height}x{width}")
     hr = hr[:, top : top + height, left : left + width]
     lr, draws = degrade_clip(hr, arguments.preset, arguments.seed)
     write_lossless(arguments.output, lr)
@@ -126,8 +122,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m datagen.degradation.degrade",
-        description="Degrade a clip once, with a seed that is recorded.",
+        prog="python -m datagen.degradation.degrade", description="Degrade a clip once, with a seed that is recorded."
     )
     parser.add_argument("input", type=Path, help="HR video")
     parser.add_argument("output", type=Path, help="LR video, lossless; the draws go beside it as JSON")

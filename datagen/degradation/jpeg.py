@@ -26,9 +26,7 @@ class Jpeg(Operation):
         quality = walk(rng, config.quality, config.quality_step, shape.frames)
         return {"quality": np.rint(quality).astype(int).tolist()}
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         compressed = []
         for frame, quality in zip(frames, drawn["quality"], strict=True):
             _, data = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])

@@ -87,9 +87,7 @@ def _trimmed(kernel: np.ndarray) -> np.ndarray:
     size = len(kernel)
     keep = size // 2
     for radius in range(size // 2, 0, -1):
-        inner = kernel[
-            size // 2 - radius + 1 : size // 2 + radius, size // 2 - radius + 1 : size // 2 + radius
-        ]
+        inner = kernel[size // 2 - radius + 1 : size // 2 + radius, size // 2 - radius + 1 : size // 2 + radius]
         if np.abs(kernel).sum() - np.abs(inner).sum() > TOLERANCE / 10:
             break
         keep = radius - 1

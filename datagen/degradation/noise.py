@@ -14,16 +14,7 @@ import numpy as np
 from scipy import special, stats
 
 from common.config import Section
-from datagen.degradation.operation import (
-    Drawn,
-    Frames,
-    HrShape,
-    Operation,
-    Probability,
-    Range,
-    listed,
-    walk,
-)
+from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Probability, Range, listed, walk
 
 
 class NoiseConfig(Section):
@@ -53,16 +44,11 @@ class Noise(Operation):
         scale = walk(rng, config.poisson_scale, config.poisson_scale_step, shape.frames)
         return {"kind": "poisson", "grey": grey, "scale": listed(scale)}
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         strengths, add = (
             (drawn["sigma"], add_gaussian) if drawn["kind"] == "gaussian" else (drawn["scale"], add_poisson)
         )
-        return [
-            add(frame, strength, drawn["grey"], rng)
-            for frame, strength in zip(frames, strengths, strict=True)
-        ]
+        return [add(frame, strength, drawn["grey"], rng) for frame, strength in zip(frames, strengths, strict=True)]
 
 
 def add_gaussian(frame: np.ndarray, sigma: float, grey: bool, rng: np.random.Generator) -> np.ndarray:

@@ -55,9 +55,7 @@ class Operation(ABC):
         """One draw, JSON types, without `op`; None: the clip goes without it."""
 
     @abstractmethod
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         """The clip after the operation.
 
         Args:
@@ -67,20 +65,13 @@ class Operation(ABC):
 
     def describe(self, drawn: Drawn) -> str:
         """One line for people: what was chosen, and means of what walks over the frames."""
-        words = [
-            self.name,
-            *(value for key, value in drawn.items() if isinstance(value, str) and key != "op"),
-        ]
+        words = [self.name, *(value for key, value in drawn.items() if isinstance(value, str) and key != "op")]
         means = [f"{key} {np.mean(value):.3g}" for key, value in drawn.items() if isinstance(value, list)]
         return " ".join([*words, *means])
 
 
 def walk(
-    rng: np.random.Generator,
-    limits: tuple[float, float],
-    step: float,
-    frames: int,
-    start: float | None = None,
+    rng: np.random.Generator, limits: tuple[float, float], step: float, frames: int, start: float | None = None
 ) -> np.ndarray:
     """(F,) values: uniform in `limits` at first (or `start`), then adding U(-step, step) per frame, clipped."""
     values = np.empty(frames)

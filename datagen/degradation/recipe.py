@@ -74,12 +74,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _weights_sum_to_something(self) -> Recipe:
-        tables = (
-            self.first.blur.weights,
-            self.second.blur.weights,
-            self.final_sinc.weights,
-            self.codec.weights,
-        )
+        tables = (self.first.blur.weights, self.second.blur.weights, self.final_sinc.weights, self.codec.weights)
         for weights in tables:
             if sum(weights.values()) <= 0 or min(weights.values()) < 0:  # type: ignore[attr-defined]
                 raise ValueError("weights must be positive numbers")

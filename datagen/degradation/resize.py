@@ -8,17 +8,7 @@ import cv2
 import numpy as np
 
 from common.config import Section
-from datagen.degradation.operation import (
-    Drawn,
-    Frames,
-    HrShape,
-    Operation,
-    Probability,
-    Range,
-    choose,
-    listed,
-    walk,
-)
+from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Probability, Range, choose, listed, walk
 
 Interpolation = Literal["bilinear", "area", "bicubic"]
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "bicubic": cv2.INTER_CUBIC}
@@ -45,15 +35,11 @@ class Resize(Operation):
         interpolation = str(rng.choice(config.interpolations))
         direction = choose(rng, {"up": config.up, "down": config.down, "keep": config.keep})
         low, high = config.factor
-        start = {"up": rng.uniform(1, max(1, high)), "down": rng.uniform(min(1, low), 1), "keep": 1.0}[
-            direction
-        ]
+        start = {"up": rng.uniform(1, max(1, high)), "down": rng.uniform(min(1, low), 1), "keep": 1.0}[direction]
         factor = walk(rng, config.factor, config.factor_step, shape.frames, start)
         return {"interpolation": interpolation, "direction": direction, "factor": listed(factor)}
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         height, width = frames[0].shape[:2]
         resized = []
         for frame, factor in zip(frames, drawn["factor"], strict=True):
@@ -72,8 +58,6 @@ class ResizeToTarget(Operation):
     def draw(self, config: ResizeConfig, shape: HrShape, rng: np.random.Generator) -> Drawn:
         return {"interpolation": str(rng.choice(config.interpolations))}
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         interpolation = INTERPOLATIONS[drawn["interpolation"]]
         return [cv2.resize(frame, target[::-1], interpolation=interpolation) for frame in frames]

@@ -31,9 +31,7 @@ class Sharpen(Operation):
     def draw(self, config: SharpenConfig, shape: HrShape, rng: np.random.Generator) -> Drawn:
         return config.model_dump()
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         size, weight, threshold = drawn["kernel_size"], drawn["weight"], drawn["threshold"]
         return [sharpen_frame(frame, size, weight, threshold) for frame in frames]
 

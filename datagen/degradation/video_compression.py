@@ -43,9 +43,7 @@ class VideoCompression(Operation):
         codec = choose(rng, dict(config.weights))
         return {"codec": codec, "bits_per_frame": int(bits), "preset": config.preset}
 
-    def apply(
-        self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator
-    ) -> Frames:
+    def apply(self, drawn: Drawn, frames: Frames, target: tuple[int, int], rng: np.random.Generator) -> Frames:
         return through_codec(frames, drawn["codec"], drawn["bits_per_frame"], drawn["preset"])
 
     def describe(self, drawn: Drawn) -> str:
@@ -82,9 +80,7 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
     decoded: list[np.ndarray] = []
     try:
         for index, image in enumerate([*frames, None]):
-            packets = encoder.encode(
-                None if image is None else _frame(image, index, (height, width), padding)
-            )
+            packets = encoder.encode(None if image is None else _frame(image, index, (height, width), padding))
             for packet in packets:
                 decoded += [frame.to_ndarray(format="bgr24") for frame in decoder.decode(packet)]
         decoded += [frame.to_ndarray(format="bgr24") for frame in decoder.decode(None)]
@@ -95,9 +91,7 @@ def through_codec(frames: list[np.ndarray], codec: str, bits_per_frame: int, pre
     return [np.ascontiguousarray(image[:height, :width]) for image in decoded]
 
 
-def _frame(
-    image: np.ndarray, index: int, size: tuple[int, int], padding: tuple[int, int, int, int]
-) -> av.VideoFrame:
+def _frame(image: np.ndarray, index: int, size: tuple[int, int], padding: tuple[int, int, int, int]) -> av.VideoFrame:
     if image.shape[:2] != size:
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
     if any(padding):

@@ -77,18 +77,14 @@ def _degraded(hr: np.ndarray, plan: SamplePlan, config: DatagenConfig) -> Varian
     try:
         lr, draws = degrade_clip(hr, config.degradation, plan.seed)
         return Variant(
-            lr,
-            draws | {"lr_psnr_db": _bicubic_psnr_db(hr, lr)},
-            encode_bytes(lr) if config.store_clips else b"",
+            lr, draws | {"lr_psnr_db": _bicubic_psnr_db(hr, lr)}, encode_bytes(lr) if config.store_clips else b""
         )
     except Exception as error:
         return _fault(error, plan)
 
 
 def _fault(error: Exception, plan: SamplePlan) -> Fault:
-    return Fault(
-        str(error) if isinstance(error, UserError) else f"{plan.source}: {type(error).__name__}: {error}"
-    )
+    return Fault(str(error) if isinstance(error, UserError) else f"{plan.source}: {type(error).__name__}: {error}")
 
 
 def _bicubic_psnr_db(hr: np.ndarray, lr: np.ndarray) -> float:
@@ -104,9 +100,7 @@ def cropped(window: np.ndarray, plan: SamplePlan) -> np.ndarray:
     top, left, height, width = plan.crop
     hr = window[:, top : top + height, left : left + width]
     if hr.shape[1:3] != (height, width):
-        raise UserError(
-            f"{plan.source}: frames of {window.shape[2]}x{window.shape[1]} hold no crop at {plan.crop}"
-        )
+        raise UserError(f"{plan.source}: frames of {window.shape[2]}x{window.shape[1]} hold no crop at {plan.crop}")
     return np.ascontiguousarray(hr)
 
 
@@ -122,9 +116,7 @@ def empty_crop(hr: np.ndarray, filters: FilterConfig) -> str | None:
     return None
 
 
-def make_sample(
-    plan: SamplePlan, draws: dict[str, Any], members: dict[str, bytes], versions: dict[str, str]
-) -> Sample:
+def make_sample(plan: SamplePlan, draws: dict[str, Any], members: dict[str, bytes], versions: dict[str, str]) -> Sample:
     """Members in the order they are stored, without empty ones; the metadata never holds a path of this machine."""
     metadata = {
         "source": plan.source,

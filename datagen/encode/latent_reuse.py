@@ -55,9 +55,7 @@ def check_reusable(dataset: str, versions: dict[str, str], storage: StorageConfi
     """
     manifest = read_manifest(open_folder(dataset, storage))
     if manifest.kind != "clips":
-        raise UserError(
-            f"--reuse {dataset} holds {manifest.kind}; give a dataset that datagen.build_shards wrote"
-        )
+        raise UserError(f"--reuse {dataset} holds {manifest.kind}; give a dataset that datagen.build_shards wrote")
     theirs = manifest.extra["versions"]
     for name in DECIDING:
         if theirs.get(name) != versions[name]:

@@ -75,10 +75,7 @@ def encode(
     actors = config.encode.actors or max(1, gpus)
     share = {"num_gpus": 1} if gpus else {"num_cpus": config.encode.cpus}
     rows = [
-        {
-            "plans": json.dumps([asdict(plan) for plan in clip]),
-            "place": json.dumps(places.get(clip[0].clip)),
-        }
+        {"plans": json.dumps([asdict(plan) for plan in clip]), "place": json.dumps(places.get(clip[0].clip))}
         for clip in clips_of(plans)
     ]
     dataset = (
@@ -112,9 +109,7 @@ def _degraded(plans: pa.ChunkedArray, made: Clip | Fault, variants: int, z_hr: b
     return pa.table(
         {
             "plans": plans,
-            "faults": text_array(
-                [json.dumps([asdict(part) if isinstance(part, Fault) else None for part in parts])]
-            ),
+            "faults": text_array([json.dumps([asdict(part) if isinstance(part, Fault) else None for part in parts])]),
             "draws": text_array([json.dumps([part and part.draws for part in good])]),
             "hr": _bytes([hr.tobytes() if hr is not None and not z_hr else b""]),
             "z_hr": _bytes([z_hr]),
@@ -166,9 +161,7 @@ def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[EncodedS
 
 def _pixels(content: bytes, plan: SamplePlan, scale: int) -> np.ndarray:
     _, _, height, width = plan.crop
-    return np.frombuffer(bytearray(content), np.uint8).reshape(
-        plan.frames, height // scale, width // scale, 3
-    )
+    return np.frombuffer(bytearray(content), np.uint8).reshape(plan.frames, height // scale, width // scale, 3)
 
 
 def _plans(text: str) -> list[SamplePlan]:

@@ -21,9 +21,7 @@ def vae_hash(folder: Path) -> str:
     """
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
     if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(
-            f"model.vae: {folder} holds no VAE (config.json and *.safetensors); see the README on weights"
-        )
+        raise UserError(f"model.vae: {folder} holds no VAE (config.json and *.safetensors); see the README on weights")
     return files_fingerprint(files, folder)
 
 
@@ -49,9 +47,7 @@ class Encoder:
         self._batch_size = batch_size if self._device.type == "cuda" else 1
         self._vae = load_vae(folder).to(self._device)
 
-    def latents(
-        self, hr: list[np.ndarray], lr: list[np.ndarray]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def latents(self, hr: list[np.ndarray], lr: list[np.ndarray]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """z_hr of each HR clip and z_lr of each LR clip, bf16 (C, T, H/8, W/8) on the CPU.
 
         Args:

@@ -62,11 +62,7 @@ _child: subprocess.Popen[bytes] | None = None
 
 
 def _ask(
-    request: dict[str, Any],
-    source: Source,
-    config: DatagenConfig,
-    storage: StorageConfig,
-    patience: int,
+    request: dict[str, Any], source: Source, config: DatagenConfig, storage: StorageConfig, patience: int
 ) -> tuple[dict[str, Any], bytearray]:
     """Send one request and wait for header and content."""
     child = _running_child()

@@ -25,9 +25,7 @@ SOURCES_PER_FILE = 64
 Survey = SourceSurvey | Unreadable
 
 
-def survey_all(
-    folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig
-) -> list[Survey]:
+def survey_all(folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> list[Survey]:
     """Surveys of all sources in order, taken from finished files where there are any."""
     groups = [sources[first : first + SOURCES_PER_FILE] for first in range(0, len(sources), SOURCES_PER_FILE)]
     done: dict[int, list[Survey]] = {}

@@ -52,9 +52,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     with opened(opened_source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        finder = SceneCuts(
-            threshold=clip.scene_threshold, min_scene_frames=clip.frames, frame_rate=float(rate or 25)
-        )
+        finder = SceneCuts(threshold=clip.scene_threshold, min_scene_frames=clip.frames, frame_rate=float(rate or 25))
         cuts: set[int] = set()
         previous = None
         content = _content(stream)
@@ -62,9 +60,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
             for frame in _decoded(container, stream, content):
                 small = _small(frame)
                 thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
-                sharpness = (
-                    _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
-                )
+                sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 if clip.respect_scenes:
                     cuts.update(finder.add(small))
                 features.append(_measure(frame.pts, thumbnail, previous, sharpness))
@@ -104,14 +100,7 @@ def mean_measure(values: Iterable[float]) -> float:
 def _content(stream: Any) -> Any:
     """A SHA-256 of the stream's decoder parameters; its packets are added later."""
     context = stream.codec_context
-    parameters = (
-        context.name,
-        context.pix_fmt,
-        context.width,
-        context.height,
-        context.color_range,
-        context.colorspace,
-    )
+    parameters = (context.name, context.pix_fmt, context.width, context.height, context.color_range, context.colorspace)
     return hashlib.sha256(repr(parameters).encode() + bytes(context.extradata or b""))
 
 
@@ -141,13 +130,9 @@ def _sharpness(frame: av.VideoFrame) -> float:
     return float(cv2.Laplacian(grey, cv2.CV_16S).var())
 
 
-def _measure(
-    pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, sharpness: float
-) -> _Features:
+def _measure(pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, sharpness: float) -> _Features:
     motion = 0.0 if previous is None else float(cv2.absdiff(thumbnail, previous).mean())
-    return _Features(
-        pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, _hash(thumbnail)
-    )
+    return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, _hash(thumbnail))
 
 
 def _hash(thumbnail: np.ndarray) -> int:

@@ -46,11 +46,7 @@ from metrics.report.description import ReportDescription, Scene
 from metrics.report.pictures import crop_uri, curve_svg, picture_uri
 
 #: columns beside metrics, with their heading
-_OTHER_COLUMNS = {
-    "dit_evaluations": "DiT evaluations",
-    "seconds": "seconds",
-    "parameters_b": "parameters (B)",
-}
+_OTHER_COLUMNS = {"dit_evaluations": "DiT evaluations", "seconds": "seconds", "parameters_b": "parameters (B)"}
 
 
 def build_report(description: ReportDescription, output: Path, base: Path | None = None) -> None:

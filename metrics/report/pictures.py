@@ -119,9 +119,7 @@ def read_series(series: Series, base: Path) -> tuple[np.ndarray, np.ndarray]:
             if number == len(lines):  # a run that is still writing, or was killed while it wrote
                 continue
             raise UserError(f"{path}:{number} is not a JSON line") from None
-        if not isinstance(record, dict) or any(
-            record.get(key) != value for key, value in series.where.items()
-        ):
+        if not isinstance(record, dict) or any(record.get(key) != value for key, value in series.where.items()):
             continue
         if isinstance(record.get(series.x), (int, float)) and isinstance(record.get(series.y), (int, float)):
             points.append((record[series.x], record[series.y]))

@@ -23,9 +23,7 @@ HALF_PRECISION = ("flash", "flash3")
 HOPPER = 9
 
 
-def set_attention(
-    transformer: VSRTransformer, attention: Attention = "auto", dtype: torch.dtype | None = None
-) -> str:
+def set_attention(transformer: VSRTransformer, attention: Attention = "auto", dtype: torch.dtype | None = None) -> str:
     """Switch all attention layers; returns the name chosen.
 
     `auto` takes flash3 (Hopper only), flash or native on a GPU, in this order, and native (PyTorch's SDPA) on a CPU or

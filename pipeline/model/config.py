@@ -24,9 +24,7 @@ class TransformerConfig(Section):
     text_dim: int = Field(4096, ge=1)  # umT5-xxl
     patch_size: tuple[int, int, int] = (1, 2, 2)
     latent_channels: int = Field(16, ge=1)
-    low_resolution_skip: bool = (
-        False  # ours: for models trained from nothing, see pipeline/model/transformer.py
-    )
+    low_resolution_skip: bool = False  # ours: for models trained from nothing, see pipeline/model/transformer.py
 
 
 class ModelConfig(Section):

@@ -77,9 +77,7 @@ def load_transformer(folder: str | Path, config: TransformerConfig) -> VSRTransf
     if "patch_embedding.weight" not in state:
         raise UserError(f"{folder} holds no DiT: patch_embedding.weight is missing in {files[0].name}")
     _require_same_kind(folder, config)
-    state["patch_embedding.weight"] = widen_patch_embedding(
-        state["patch_embedding.weight"], config.latent_channels
-    )
+    state["patch_embedding.weight"] = widen_patch_embedding(state["patch_embedding.weight"], config.latent_channels)
     with torch.device("meta"):
         model = VSRTransformer(**config.model_dump())
     _require_same_shapes(folder, state, model)

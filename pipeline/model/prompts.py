@@ -59,9 +59,7 @@ class PromptCache(ModelMixin, ConfigMixin):
         Raises:
             UserError: a caption that is not in the cache.
         """
-        result = torch.zeros(
-            len(captions), self.config.max_length, self.config.text_dim, device=self.rows.device
-        )
+        result = torch.zeros(len(captions), self.config.max_length, self.config.text_dim, device=self.rows.device)
         for index, caption in enumerate(captions):
             if caption not in self.config.prompts:
                 raise UserError(
@@ -89,9 +87,7 @@ def load_prompts(folder: str | Path) -> PromptCache:
 
 
 @torch.no_grad()
-def encode_prompts(
-    prompts: list[str], encoder: str | Path, device: str = "cpu", max_length: int = 512
-) -> PromptCache:
+def encode_prompts(prompts: list[str], encoder: str | Path, device: str = "cpu", max_length: int = 512) -> PromptCache:
     """Embed with umT5 as Wan does: every token's last hidden state, nothing beyond the end of the text."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -114,27 +110,19 @@ def placeholder_cache(text_dim: int, max_length: int) -> PromptCache:
     """A cache without a text encoder, for models trained from nothing: a fixed random vector for the default prompt and
     zeros for the null prompt. It says "conditioned" and "not conditioned", no more."""
     embedding = seeded_noise((max_length, text_dim), "placeholder prompt", DEFAULT_PROMPT)
-    return PromptCache.from_embeddings(
-        {NULL_PROMPT: torch.zeros(1, text_dim), DEFAULT_PROMPT: embedding}, max_length
-    )
+    return PromptCache.from_embeddings({NULL_PROMPT: torch.zeros(1, text_dim), DEFAULT_PROMPT: embedding}, max_length)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--encoder", type=Path, help="Wan2.1 folder in diffusers layout")
-    source.add_argument(
-        "--placeholder", type=int, metavar="TEXT_DIM", help="no encoder: see placeholder_cache"
-    )
+    source.add_argument("--placeholder", type=int, metavar="TEXT_DIM", help="no encoder: see placeholder_cache")
     parser.add_argument(
         "--prompts", type=Path, help="text file, one prompt a line; the default and null prompts are added"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--max-length", type=int, default=None, help="tokens; 512 with --encoder, 4 with --placeholder"
-    )
+    parser.add_argument("--max-length", type=int, default=None, help="tokens; 512 with --encoder, 4 with --placeholder")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     if arguments.placeholder:

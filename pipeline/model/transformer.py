@@ -148,9 +148,7 @@ class VSRTransformer(WanTransformer3DModel):
 
     def _check(self, z_t: Tensor, z_lr: Tensor, feature_layers: tuple[int, ...], features_only: bool) -> None:
         if z_t.shape != z_lr.shape:
-            raise ValueError(
-                f"z_t has shape {tuple(z_t.shape)}, z_lr {tuple(z_lr.shape)}; they must be equal"
-            )
+            raise ValueError(f"z_t has shape {tuple(z_t.shape)}, z_lr {tuple(z_lr.shape)}; they must be equal")
         if any(size % patch for size, patch in zip(z_t.shape[2:], self.config.patch_size, strict=True)):
             raise ValueError(
                 f"latent size {tuple(z_t.shape[2:])} is not a multiple of patch size {self.config.patch_size}"

@@ -35,13 +35,9 @@ def load_vae(folder: str | Path) -> VAE:
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
     except FileNotFoundError:
-        raise UserError(
-            f"no VAE in {folder}: config.json is missing; give a folder saved by diffusers"
-        ) from None
+        raise UserError(f"no VAE in {folder}: config.json is missing; give a folder saved by diffusers") from None
     except (json.JSONDecodeError, KeyError):
-        raise UserError(
-            f"{folder / 'config.json'} is not a diffusers configuration with _class_name"
-        ) from None
+        raise UserError(f"{folder / 'config.json'} is not a diffusers configuration with _class_name") from None
     classes: dict[str, type[AutoencoderKLWan] | type[TinyVideoVAE]] = {
         "AutoencoderKLWan": AutoencoderKLWan,
         "TinyVideoVAE": TinyVideoVAE,

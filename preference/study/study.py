@@ -98,9 +98,7 @@ def tally(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Tally:
     counts = {"good": 0, "same": 0, "bad": 0}
     for sheet in answers:
         if sheet.get("study") != key["study"]:
-            raise UserError(
-                f"answers of {sheet.get('rater', 'a rater')} belong to another study than this key"
-            )
+            raise UserError(f"answers of {sheet.get('rater', 'a rater')} belong to another study than this key")
         for index, choice in sheet["answers"].items():
             if choice not in _CHOICES or not 0 <= int(index) < len(key["pairs"]):
                 raise UserError(f"answer {choice!r} to pair {index} is none of {', '.join(_CHOICES)}")
@@ -147,9 +145,7 @@ def _print(key: dict[str, Any], sheets: list[dict[str, Any]]) -> None:
     table = Table("rater", "good", "same", "bad", "(G-B)/(G+B+S)", "p (sign test)")
     rows = [(str(sheet.get("rater", "?")), tally(key, [sheet])) for sheet in sheets]
     for name, row in [*rows, ("all", tally(key, sheets))]:
-        table.add_row(
-            name, str(row.good), str(row.same), str(row.bad), f"{row.score:+.3f}", f"{row.p_value:.3f}"
-        )
+        table.add_row(name, str(row.good), str(row.same), str(row.bad), f"{row.score:+.3f}", f"{row.p_value:.3f}")
     Console().print(table)
 
 

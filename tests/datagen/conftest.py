@@ -92,11 +92,7 @@ def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, 
 
 def contents(dataset: Path) -> dict[str, bytes]:
     """All files of a dataset by name."""
-    return {
-        str(path.relative_to(dataset)): path.read_bytes()
-        for path in sorted(dataset.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(dataset)): path.read_bytes() for path in sorted(dataset.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="session")

@@ -26,16 +26,12 @@ def test_an_empty_folder(config_file: Path, tmp_path: Path, capsys: pytest.Captu
     assert "no video found" in refused(capsys, config_file, tmp_path / "in", tmp_path / "out")
 
 
-def test_an_unknown_key(
-    config_file: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_key(config_file: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, config_file, videos, tmp_path / "out", "--set", "datagen.clip.frame=9")
     assert "unknown key datagen.clip.frame; did you mean 'frames'?" in line
 
 
-def test_a_missing_vae(
-    config_file: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_vae(config_file: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, config_file, videos, tmp_path / "out", "--set", "model.vae=nowhere")
     assert "nowhere holds no VAE" in line
 

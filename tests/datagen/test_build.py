@@ -27,13 +27,7 @@ def test_the_dataset_is_whole_and_its_story_is_told(whole: Path) -> None:
     assert list(faults(folder)) == []
     manifest = read_manifest(folder)
     assert manifest.samples == SAMPLES and len(manifest.shards) == SHARDS
-    assert manifest.extra["counts"] == {
-        "sources": 5,
-        "unreadable": 1,
-        "filtered": 0,
-        "planned": SAMPLES,
-        "failed": 0,
-    }
+    assert manifest.extra["counts"] == {"sources": 5, "unreadable": 1, "filtered": 0, "planned": SAMPLES, "failed": 0}
     (line,) = [json.loads(line) for line in (whole / "quarantine.jsonl").read_text().splitlines()]
     assert line["source"] == "text.mp4" and "not a video" in line["reason"]
     report = (whole / "report.html").read_text()
@@ -72,9 +66,7 @@ def kill_busy(process: subprocess.Popen[str], name: str) -> None:
 def start(config_file: Path, videos: Path, output: Path) -> subprocess.Popen[str]:
     command = build_command(config_file, videos, output, "--workers", "2", *VARIANTS)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_a_killed_worker_and_a_killed_actor_cost_nothing(
@@ -88,9 +80,7 @@ def test_a_killed_worker_and_a_killed_actor_cost_nothing(
     assert contents(tmp_path / "dataset") == contents(whole)
 
 
-def test_a_killed_driver_goes_on_where_it_was(
-    whole: Path, videos: Path, config_file: Path, tmp_path: Path
-) -> None:
+def test_a_killed_driver_goes_on_where_it_was(whole: Path, videos: Path, config_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "dataset"
     process = start(config_file, videos, output)
     while process.poll() is None and not (output / "shards/shard-000000.json").exists():
@@ -101,9 +91,7 @@ def test_a_killed_driver_goes_on_where_it_was(
     assert 0 < len(committed) < SHARDS and not (output / "manifest.json").exists()
     run_build(config_file, videos, output, "--workers", "1", *VARIANTS)
     assert contents(output) == contents(whole)
-    assert all(path.stat().st_mtime_ns == then for path, then in committed.items()), (
-        "a whole shard was made again"
-    )
+    assert all(path.stat().st_mtime_ns == then for path, then in committed.items()), "a whole shard was made again"
 
 
 def test_another_plan_in_the_same_folder_is_refused(whole: Path, videos: Path, config_file: Path) -> None:
@@ -120,9 +108,7 @@ def test_verify_names_each_fault(whole: Path, tmp_path: Path) -> None:
 
     damaged = tmp_path / "damaged"
     shutil.copytree(whole, damaged)
-    for index, change in enumerate(
-        (lambda data: data[:-2000], lambda data: data[:1000] + b"x" + data[1001:])
-    ):
+    for index, change in enumerate((lambda data: data[:-2000], lambda data: data[:1000] + b"x" + data[1001:])):
         path = damaged / shard_name(index)
         path.write_bytes(change(path.read_bytes()))
     (damaged / shard_name(2)).unlink()

@@ -39,10 +39,7 @@ def test_a_crop_that_shows_nothing_is_left_out_with_its_measure(config_file: Pat
     write_lossless(tmp_path / "a.mkv", film)
     config = load_section(config_file, "datagen", DatagenConfig)
     assert isinstance(make_clip(plans_of(tmp_path / "a.mkv", config, 0), config, StorageConfig()), Clip)
-    for left, reason in (
-        (64, "black crop: luma 0.0 is below 4.0"),
-        (128, "empty crop: contrast 0.0 is below 4.0"),
-    ):
+    for left, reason in ((64, "black crop: luma 0.0 is below 4.0"), (128, "empty crop: contrast 0.0 is below 4.0")):
         fault = make_clip(plans_of(tmp_path / "a.mkv", config, left), config, StorageConfig())
         assert fault == Fault(reason, "filtered")
 
@@ -70,6 +67,4 @@ def test_a_variant_that_fails_does_not_take_the_others_with_it(config_file: Path
     table = _degraded(texts, made, 3, samples[0].members[LATENTS])
     assert table["hr"][0].as_py() == b""
     (row,) = actor(table).to_pylist()
-    assert [(taken.made, taken.reused) for taken in _samples(row, {})] == [
-        (sample, True) for sample in samples
-    ]
+    assert [(taken.made, taken.reused) for taken in _samples(row, {})] == [(sample, True) for sample in samples]

@@ -29,20 +29,11 @@ def free_port() -> int:
 def cluster() -> Iterator[str]:
     """The address of a cluster of its own: `ray start --head`, in a folder whose sockets have short names."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        command = [
-            str(Path(sys.executable).with_name("ray")),
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus",
-            "3",
-        ]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "3"]
         command += ["--port", str(free_port()), "--temp-dir", folder, "--include-dashboard", "false"]
         command += ["--object-store-memory", "200000000"]
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-        head = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         try:
             assert head.stdout is not None
             said = []

@@ -72,9 +72,7 @@ def test_draws_stay_in_their_ranges_and_walk_in_small_steps() -> None:
         operations = draw_operations(recipe, (30, 256, 256, 3), seed)
         names = [operation["op"] for operation in operations]
         seen.update(names)
-        assert (
-            names[0] == "sharpen" and names.count("noise") == names.count("jpeg") == names.count("codec") == 2
-        )
+        assert names[0] == "sharpen" and names.count("noise") == names.count("jpeg") == names.count("codec") == 2
         assert set(names[-3:]) >= {"codec", "resize_to_target"}
         noises = [operation for operation in operations if operation["op"] == "noise"]
         for noise, stage in zip(noises, (recipe.first, recipe.second), strict=True):
@@ -152,9 +150,7 @@ def test_black_stays_black_under_poisson_noise() -> None:
     assert not add_poisson(np.zeros((64, 64, 3), np.uint8), 3.0, False, rng()).any()
 
 
-@pytest.mark.parametrize(
-    "kind", ["iso", "aniso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"]
-)
+@pytest.mark.parametrize("kind", ["iso", "aniso", "generalized_aniso", "plateau_iso", "plateau_aniso", "sinc"])
 @pytest.mark.parametrize("size", [7, 21])
 def test_separable_parts_give_the_kernels_result(hr: np.ndarray, kind: str, size: int) -> None:
     one = np.ones(1)
@@ -193,12 +189,7 @@ def test_codecs_take_odd_sizes_and_sizes_that_change(codec: str) -> None:
 def test_more_bits_mean_less_damage(hr: np.ndarray) -> None:
     clip = list(hr)
     psnr = [
-        np.mean(
-            [
-                cv2.PSNR(a, b)
-                for a, b in zip(through_codec(clip, "libx264", bits, "superfast"), clip, strict=True)
-            ]
-        )
+        np.mean([cv2.PSNR(a, b) for a, b in zip(through_codec(clip, "libx264", bits, "superfast"), clip, strict=True)])
         for bits in (2_000, 20_000, 200_000)
     ]
     assert psnr[0] < psnr[1] < psnr[2]
@@ -224,13 +215,7 @@ def test_the_command_degrades_a_film(tmp_path: Path) -> None:
 
     film = moving_picture(12, 96, 128, 2)
     write_lossless(tmp_path / "in.mkv", film)
-    command = [
-        sys.executable,
-        "-m",
-        "datagen.degradation.degrade",
-        str(tmp_path / "in.mkv"),
-        str(tmp_path / "out.mp4"),
-    ]
+    command = [sys.executable, "-m", "datagen.degradation.degrade", str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")]
     command += ["--preset", "mild", "--seed", "3", "--start", "2", "--frames", "5", "--crop", "64x96"]
     command += ["--hr-output", str(tmp_path / "hr.mp4")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

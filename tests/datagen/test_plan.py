@@ -22,13 +22,7 @@ from common.storage import StorageConfig
 from datagen.config import ClipConfig, DatagenConfig, FilterConfig
 from datagen.plan import make_plan
 from datagen.sources import Source, find_sources
-from datagen.survey.source_survey import (
-    SourceSurvey,
-    Unreadable,
-    Window,
-    from_document,
-    to_document,
-)
+from datagen.survey.source_survey import SourceSurvey, Unreadable, Window, from_document, to_document
 from datagen.survey.video_survey import survey, window_starts
 from datagen.survey.window_reader import WindowReader
 from tests.datagen.conftest import moving_picture

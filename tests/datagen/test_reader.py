@@ -93,9 +93,7 @@ def cut_shard(dataset: Path) -> None:
     path.write_bytes(path.read_bytes()[:700])
 
 
-def test_a_cut_shard_is_left_out_identically_on_all_ranks(
-    dataset: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cut_shard_is_left_out_identically_on_all_ranks(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
     cut_shard(dataset)
     left = list(range(SHARD_SIZES[0], SAMPLES))
     stream = joined(global_batches(dataset, 2, len(left)))
@@ -104,9 +102,7 @@ def test_a_cut_shard_is_left_out_identically_on_all_ranks(
     assert "shard-000000.tar has 700 of" in caplog.text
 
 
-def test_a_changed_sample_is_replaced_identically_on_all_ranks(
-    dataset: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_sample_is_replaced_identically_on_all_ranks(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
     span = read_sidecar(open_folder(dataset), shard_name(2)).members[3]["latents.safetensors"]
     path = dataset / shard_name(2)
     content = bytearray(path.read_bytes())

@@ -152,11 +152,7 @@ def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_pat
             content = folder.read(name)
             folder.write(name, bytes(len(content)))
     reader = ShardReader(
-        "s3://bucket/numbered",
-        seed=3,
-        global_batch_size=6,
-        cache_dir=tmp_path / "cache",
-        storage=storage(server),
+        "s3://bucket/numbered", seed=3, global_batch_size=6, cache_dir=tmp_path / "cache", storage=storage(server)
     )
     assert [batch.keys for batch in itertools.islice(reader, 6)] == expected
 
@@ -193,12 +189,7 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
         s3(server, "long").write(f"{index}.mkv", content)
         source = Source(f"{index}.mkv", f"s3://bucket/long/{index}.mkv")
         surveys.append(surveyed(source.id, source=source, width=64, height=64, frames=9))
-    config = load_section(
-        config_file,
-        "datagen",
-        DatagenConfig,
-        [f"datagen.encode.clips_ahead={CLIPS_AHEAD}"],
-    )
+    config = load_section(config_file, "datagen", DatagenConfig, [f"datagen.encode.clips_ahead={CLIPS_AHEAD}"])
     vae = str(load_section(config_file, "model", ModelConfig).vae)
     plans = make_plan(surveys, config, {}).samples
     server.asked.clear()
@@ -230,9 +221,7 @@ def test_a_stage_trains_on_shards_in_s3(server: FaultyServer, tmp_path: Path) ->
     assert presets.losses(tmp_path / "s3") == presets.losses(tmp_path / "local")
 
 
-def test_metrics_of_clips_in_s3(
-    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_of_clips_in_s3(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = moving_picture(3, 32, 32, 0)
     for name, clip in (("hr", frames), ("out", frames // 2)):
         (tmp_path / name).mkdir()

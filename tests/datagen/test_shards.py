@@ -20,9 +20,7 @@ TAR_SHA256 = "6592c5b99fc87160980af83587f818850db62c0540d610543f7bf5df32e4b8bb"
 def test_plain_webdataset_reads_every_sample(dataset: Path) -> None:
     urls = sorted(str(path) for path in (dataset / "shards").glob("*.tar"))
     samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
-    assert [sample["__key__"] for sample in samples] == [
-        f"key{number:03d}" for number in range(sum(SHARD_SIZES))
-    ]
+    assert [sample["__key__"] for sample in samples] == [f"key{number:03d}" for number in range(sum(SHARD_SIZES))]
     assert [sample["json"]["number"] for sample in samples] == list(range(sum(SHARD_SIZES)))
 
 
@@ -65,7 +63,6 @@ def test_a_folder_without_manifest_is_no_dataset(tmp_path: Path) -> None:
 def test_the_bytes_of_a_tar_are_fixed(tmp_path: Path) -> None:
     """A change here needs a revision of its own in datagen/format_revision.py: begun datasets would mix two kinds."""
     samples = [
-        Sample(f"key{index}", {"b.bin": bytes([index]) * 700, "a.bin": b"", "json": b"{}"})
-        for index in range(3)
+        Sample(f"key{index}", {"b.bin": bytes([index]) * 700, "a.bin": b"", "json": b"{}"}) for index in range(3)
     ]
     assert write_shard(tmp_path, 0, samples).sha256 == TAR_SHA256

@@ -128,8 +128,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     key.chmod(0o400)
 
     files = [
-        f"--{name}={folder}/munge.{name.split('-')[0]}"
-        for name in ("socket", "pid-file", "log-file", "seed-file")
+        f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")
     ]
     commands = [
         [_program("munged"), "--foreground", "--force", f"--key-file={key}", *files],
@@ -161,10 +160,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
 
 def _idle(cluster: SlurmCluster) -> bool:
     done = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%T"],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
+        ["sinfo", "--noheader", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True
     )
     return done.stdout.split() == ["idle", "idle"]
 

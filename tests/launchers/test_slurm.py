@@ -17,9 +17,7 @@ from tests.launchers.slurm_cluster import SlurmCluster, missing_programs, slurm_
 MISSING = missing_programs()
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(
-        bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (Debian: slurm-wlm munge)"
-    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (Debian: slurm-wlm munge)"),
 ]
 
 
@@ -38,9 +36,7 @@ def notes(tmp_path: Path) -> Path:
 def command(tmp_path: Path) -> str:
     """An interpreter for PYTHON that runs the tests' tiny command whatever it is asked for."""
     wrapper = tmp_path / "python"
-    wrapper.write_text(
-        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent}/resumable_command.py "$@"\n'
-    )
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent}/resumable_command.py "$@"\n')
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
     return str(wrapper)
 
@@ -56,9 +52,7 @@ def counted(notes: Path, rank: int) -> int:
     return int(path.read_text() or 0) if path.exists() else 0
 
 
-def test_every_rank_of_a_training_job_knows_its_place(
-    cluster: SlurmCluster, notes: Path, command: str
-) -> None:
+def test_every_rank_of_a_training_job_knows_its_place(cluster: SlurmCluster, notes: Path, command: str) -> None:
     job = cluster.submit(
         "train", "--nodes=2", "--", "--stage", "base", "--output", "a b", PYTHON=command, NOTES=str(notes)
     )
@@ -70,9 +64,7 @@ def test_every_rank_of_a_training_job_knows_its_place(
     ]
     assert {start["MASTER_ADDR"] for start in ranks} == {cluster.address}
     assert len({start["MASTER_PORT"] for start in ranks}) == 1
-    assert all(
-        start["arguments"] == ["trainer/run.py", "--stage", "base", "--output", "a b"] for start in ranks
-    )
+    assert all(start["arguments"] == ["trainer/run.py", "--stage", "base", "--output", "a b"] for start in ranks)
 
 
 def test_two_gpus_are_two_ranks_of_one_node(cluster: SlurmCluster, notes: Path, command: str) -> None:
@@ -143,28 +135,15 @@ def test_the_chain_runs_every_command_in_order(cluster: SlurmCluster, notes: Pat
         ARRAY="2",
     )
     names = [line.split()[1] for line in out.splitlines()]
-    assert names == [
-        "shards",
-        "base",
-        "progressive",
-        "dual_stream",
-        "pairs",
-        "preference",
-        "upscale",
-        "evaluate",
-    ]
+    assert names == ["shards", "base", "progressive", "dual_stream", "pairs", "preference", "upscale", "evaluate"]
     cluster.wait(out.splitlines()[-1].split()[0], "COMPLETED")
     ran = [" ".join(start["arguments"]) for start in starts(notes)]
     ran = [line for line in ran if "ray.scripts.scripts" not in line]
     assert ran[0].startswith(f"-m datagen.build_shards --address {cluster.address}:")
-    trained = [
-        line.split()[4] for line in ran if line.startswith("trainer/run.py --config config.yaml --stage")
-    ]
+    trained = [line.split()[4] for line in ran if line.startswith("trainer/run.py --config config.yaml --stage")]
     assert trained == ["base", "progressive", "dual_stream", "preference"]
     assert {line.split()[3] for line in ran if "preference.build" in line} == {"0/2", "1/2"}
-    upscaled = sorted(
-        start["arguments"][2] for start in starts(notes) if "pipeline.upscale" in start["arguments"]
-    )
+    upscaled = sorted(start["arguments"][2] for start in starts(notes) if "pipeline.upscale" in start["arguments"])
     assert upscaled == [f"{films}/three.MOV", f"{films}/two films.mkv"]
     assert ran[-1].startswith("-m metrics.evaluate --video")
 
@@ -183,9 +162,7 @@ def test_the_nodes_of_a_job_become_one_ray_cluster(cluster: SlurmCluster, notes:
         f'#!/bin/sh\ncase "$2" in ray.*) exec {sys.executable} "$@" ;; *) exec {sys.executable} {driver} "$@" ;; esac\n'
     )
     python.chmod(0o755)
-    job = cluster.submit(
-        "build_shards", "--nodes=2", "--", "--config", "c", PYTHON=str(python), NOTES=str(notes)
-    )
+    job = cluster.submit("build_shards", "--nodes=2", "--", "--config", "c", PYTHON=str(python), NOTES=str(notes))
     shown = cluster.wait(job, "COMPLETED", "FAILED", seconds=90)
     assert shown["JobState"] == "COMPLETED", cluster.log(job)
     assert json.loads((notes / "nodes.json").read_text()) == [1.0, 1.0]

@@ -71,10 +71,7 @@ def exported(tmp_path: Path) -> Path:
             helper.make_tensor_value_info("aes_view", kind, [1, 3, 32, 224, 224]),
             helper.make_tensor_value_info("tech_view", kind, [4, 3, 32, 224, 224]),
         ],
-        [
-            helper.make_tensor_value_info("aesthetic", kind, [1]),
-            helper.make_tensor_value_info("technical", kind, [4]),
-        ],
+        [helper.make_tensor_value_info("aesthetic", kind, [1]), helper.make_tensor_value_info("technical", kind, [4])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     onnx.save(model, str(tmp_path / "onnx_dover.onnx"))

@@ -45,9 +45,7 @@ def test_folders_are_paired_scored_and_averaged(
     folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, output = folders / "niqe.safetensors", folders / "metrics.json"
-    run(
-        monkeypatch, fit_niqe, "--input", folders / "hr", "--output", model, "--block", 32, "--sharpness", 0.3
-    )
+    run(monkeypatch, fit_niqe, "--input", folders / "hr", "--output", model, "--block", 32, "--sharpness", 0.3)
     run(
         monkeypatch, evaluate, "--video", folders / "out", "--reference", folders / "hr", "--output", output,
         "--metrics", "psnr,gmsd,niqe_fitted", "--niqe-model", model, "--published",
@@ -101,10 +99,7 @@ def test_a_lossless_video_scores_as_its_pictures(folders: Path, film: Tensor) ->
         (("--video", "range.npy", "--reference", "hr/first"), r"outside \[0, 1\]"),
         (("--video", "pickle.npy", "--reference", "hr/first"), "not a readable .npy"),
         (("--video", "out", "--reference", "hr", "--metrics", "pnsr"), "did you mean 'psnr'"),
-        (
-            ("--video", "out", "--metrics", "no_such_package.module:Metric"),
-            "No module named 'no_such_package'",
-        ),
+        (("--video", "out", "--metrics", "no_such_package.module:Metric"), "No module named 'no_such_package'"),
         (("--video", "out", "--metrics", "json:loads"), "not a subclass of Metric"),
         (("--video", "out", "--metrics", "json:Metric"), "has no Metric"),
     ],
@@ -123,9 +118,7 @@ def test_bad_input_is_one_clear_error_and_no_file(
     assert not (folders / "metrics.json").exists()
 
 
-def test_the_old_option_for_sets_is_refused_with_the_new_one(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_option_for_sets_is_refused_with_the_new_one(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="write --metrics weight-free"):
         run(monkeypatch, evaluate, "--video", folders / "out", "--output", "m.json", "--set", "weight-free")
 

@@ -44,9 +44,7 @@ def test_ssim_equals_the_written_formula() -> None:
     generator = np.random.default_rng(0)
     x = generator.uniform(0, 255, (17, 19))
     y = np.clip(x + generator.normal(0, 20, x.shape), 0, 255)
-    window = np.array(
-        [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)]
-    )
+    window = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
     window /= window.sum()
     values = []
     for i in range(x.shape[0] - 10):
@@ -79,9 +77,7 @@ def test_gmsd_equals_the_written_formula() -> None:
     x, y = generator.uniform(0, 255, (2, 14, 18))
 
     def gradient(plane: np.ndarray) -> np.ndarray:
-        small = np.array(
-            [[plane[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean() for j in range(9)] for i in range(7)]
-        )
+        small = np.array([[plane[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean() for j in range(9)] for i in range(7)])
         padded = np.pad(small, 1, mode="edge")
         result = np.empty_like(small)
         for i in range(7):
@@ -101,9 +97,7 @@ def test_gmsd_equals_the_written_formula() -> None:
 @pytest.mark.parametrize("name", ["psnr", "ssim", "gmsd"])
 def test_more_damage_scores_worse(name: str, film: Tensor) -> None:
     metric = create(name)
-    blurred = [
-        torch.from_numpy(gaussian_filter(film.numpy(), (0, 0, sigma, sigma))) for sigma in (0.7, 1.5, 3.0)
-    ]
+    blurred = [torch.from_numpy(gaussian_filter(film.numpy(), (0, 0, sigma, sigma))) for sigma in (0.7, 1.5, 3.0)]
     for damaged in ([noisy(film, sigma) for sigma in (0.02, 0.05, 0.1)], blurred):
         scores = [metric(video, film) for video in (film, *damaged)]
         assert scores == sorted(scores, reverse=not metric.lower_is_better)

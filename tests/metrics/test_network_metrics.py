@@ -85,9 +85,7 @@ def test_pickled_code_in_a_weight_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-def test_weights_come_from_the_folder_in_the_environment(
-    no_weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_come_from_the_folder_in_the_environment(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lpips")
     from torchvision.models import alexnet
 

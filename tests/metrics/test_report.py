@@ -34,10 +34,7 @@ def description(**changes: object) -> ReportDescription:
         "title": "Tiny <preset>",
         "scenes": [
             {
-                "frames": [
-                    {"label": "bicubic", "image": "bicubic.png"},
-                    {"label": "student", "image": "student.png"},
-                ],
+                "frames": [{"label": "bicubic", "image": "bicubic.png"}, {"label": "student", "image": "student.png"}],
                 "crops": [[4, 4, 8, 8]],
                 "compare": ["bicubic", "student"],
             }

@@ -33,10 +33,7 @@ def write(tmp_path: Path, text: str) -> Path:
     [
         ("trainer: {stepz: 3}", "unknown key trainer.stepz; did you mean 'steps'?"),
         ("trainer: {inner: {learning_rat: 3}}", "trainer.inner.learning_rat; did you mean 'learning_rate'?"),
-        (
-            "trainer: {inner: {learning_rate: -1}}",
-            "trainer.inner.learning_rate = -1: Input should be greater than 0",
-        ),
+        ("trainer: {inner: {learning_rate: -1}}", "trainer.inner.learning_rate = -1: Input should be greater than 0"),
         ("trainers: {}", "unknown section 'trainers'; did you mean 'trainer'?"),
         ("- a list", "must hold sections"),
         ("a: [", "not valid YAML"),
@@ -71,15 +68,7 @@ def test_shipped_presets_are_valid(preset):
 def test_seeds_depend_on_every_part_and_nothing_else():
     assert derive_seed(1, "a") == derive_seed(1, "a") == derive_seed("1", "a")
     assert (
-        len(
-            {
-                derive_seed(1, "a"),
-                derive_seed(1, "b"),
-                derive_seed(2, "a"),
-                derive_seed("1a"),
-                derive_seed("a", 1),
-            }
-        )
+        len({derive_seed(1, "a"), derive_seed(1, "b"), derive_seed(2, "a"), derive_seed("1a"), derive_seed("a", 1)})
         == 5
     )
     assert seeded_noise((4,), 1, "a").equal(seeded_noise((4,), 1, "a"))

@@ -8,14 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from common.errors import UserError
-from pipeline.model.prompts import (
-    DEFAULT_PROMPT,
-    NULL_PROMPT,
-    encode_prompts,
-    load_prompts,
-    main,
-    placeholder_cache,
-)
+from pipeline.model.prompts import DEFAULT_PROMPT, NULL_PROMPT, encode_prompts, load_prompts, main, placeholder_cache
 
 WORDS = ["<pad>", "</s>", "<unk>", *DEFAULT_PROMPT.split(), "a", "cat"]
 
@@ -27,9 +20,7 @@ def encoder(tmp_path_factory):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer.save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
     config = UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)

@@ -72,9 +72,7 @@ def test_early_exit_gives_the_features_of_the_full_pass(model, inputs):
 
 def test_early_exit_runs_no_block_after_the_last_tap(model, inputs):
     ran = []
-    handles = [
-        block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(model.blocks, 1)
-    ]
+    handles = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(model.blocks, 1)]
     model(*inputs, feature_layers=(1,), features_only=True)
     for handle in handles:
         handle.remove()

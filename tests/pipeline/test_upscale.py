@@ -145,9 +145,7 @@ def test_command_keeps_sound_frame_count_and_rate(upscale, model_folder, film, t
     assert len(read_video(output)) == len(read_video(film)) == json.loads(stats.read_text())["frames"]
 
 
-def test_command_writes_ten_bits_in_tiles_with_the_colours_of_the_source(
-    upscale, model_folder, film, tmp_path
-):
+def test_command_writes_ten_bits_in_tiles_with_the_colours_of_the_source(upscale, model_folder, film, tmp_path):
     output = tmp_path / "out.mkv"
     done = upscale(
         film, output, "--model", model_folder, "--bit-depth", 10, "--frames", 12, "--start", 6, "--tile", 96,
@@ -163,9 +161,7 @@ def test_command_writes_ten_bits_in_tiles_with_the_colours_of_the_source(
 
 def test_lossless_output_is_what_the_pipeline_returned(pipeline, tmp_path):
     result = pipeline(frames(5)).frames
-    with VideoWriter(
-        tmp_path / "x.mkv", width=160, height=96, frame_rate=Fraction(24), quality="lossless"
-    ) as writer:
+    with VideoWriter(tmp_path / "x.mkv", width=160, height=96, frame_rate=Fraction(24), quality="lossless") as writer:
         writer.write(result)
     assert np.array_equal(read_video(tmp_path / "x.mkv"), result)
 
@@ -196,15 +192,7 @@ def test_terminated_command_leaves_nothing_half_written(model_folder, tmp_path):
         for seed in range(40):
             writer.write(frames(50, seed=seed))
     output = tmp_path / "out" / "out.mp4"
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.upscale",
-        str(source),
-        str(output),
-        "--model",
-        str(model_folder),
-    ]
+    command = [sys.executable, "-m", "pipeline.upscale", str(source), str(output), "--model", str(model_folder)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not (output.parent.exists() and list(output.parent.iterdir())):
         assert process.poll() is None
@@ -225,9 +213,7 @@ def test_a_film_goes_on_from_any_of_its_places(pipeline):
         start, skip = whole[index][1]
         context = min(start, CONTEXT)
         rest_of_video = iter(film[start - context :])
-        again = upscale_video(
-            pipeline, rest_of_video, Windows(5, 2), first=start, context=context, statistics={}
-        )
+        again = upscale_video(pipeline, rest_of_video, Windows(5, 2), first=start, context=context, statistics={})
         rest = np.concatenate([clip for clip, _ in again])[skip:]
         assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
 

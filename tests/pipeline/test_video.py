@@ -72,9 +72,7 @@ def test_pixels_that_are_not_square_stay_so(tmp_path):
     path = make(tmp_path / "dvd.mp4", vf="setsar=16/15")
     ratio = probe(path).sample_aspect_ratio
     assert ratio == Fraction(16, 15)
-    assert (
-        probe(write(tmp_path / "x.mp4", gradient(), sample_aspect_ratio=ratio)).sample_aspect_ratio == ratio
-    )
+    assert probe(write(tmp_path / "x.mp4", gradient(), sample_aspect_ratio=ratio)).sample_aspect_ratio == ratio
 
 
 @pytest.mark.parametrize(("codec", "suffix", "kept"), [("aac", "mp4", "aac"), ("pcm_s16le", "mp4", "aac")])

@@ -23,12 +23,7 @@ def pipeline():
         num_layers=1,
     )  # fmt: skip
     vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2, 2],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     )
     return VSRPipeline(transformer, vae, placeholder_cache(8, 4), num_inference_steps=2)
 

@@ -38,10 +38,7 @@ CLIPS = 6
 CONFIG = PreferenceConfig(
     pairs=10, metrics="weight-free", niqe_block=16, niqe_clips=4, clips_per_shard=2, dtype="float32"
 )
-RANKED = {
-    "gmsd": METRICS["gmsd"],
-    "niqe_fitted": METRICS["niqe_fitted"],
-}
+RANKED = {"gmsd": METRICS["gmsd"], "niqe_fitted": METRICS["niqe_fitted"]}
 
 
 def save_model(folder: Path, steps: int = 1) -> Path:
@@ -57,9 +54,7 @@ def save_model(folder: Path, steps: int = 1) -> Path:
         num_layers=2,
     )
     vae = TinyVideoVAE(z_dim=SHAPE[0], hidden_dim=8, num_blocks=1)
-    pipeline = VSRPipeline(
-        transformer=transformer, vae=vae, prompts=prompts, num_inference_steps=steps, shift=5.0
-    )
+    pipeline = VSRPipeline(transformer=transformer, vae=vae, prompts=prompts, num_inference_steps=steps, shift=5.0)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -102,11 +97,7 @@ def test_a_pair_is_what_its_noises_and_scores_say(pairs: Path, model: Path) -> N
     for row, record in enumerate(batch.metadata):
         assert set(record["scores"]) == {"gmsd", "niqe_fitted"}
         ranking = rank(record["scores"], RANKED)
-        assert (ranking.best, ranking.worst, ranking.gap) == (
-            record["best"],
-            record["worst"],
-            record["gap"],
-        )
+        assert (ranking.best, ranking.worst, ranking.gap) == (record["best"], record["worst"], record["gap"])
         assert record["noise_win"] == record["candidate_noises"][ranking.best]
         z_lr = batch.tensors["z_lr"][row : row + 1].float()
         prompt = pipeline.prompts.embed([record["caption"]])
@@ -148,9 +139,7 @@ def test_parts_make_the_same_bytes_and_the_last_one_the_manifest(
     assert contents(tmp_path) == contents(pairs)
 
 
-def test_killed_job_goes_on_and_keeps_whole_shards(
-    pairs: Path, model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_killed_job_goes_on_and_keeps_whole_shards(pairs: Path, model: Path, data: Path, tmp_path: Path) -> None:
     config, output = tmp_path / "config.yaml", tmp_path / "pairs"
     settings = CONFIG.model_dump(mode="json")
     config.write_text(json.dumps({"preference": settings}))  # JSON is YAML

@@ -11,11 +11,7 @@ from metrics.frame_metric import Metric
 from metrics.registry import METRICS
 from preference.ranking import combine, is_pair, rank, stretch
 
-RANKED: dict[str, type[Metric]] = {
-    "lpips": METRICS["lpips"],
-    "musiq": METRICS["musiq"],
-    "dover": METRICS["dover"],
-}
+RANKED: dict[str, type[Metric]] = {"lpips": METRICS["lpips"], "musiq": METRICS["musiq"], "dover": METRICS["dover"]}
 RANGES = {"lpips": (0.0, 1.0), "musiq": (20.0, 80.0), "dover": (0.0, 100.0)}
 
 

@@ -46,11 +46,7 @@ def test_sides_follow_the_seed_and_only_the_key_knows_them(folders: Path) -> Non
 def test_score_counts_from_our_side() -> None:
     sides = ["left", "right", "left", "right", "left"]
     key = {"study": "s", "pairs": [{"name": str(i), "ours": side} for i, side in enumerate(sides)]}
-    sheet = {
-        "study": "s",
-        "rater": "x",
-        "answers": {"0": "left", "1": "left", "2": "same", "3": "right", "4": "left"},
-    }
+    sheet = {"study": "s", "rater": "x", "answers": {"0": "left", "1": "left", "2": "same", "3": "right", "4": "left"}}
     counted = tally(key, [sheet])
     assert counted == Tally(good=3, same=1, bad=1)
     assert counted.score == pytest.approx((3 - 1) / 5)

@@ -136,9 +136,7 @@ def table(results: dict[Row, Logs], yardstick: Logs) -> str:
             str(row.sequence),
         ]
         cells += [row.precision, *(f"{logs[-1][name]:.6f}" for name in shown)]
-        cells += [
-            f"{deviation(logs, yardstick, names, row.compared_rounds):.1e}" for names in (LOSSES, NORMS)
-        ]
+        cells += [f"{deviation(logs, yardstick, names, row.compared_rounds):.1e}" for names in (LOSSES, NORMS)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

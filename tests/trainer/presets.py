@@ -52,12 +52,7 @@ TRAINER: dict[str, Any] = {
         "preference": SCHEDULE | {"steps": 5},
     },
     "base": {"optimizer": ADAM | {"warmup_updates": 3}, "ema_decay": 0.9},
-    "progressive": {
-        "guidance_iterations": 2,
-        "schedule": [2, 1],
-        "iterations_per_halving": 2,
-        "optimizer": ADAM,
-    },
+    "progressive": {"guidance_iterations": 2, "schedule": [2, 1], "iterations_per_halving": 2, "optimizer": ADAM},
     "dual_stream": {
         "auxiliary_updates": 2,
         "student": ADAM,
@@ -90,9 +85,7 @@ def write_preset(folder: Path) -> Path:
     return path
 
 
-def run_command(
-    *arguments: object, ranks: int | None = None, limit: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: object, ranks: int | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
     """`python trainer/run.py …`, or through the deepspeed launcher with `ranks`; from a foreign folder.
 
     Args:
@@ -104,10 +97,7 @@ def run_command(
 
 
 def start_command(
-    *arguments: object,
-    ranks: int | None = None,
-    limit: str = "",
-    environment: dict[str, str] | None = None,
+    *arguments: object, ranks: int | None = None, limit: str = "", environment: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """The same in the background.
 
@@ -122,9 +112,7 @@ def start_command(
         command = [*launcher, "--master_port", str(29600 + os.getpid() % 300), *script]
     if limit:
         command = ["bash", "-c", f'{limit} && exec "$0" "$@"', *command]
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     inherited |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd="/", env=inherited | (environment or {}), **pipes)  # type: ignore[call-overload]
@@ -149,9 +137,7 @@ def losses(output: Path) -> list[dict[str, float]]:
 def write_dataset(path: Path, kind: str, make: Any) -> None:
     folder = open_folder(path)
     half = CLIPS // 2
-    sidecars = [
-        write_shard(folder, shard, [make(half * shard + i) for i in range(half)]) for shard in range(2)
-    ]
+    sidecars = [write_shard(folder, shard, [make(half * shard + i) for i in range(half)]) for shard in range(2)]
     write_manifest(folder, kind, sidecars, {"recipe": "toy"})
 
 
@@ -167,11 +153,7 @@ def clip(index: int) -> Sample:
 
 def _pair(index: int) -> Sample:
     z_lr = _latent("lr", index)
-    tensors = {
-        "z_win": z_lr + 0.1 * _latent("w", index),
-        "z_lose": z_lr + 0.5 * _latent("l", index),
-        "z_lr": z_lr,
-    }
+    tensors = {"z_win": z_lr + 0.1 * _latent("w", index), "z_lose": z_lr + 0.5 * _latent("l", index), "z_lr": z_lr}
     noises = {"noise_win": ["toy", index, 0], "noise_lose": ["toy", index, 1]}
     return _sample(f"pair-{index:03d}", "pair", tensors, {"caption": DEFAULT_PROMPT, **noises})
 

@@ -32,14 +32,10 @@ def run_on_ranks(target: str, ranks: int, **arguments: Any) -> list[dict[str, An
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes = []
         for rank in range(ranks):
-            environment = (
-                os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            )
+            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", __name__, target, json.dumps(arguments), folder]
             log = open(Path(folder, f"{rank}.log"), "w+")  # noqa: SIM115 (read after the process has ended)
-            processes.append(
-                (subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log), log)
-            )
+            processes.append((subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log), log))
         try:
             codes = [process.wait(SECONDS) for process, _ in processes]
         finally:

@@ -90,10 +90,7 @@ class PlainDualStream:
             with torch.no_grad():
                 h_s, h_hr = self.features(z_t, s), self.features(z_t_hr, s)
             d_s, d_hr = self.judge(h_s), self.judge(h_hr)
-            hinge = [
-                (1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean()
-                for r, f in zip(d_hr, d_s, strict=True)
-            ]
+            hinge = [(1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in zip(d_hr, d_s, strict=True)]
             losses["loss_discriminator"] = sum(hinge) / len(hinge)
         return losses
 
@@ -134,21 +131,16 @@ class PlainDualStream:
 
     def features(self, z_t: Tensor, s: dict[str, Tensor]) -> list[list[Tensor]]:
         """Per tapped layer, the features of each tapped model."""
-        models = {"both": (self.real, self.fake), "real": (self.real,), "fake": (self.fake,)}[
-            self.config.tapped
-        ]
+        models = {"both": (self.real, self.fake), "real": (self.real,), "fake": (self.fake,)}[self.config.tapped]
         taps = self.critic.taps
-        return list(
-            map(list, zip(*[m(z_t, s["t"], s["z_lr"], s["c"], taps).features for m in models], strict=True))
-        )
+        return list(map(list, zip(*[m(z_t, s["t"], s["z_lr"], s["c"], taps).features for m in models], strict=True)))
 
     def judge(self, features: list[list[Tensor]]) -> list[Tensor]:
         _, t, h, w = toys.LATENT
         maps = []
         for head, parts in zip(self.critic.heads, features, strict=True):
             normed = [
-                (p - p.mean(-1, keepdim=True)) / (p.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-                for p in parts
+                (p - p.mean(-1, keepdim=True)) / (p.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for p in parts
             ]
             tokens = torch.cat(normed, -1)
             maps.append(head(tokens.transpose(1, 2).reshape(len(tokens), -1, t, h // 2, w // 2)))

@@ -50,9 +50,7 @@ def rounds(
     now = {name: constants(stage.networks[name]) for name in before}
     return {
         "constants": {name: len(values) for name, values in now.items()},
-        "moved": sum(
-            not torch.equal(*pair) for name in now for pair in zip(before[name], now[name], strict=True)
-        ),
+        "moved": sum(not torch.equal(*pair) for name in now for pair in zip(before[name], now[name], strict=True)),
         "logs": logs,
         "student": stage.student.full_state_dict(),
         "ema": stage.student.full_state_dict(ema=True),
@@ -89,9 +87,7 @@ def student_passes(
     module = nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 12), nn.SiLU(), nn.Linear(12, 6))
     plain = copy.deepcopy(module)
     adam = torch.optim.AdamW(plain.parameters(), 1e-3, betas=optimizer.betas, weight_decay=0.01)
-    sharded = Network(
-        network, module, deepspeed=settings, optimizer=optimizer if network == "critic" else None
-    )
+    sharded = Network(network, module, deepspeed=settings, optimizer=optimizer if network == "critic" else None)
     engine = sharded._engine
     errors: list[list[float]] = []
     for step in range(steps):
@@ -113,9 +109,7 @@ def student_passes(
             module.requires_grad_(False)
         except (RuntimeError, AssertionError, IndexError, AttributeError, KeyError) as error:
             return {"errors": errors, "error": type(error).__name__}
-        errors.append(
-            [_relative(found, _input_gradient(plain, x)), abs(norms[0] - norms[1]) / (norms[1] or 1.0)]
-        )
+        errors.append([_relative(found, _input_gradient(plain, x)), abs(norms[0] - norms[1]) / (norms[1] or 1.0)])
     return {"errors": errors, "error": ""}
 
 
@@ -159,17 +153,11 @@ def checkpoint(world: World, *, zero_stage: int, folder: str, save: bool) -> dic
         torch.distributed.barrier()
     else:
         batch = toys.batch(["before"])
-        for _ in range(
-            2
-        ):  # in use: what ZeRO-3 keeps whole is so from the second call on, with its old values
+        for _ in range(2):  # in use: what ZeRO-3 keeps whole is so from the second call on, with its old values
             network.frozen(batch.tensors["z_hr"], torch.ones(1), batch.tensors["z_lr"], toys.embed(["a"]))
         network.load(Path(folder))
     norms = [update(step) for step in range(2, 4)]
-    return {
-        "norms": norms,
-        "student": network.full_state_dict(),
-        "ema": network.full_state_dict(ema=True),
-    }
+    return {"norms": norms, "student": network.full_state_dict(), "ema": network.full_state_dict(ema=True)}
 
 
 def parity(world: World, *, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:

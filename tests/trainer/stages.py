@@ -45,13 +45,7 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
         )
 
     built = build_stage(
-        spec,
-        config,
-        model,
-        init=None,
-        teacher=None,
-        embed=load_prompts(model.prompts).embed,
-        world=world,
+        spec, config, model, init=None, teacher=None, embed=load_prompts(model.prompts).embed, world=world
     )
     settings = {"trainer": config.model_dump(mode="json")}
     validation = None

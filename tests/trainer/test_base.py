@@ -49,16 +49,12 @@ def test_z_lr_is_noised_between_200_and_600_of_1000(world: World) -> None:
 def test_a_tenth_of_the_prompts_is_null(world: World) -> None:
     stage = build(null_prompt_probability=0.1)
     null = toys.embed([""])[0]
-    dropped = [
-        bool((row == null).all()) for step in range(10) for row in stage.draw(step, toys.batch(KEYS))[3]
-    ]
+    dropped = [bool((row == null).all()) for step in range(10) for row in stage.draw(step, toys.batch(KEYS))[3]]
     assert 0.06 < sum(dropped) / len(dropped) < 0.14
 
 
 def test_pure_noise_fraction_puts_samples_at_one(world: World) -> None:
-    share = torch.cat(
-        [build(pure_noise_fraction=0.5).draw(step, toys.batch(KEYS))[1] == 1 for step in range(4)]
-    )
+    share = torch.cat([build(pure_noise_fraction=0.5).draw(step, toys.batch(KEYS))[1] == 1 for step in range(4)])
     assert 0.4 < share.float().mean() < 0.6
 
 

@@ -21,11 +21,7 @@ ABLATIONS = sorted((CONFIGS / "ablations").glob("*.yaml"))
 
 def differences(a: Any, b: Any, path: str = "") -> set[str]:
     if isinstance(a, dict) and isinstance(b, dict):
-        return {
-            line
-            for key in {*a, *b}
-            for line in differences(a.get(key), b.get(key), f"{path}.{key}".strip("."))
-        }
+        return {line for key in {*a, *b} for line in differences(a.get(key), b.get(key), f"{path}.{key}".strip("."))}
     return set() if a == b else {path}
 
 
@@ -47,10 +43,7 @@ def test_numbers_of_the_paper() -> None:
         0.1,
         0.05,
     )
-    assert (
-        config.progressive.schedule == (32, 16, 8, 4, 2, 1)
-        and config.progressive.iterations_per_halving == 500
-    )
+    assert config.progressive.schedule == (32, 16, 8, 4, 2, 1) and config.progressive.iterations_per_halving == 500
     assert config.steps_of(STAGES["progressive"]) == 2000 + 6 * 500
     assert config.steps_of(STAGES["preference"]) == 1000
     assert config.preference.beta == 1000 and config.preference.operating_point == "one_step"
@@ -60,8 +53,7 @@ def test_numbers_of_the_paper() -> None:
 def test_a_network_may_be_sharded_its_own_way() -> None:
     """Overrides refine `engine`: what they don't name stays as it is there."""
     config = TrainerConfig(
-        engine={"precision": "fp32", "gradient_accumulation": 4},
-        engine_overrides={"real_score": {"zero_stage": 2}},
+        engine={"precision": "fp32", "gradient_accumulation": 4}, engine_overrides={"real_score": {"zero_stage": 2}}
     )
     refined = config.engine_of("real_score")
     assert (refined.zero_stage, refined.precision, refined.gradient_accumulation) == (2, "fp32", 4)
@@ -77,10 +69,7 @@ def test_a_schedule_refines_the_stages_own_default() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "trainer.dual_stream.gan_wieght=1",
-            "unknown key trainer.dual_stream.gan_wieght; did you mean 'gan_weight'?",
-        ),
+        ("trainer.dual_stream.gan_wieght=1", "unknown key trainer.dual_stream.gan_wieght; did you mean 'gan_weight'?"),
         ("trainer.engine.zero_stage=4", "trainer.engine.zero_stage = 4"),
         ("trainer.progressive.schedule=[4,3,1]", "must halve at every entry"),
         ("trainer.tracking.wandb=maybe", "trainer.tracking.wandb = 'maybe'"),
@@ -90,14 +79,8 @@ def test_a_schedule_refines_the_stages_own_default() -> None:
         ("trainer.engines={critic: {}}", "trainer.engines is now called trainer.engine_overrides"),
         ("trainer.schedules.dualstream.steps=3", "unknown stage 'dualstream'; known: base, progressive"),
         ("trainer.schedules.base.stepz=3", "unknown key trainer.schedules.base.stepz; did you mean 'steps'?"),
-        (
-            "trainer.schedules.progressive.steps=9",
-            "progressive.steps = 9: the number of updates follows from",
-        ),
-        (
-            "trainer.dual_stream={dmd_weight: 0, gan_weight: 0, feature_matching_weight: 0}",
-            "nothing to learn",
-        ),
+        ("trainer.schedules.progressive.steps=9", "progressive.steps = 9: the number of updates follows from"),
+        ("trainer.dual_stream={dmd_weight: 0, gan_weight: 0, feature_matching_weight: 0}", "nothing to learn"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
@@ -107,9 +90,7 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 
 
 def test_extending_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
-    (tmp_path / "parent.yaml").write_text(
-        "trainer: {seed: 1, progressive: {schedule: [2, 1], guidance_weight: 2}}"
-    )
+    (tmp_path / "parent.yaml").write_text("trainer: {seed: 1, progressive: {schedule: [2, 1], guidance_weight: 2}}")
     child = tmp_path / "child.yaml"
     child.write_text("extends: parent.yaml\ntrainer: {progressive: {schedule: [1]}}")
     config = load_section(child, "trainer", TrainerConfig)

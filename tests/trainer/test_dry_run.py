@@ -24,9 +24,7 @@ PRESETS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_papers_preset(
-    stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_papers_preset(stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--config", str(CONFIGS / "wan-1.3b.yaml"), "--stage", stage, "--dry-run", "--gpus", "4"]
     monkeypatch.setattr(sys, "argv", ["run.py", *line])
     command.main()
@@ -66,12 +64,7 @@ def test_every_preset_resolves(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("zero_stage", "gpus", "bytes_per_parameter"),
-    [
-        (1, 1, 2 + 4 + 12 + 4),
-        (1, 8, 2 + 4 + (12 + 4) / 8),
-        (2, 8, 2 + (12 + 4) / 8),
-        (3, 8, (2 + 4 + 12 + 4) / 8),
-    ],
+    [(1, 1, 2 + 4 + 12 + 4), (1, 8, 2 + 4 + (12 + 4) / 8), (2, 8, 2 + (12 + 4) / 8), (3, 8, (2 + 4 + 12 + 4) / 8)],
 )
 def test_memory_of_a_trained_network(zero_stage: int, gpus: int, bytes_per_parameter: float) -> None:
     config = DeepSpeedConfig(zero_stage=zero_stage)

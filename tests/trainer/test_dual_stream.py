@@ -81,9 +81,7 @@ def test_student_gradient_is_that_of_one_graph(world: World, name: str) -> None:
 def test_student_gradient_at_zero_3_with_checkpointing(world: World) -> None:
     stage = toys.dual_stream(toys.configuration())
     plain, batch = _plain(stage), _batches(0)[-1]
-    engine = DeepSpeedConfig(
-        zero_stage=3, precision="fp32", persistence_threshold=0, activation_checkpointing=True
-    )
+    engine = DeepSpeedConfig(zero_stage=3, precision="fp32", persistence_threshold=0, activation_checkpointing=True)
     sharded = toys.dual_stream(toys.configuration(), engine)
     assert _relative(_student_gradient(sharded, batch), _plain_gradient(plain, batch)) <= 1e-5
 
@@ -168,9 +166,7 @@ def test_each_group_learns_from_its_own_loss(world: World) -> None:
     ],
     ids=str,
 )
-def test_the_critics_norm_is_divided_between_fake_score_and_heads(
-    world: World, engine: dict[str, Any]
-) -> None:
+def test_the_critics_norm_is_divided_between_fake_score_and_heads(world: World, engine: dict[str, Any]) -> None:
     settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | engine))
     stage = toys.dual_stream(toys.configuration(gan_weight=0.0), settings)
     plain, meter = _plain(toys.dual_stream(toys.configuration(gan_weight=0.0))), Meter("cpu")

@@ -20,12 +20,7 @@ def test_ema_equals_the_average_of_gathered_weights(world: World, zero_stage: in
     batch = toys.batch(["a", "b"])
     for _ in range(4):
         with network.updating():
-            inputs = (
-                batch.tensors["z_hr"],
-                torch.tensor([0.3, 0.7]),
-                batch.tensors["z_lr"],
-                toys.embed(["", ""]),
-            )
+            inputs = (batch.tensors["z_hr"], torch.tensor([0.3, 0.7]), batch.tensors["z_lr"], toys.embed(["", ""]))
             network.backward(network(*inputs).velocity.float().square().mean())
             network.step()
         masters = network.full_state_dict()

@@ -59,9 +59,7 @@ def test_the_folder_holds_the_ema(preset: Path, tmp_path: Path, world: World) ->
     assert (config.num_inference_steps, config.guidance_weight, config.shift) == (4, 0.5, 5.0)
     model = model_of(preset)
     assert all(map(torch.equal, pipeline.vae.parameters(), load_vae(model.vae).parameters()))
-    assert torch.equal(
-        pipeline.prompts.embed([DEFAULT_PROMPT]), load_prompts(model.prompts).embed([DEFAULT_PROMPT])
-    )
+    assert torch.equal(pipeline.prompts.embed([DEFAULT_PROMPT]), load_prompts(model.prompts).embed([DEFAULT_PROMPT]))
 
 
 def test_the_best_checkpoint_is_exported_on_request(
@@ -110,11 +108,7 @@ def test_an_older_model_is_replaced_and_a_failed_one_leaves_it(preset: Path, tmp
     weights = open_pipeline(tmp_path / "model").transformer.state_dict()
     assert torch.equal(weights["proj_out.weight"], new["proj_out.weight"])
     with pytest.raises(RuntimeError, match=r"proj_out\.weight"):
-        export(
-            preset,
-            tmp_path / "model",
-            {name: value for name, value in old.items() if name != "proj_out.weight"},
-        )
+        export(preset, tmp_path / "model", {name: value for name, value in old.items() if name != "proj_out.weight"})
     weights = open_pipeline(tmp_path / "model").transformer.state_dict()
     assert torch.equal(weights["proj_out.weight"], new["proj_out.weight"])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -41,9 +41,7 @@ def test_only_a_weight_that_learns_keeps_its_input() -> None:
     for learns in (True, False):
         weight = torch.randn(4, 6, requires_grad=learns)
         saved: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, saved=saved: saved.append(t) or t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             linear(x, weight, None)
         assert any(tensor is weight for tensor in saved)
         assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved) == learns
@@ -51,9 +49,7 @@ def test_only_a_weight_that_learns_keeps_its_input() -> None:
 
 @pytest.mark.parametrize(("zero_stage", "used"), [(2, False), (3, True)])
 def test_networks_at_zero_3_use_it(zero_stage: int, used: bool, world: World) -> None:
-    Network(
-        "real_score", toys.transformer(1), deepspeed=DeepSpeedConfig(zero_stage=zero_stage, precision="fp32")
-    )
+    Network("real_score", toys.transformer(1), deepspeed=DeepSpeedConfig(zero_stage=zero_stage, precision="fp32"))
     assert (functional.linear is linear) == used
 
 

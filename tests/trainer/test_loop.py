@@ -94,9 +94,7 @@ def test_an_exploded_norm_is_a_bad_step() -> None:
 
 
 def test_cosine_falls_to_a_tenth(preset: Path, tmp_path: Path, world: World) -> None:
-    schedules = {
-        "base": {"steps": 8, "global_batch_size": 4, "learning_rate_schedule": "cosine", "validate_every": 0}
-    }
+    schedules = {"base": {"steps": 8, "global_batch_size": 4, "learning_rate_schedule": "cosine", "validate_every": 0}}
     run = make_run(preset, "base", tmp_path / "run", world, schedules=schedules)
     assert train_loop(run)
     factors = [row["learning_rate_factor"] for row in losses(tmp_path / "run")]

@@ -103,9 +103,7 @@ def test_the_adapter_starts_as_no_change_and_the_same_everywhere() -> None:
     add_adapter(other, ADAPTER, network="critic", seed=1)
     assert torch.equal(first(*inputs()).velocity, expected)
     names = trained(first).keys()
-    assert len(names) == 4 + 2 * 10 * 2, (
-        "two whole modules, and two matrices beside ten layers in each of two blocks"
-    )
+    assert len(names) == 4 + 2 * 10 * 2, "two whole modules, and two matrices beside ten layers in each of two blocks"
     assert all(torch.equal(trained(first)[name], trained(second)[name]) for name in names)
     assert not torch.equal(*(trained(m)["blocks.0.attn1.to_q.lora_A.default.weight"] for m in (first, other)))
 
@@ -155,10 +153,7 @@ def plain_logs() -> list[dict[str, float]]:
     for module, network in ((plain.student, stage.student), (plain.critic, stage.critic)):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in network.trained)
-    return [
-        plain.round(step, toys.local_batches(toys.global_batches(step, 4, 4), 0, 1, 1))
-        for step in range(ROUNDS)
-    ]
+    return [plain.round(step, toys.local_batches(toys.global_batches(step, 4, 4), 0, 1, 1)) for step in range(ROUNDS)]
 
 
 @pytest.mark.distributed
@@ -171,10 +166,7 @@ def test_stage_two_is_the_same_however_it_is_sharded(world: World) -> None:
         assert deviation(result["logs"], yardstick, LOSSES) < 1e-4, row
         assert deviation(result["logs"], yardstick, NORMS) < 1e-3, row
         assert result["moved"] == 0
-        whole, thin = (
-            2 * 2,
-            3 * 10 * 2,
-        )  # weights and biases of two modules; thin matrices of 3 x 10 layers
+        whole, thin = (2 * 2, 3 * 10 * 2)  # weights and biases of two modules; thin matrices of 3 x 10 layers
         assert len(result["student"]) == whole + thin
         assert result["constants"]["student"] == len(list(toys.transformer(2).parameters())) - whole
 
@@ -185,9 +177,7 @@ def test_bf16_weights_stay_while_float32_masters_of_the_adapter_learn(world: Wor
     learned, kept = trained(module), frozen(module)
     # With so small a rate no bf16 weight can move, but the masters do.
     optimizer = OptimizerConfig(learning_rate=1e-7, weight_decay=0.0)
-    network = Network(
-        "student", module, deepspeed=DeepSpeedConfig(zero_stage=zero_stage), optimizer=optimizer
-    )
+    network = Network("student", module, deepspeed=DeepSpeedConfig(zero_stage=zero_stage), optimizer=optimizer)
     for _ in range(2):
         with network.updating():
             network.backward(network(*inputs()).velocity.float().square().mean())
@@ -217,9 +207,7 @@ def test_a_frozen_call_hears_the_adapter_and_leads_gradients_to_its_inputs(world
 @pytest.mark.parametrize(
     ("stage", "zero_stage"), [("base", 3), ("progressive", 1), ("dual_stream", 1), ("preference", 1)]
 )
-def test_every_stage_goes_on_exactly(
-    stage: str, zero_stage: int, preset: Path, tmp_path: Path, world: World
-) -> None:
+def test_every_stage_goes_on_exactly(stage: str, zero_stage: int, preset: Path, tmp_path: Path, world: World) -> None:
     engine = TRAINER["engine"] | {"zero_stage": zero_stage, "persistence_threshold": 100_000}
     changes: dict[str, Any] = {"lora": BOTH, "engine": engine}
     whole = make_run(preset, stage, tmp_path / "whole", world, **changes)
@@ -248,9 +236,7 @@ def test_another_adapter_or_base_cannot_go_on(preset: Path, tmp_path: Path, worl
     smaller = {"student": {"rank": 2, "alpha": 6}}  # every thinner matrix would fit into the saved ones
     with pytest.raises(UserError, match=r"trained parameters, student has .*trainer\.lora as they were"):
         train_loop(make_run(preset, "base", tmp_path / "run", world, lora=smaller))
-    with pytest.raises(
-        UserError, match="was trained beside other frozen weights of student: give the same --init"
-    ):
+    with pytest.raises(UserError, match="was trained beside other frozen weights of student: give the same --init"):
         train_loop(make_run(preset, "base", tmp_path / "run", world, lora=BOTH, seed=4))
 
 
@@ -270,11 +256,7 @@ def test_the_merged_model_is_the_adapted_one(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "adapter").iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors"]
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (
-        3,
-        6,
-        "runs/base/model",
-    )
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (3, 6, "runs/base/model")
     alone = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
     assert torch.equal(alone(*inputs()).velocity, expected)
 
@@ -300,20 +282,12 @@ def test_from_stage_to_stage(preset: Path, tmp_path: Path, world: World) -> None
     } | {"progressive": {"global_batch_size": 4, "validate_every": 0}}
     config = preset.with_name("lora.yaml")
     config.write_text(yaml.safe_dump(document))
-    model, trainer = (
-        load_section(config, "model", ModelConfig),
-        load_section(config, "trainer", TrainerConfig),
-    )
+    model, trainer = (load_section(config, "model", ModelConfig), load_section(config, "trainer", TrainerConfig))
     base = initial_transformer(None, model, trainer.seed)
     roles: dict[str, list[str]] = {
         "base": [],
         "progressive": ["--init", f"{tmp_path}/base/model"],
-        "dual_stream": [
-            "--init",
-            f"{tmp_path}/progressive/model",
-            "--teacher",
-            f"{tmp_path}/progressive/teacher",
-        ],
+        "dual_stream": ["--init", f"{tmp_path}/progressive/model", "--teacher", f"{tmp_path}/progressive/teacher"],
     }
     for stage, more in roles.items():
         output = tmp_path / stage
@@ -322,9 +296,7 @@ def test_from_stage_to_stage(preset: Path, tmp_path: Path, world: World) -> None
         exported = open_pipeline(output / "model").transformer
         assert exported.state_dict().keys() == base.state_dict().keys()
         rebuilt = PeftModel.from_pretrained(copy.deepcopy(base), output / "adapter")
-        torch.testing.assert_close(
-            velocity(exported), velocity(rebuilt.base_model.model), rtol=1e-5, atol=2e-6
-        )
+        torch.testing.assert_close(velocity(exported), velocity(rebuilt.base_model.model), rtol=1e-5, atol=2e-6)
         assert not torch.equal(velocity(exported), velocity(base))
         if stage == "progressive":
             teacher = load_transformer(output / "teacher", model.transformer)
@@ -349,14 +321,8 @@ def test_operations_are_those_of_the_real_step(preset: Path, tmp_path: Path, wor
             r"lora\.student\.target_modules: 'to_w': no module's name ends like that; .*to_q",
         ),
         ({"target_modules": ["attn1"]}, r"'attn1': blocks\.0\.attn1 is not a linear layer"),
-        (
-            {"trained_modules": ["head"]},
-            r"trained_modules: 'head' names no module with weights; .*patch_embedding",
-        ),
-        (
-            {"trained_modules": ["blocks.1.ffn"]},
-            r"'blocks\.1\.ffn' learns whole, but blocks\.1\.ffn\.net\.0\.proj",
-        ),
+        ({"trained_modules": ["head"]}, r"trained_modules: 'head' names no module with weights; .*patch_embedding"),
+        ({"trained_modules": ["blocks.1.ffn"]}, r"'blocks\.1\.ffn' learns whole, but blocks\.1\.ffn\.net\.0\.proj"),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
@@ -392,7 +358,5 @@ def test_the_dry_run_tells_what_learns_and_what_it_saves() -> None:
         rows = text.split("# memory of each")[1].splitlines()
         return float(next(row for row in rows if row.startswith(network)).split()[3])
 
-    assert optimizer_gib(adapter, "student") == pytest.approx(
-        (thin + patch + projection) * 12 / 4 / 2**30, abs=0.01
-    )
+    assert optimizer_gib(adapter, "student") == pytest.approx((thin + patch + projection) * 12 / 4 / 2**30, abs=0.01)
     assert optimizer_gib(adapter, "student") < 0.1 * optimizer_gib(plain, "student")

@@ -25,9 +25,7 @@ def _maps(seed: int) -> list[np.ndarray]:
 
 def test_velocity_loss_is_a_mean() -> None:
     v, target = _random(0), _random(1)
-    assert losses.velocity_loss(_tensor(v), _tensor(target)).item() == pytest.approx(
-        ((v - target) ** 2).mean(), 1e-6
-    )
+    assert losses.velocity_loss(_tensor(v), _tensor(target)).item() == pytest.approx(((v - target) ** 2).mean(), 1e-6)
 
 
 def test_losses_of_bf16_outputs_are_computed_in_float32() -> None:
@@ -39,12 +37,8 @@ def test_losses_of_bf16_outputs_are_computed_in_float32() -> None:
 def test_discriminator_loss() -> None:
     hr, s = _maps(0), _maps(10)
     expected = {
-        "hinge": [
-            np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean() for r, f in zip(hr, s, strict=True)
-        ],
-        "softplus": [
-            np.log1p(np.exp(-r)).mean() + np.log1p(np.exp(f)).mean() for r, f in zip(hr, s, strict=True)
-        ],
+        "hinge": [np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean() for r, f in zip(hr, s, strict=True)],
+        "softplus": [np.log1p(np.exp(-r)).mean() + np.log1p(np.exp(f)).mean() for r, f in zip(hr, s, strict=True)],
         "relativistic": [np.log1p(np.exp(-(r - f))).mean() for r, f in zip(hr, s, strict=True)],
     }
     for kind, values in expected.items():

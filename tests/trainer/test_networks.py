@@ -85,9 +85,7 @@ def test_bf16_keeps_float32_masters_and_rotary_tables(world: World, zero_stage: 
     ],
     ids=str,
 )
-def test_offloading_changes_no_number(
-    world: World, engine: dict[str, Any], tolerance: float, tmp_path: Path
-) -> None:
+def test_offloading_changes_no_number(world: World, engine: dict[str, Any], tolerance: float, tmp_path: Path) -> None:
     """Masters and moments on the host; on a CPU that is where they are anyway, but by DeepSpeed's other paths."""
     settings = engine | {"persistence_threshold": 0}
     offloaded = _network(settings, ema_decay=0.9)
@@ -96,9 +94,7 @@ def test_offloading_changes_no_number(
     deepspeed_engine, optimizer = offloaded._engine, offloaded._engine.optimizer
     assert deepspeed_engine.zero_offload_optimizer().device == "cpu"
     assert getattr(optimizer, "offload_optimizer", False) or optimizer.cpu_offload
-    assert isinstance(optimizer.optimizer, torch.optim.AdamW), (
-        "none of DeepSpeed's own, which would be compiled"
-    )
+    assert isinstance(optimizer.optimizer, torch.optim.AdamW), "none of DeepSpeed's own, which would be compiled"
     if engine["zero_stage"] == 3:
         assert deepspeed_engine.zero_offload_param().device == "cpu" and optimizer.offload_param
     norms = [(_update(offloaded, step), _update(plain, step)) for step in range(3)]
@@ -120,9 +116,7 @@ def test_accumulation_is_refused_when_miscounted(world: World) -> None:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_save_and_load_continue_exactly(
-    world: World, tmp_path: Path, zero_stage: int, precision: str
-) -> None:
+def test_save_and_load_continue_exactly(world: World, tmp_path: Path, zero_stage: int, precision: str) -> None:
     settings = {"zero_stage": zero_stage, "precision": precision, "persistence_threshold": 0}
     first = _network(settings, ema_decay=0.9)
     for step in range(2):

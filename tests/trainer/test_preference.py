@@ -22,20 +22,12 @@ KEYS = ["one", "two", "three"]
 def pairs() -> Batch:
     z_lr = torch.stack([seeded_noise(toys.LATENT, key, "lr") for key in KEYS])
     shift = {name: torch.stack([seeded_noise(toys.LATENT, key, name) for key in KEYS]) for name in ("w", "l")}
-    metadata = [
-        {"caption": "a film", "noise_win": ["toy", key, 0], "noise_lose": ["toy", key, 1]} for key in KEYS
-    ]
-    return Batch(
-        KEYS, {"z_win": z_lr + 0.1 * shift["w"], "z_lose": z_lr + shift["l"], "z_lr": z_lr}, metadata
-    )
+    metadata = [{"caption": "a film", "noise_win": ["toy", key, 0], "noise_lose": ["toy", key, 1]} for key in KEYS]
+    return Batch(KEYS, {"z_win": z_lr + 0.1 * shift["w"], "z_lose": z_lr + shift["l"], "z_lr": z_lr}, metadata)
 
 
 def build(**changes: object) -> Preference:
-    values: dict[str, object] = {
-        "beta": 20.0,
-        "anchor_weight": 0.5,
-        "optimizer": OptimizerConfig(learning_rate=1e-3),
-    }
+    values: dict[str, object] = {"beta": 20.0, "anchor_weight": 0.5, "optimizer": OptimizerConfig(learning_rate=1e-3)}
     reference = toys.transformer(4)
     # a student that has moved, or every margin would be zero
     transformers = {"student": toys.moved(reference), "reference": reference}
@@ -52,12 +44,7 @@ def test_loss_at_one_with_the_candidates_own_noise(world: World) -> None:
         for side, name, number in (("w", "z_win", 0), ("l", "z_lose", 1)):
             noise = seeded_noise(toys.LATENT, "toy", key, number).double()[None]
             target = noise - batch.tensors[name][index : index + 1].double()
-            inputs = (
-                noise,
-                torch.ones(1),
-                batch.tensors["z_lr"][index : index + 1].double(),
-                toys.embed(["a film"]),
-            )
+            inputs = (noise, torch.ones(1), batch.tensors["z_lr"][index : index + 1].double(), toys.embed(["a film"]))
             v, v_ref = student(*inputs).velocity, reference(*inputs).velocity
             error[side] = ((target - v) ** 2).mean().item() - ((target - v_ref) ** 2).mean().item()
             anchor.append(((v - v_ref) ** 2).mean().item())

@@ -70,9 +70,7 @@ def test_halving_loss(world: World) -> None:
         assert start % 2 == 0, "the student starts at points of its own, coarser grid"
         t = s.t[index : index + 1].double()
         t1, t2 = s.t_middle[index : index + 1].double(), s.t_end[index : index + 1].double()
-        assert (t1.item(), t2.item()) == pytest.approx(
-            (grid[start + 1].item(), grid[start + 2].item()), abs=1e-6
-        )
+        assert (t1.item(), t2.item()) == pytest.approx((grid[start + 1].item(), grid[start + 2].item()), abs=1e-6)
         half = z - (t - t1) * teacher(z, t, z_lr, c.double()).velocity
         whole = half - (t1 - t2) * teacher(half, t1, z_lr, c.double()).velocity
         v = student(z, t, z_lr, c.double()).velocity

@@ -64,17 +64,12 @@ def test_every_stage_goes_on_exactly(
     for name, network in whole.stage.networks.items():
         if network.fragments:
             for ema in (False, True) if network.ema else (False,):
-                found, expected = (
-                    last.stage.networks[name].full_state_dict(ema=ema),
-                    network.full_state_dict(ema=ema),
-                )
+                found, expected = (last.stage.networks[name].full_state_dict(ema=ema), network.full_state_dict(ema=ema))
                 assert all(torch.equal(found[key], expected[key]) for key in expected), (name, ema)
 
 
 def command(preset: Path, output: Path) -> list[object]:
-    steps = (
-        "trainer.schedules.base={steps: 40, global_batch_size: 4, checkpoint_every: 10, validate_every: 0}"
-    )
+    steps = "trainer.schedules.base={steps: 40, global_batch_size: 4, checkpoint_every: 10, validate_every: 0}"
     data = preset.parent / "clips"
     return ["--config", preset, "--stage", "base", "--data", data, "--output", output, "--set", steps]
 
@@ -143,11 +138,7 @@ LONGER = (
     "trainer.progressive.iterations_per_halving=10",
     *(
         f"trainer.schedules.{stage}={{{steps}global_batch_size: 4, checkpoint_every: 6, validate_every: 0}}"
-        for stage, steps in (
-            ("progressive", ""),
-            ("dual_stream", "steps: 30, "),
-            ("preference", "steps: 30, "),
-        )
+        for stage, steps in (("progressive", ""), ("dual_stream", "steps: 30, "), ("preference", "steps: 30, "))
     ),
 )
 
@@ -278,9 +269,7 @@ def test_what_is_best_survives_a_power_cut(
     with pytest.raises(PowerCut):
         train_loop(dying)
     (dying.checkpoints / "best.json").unlink()  # as if the power had gone before it was written
-    assert train_loop(
-        make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1)
-    )
+    assert train_loop(make_run(preset, "base", tmp_path / "cut", world, schedules=WATCHED, keep_checkpoints=1))
     assert kept(tmp_path / "cut") == kept(tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     unwatched = {"base": WATCHED["base"] | {"keep_best": None}}

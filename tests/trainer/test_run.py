@@ -36,12 +36,7 @@ def test_two_ranks_at_zero_3_through_all_stages(preset: Path, tmp_path: Path, wo
     models = {
         "base": (),
         "progressive": ("--init", tmp_path / "base/model"),
-        "dual_stream": (
-            "--init",
-            tmp_path / "progressive/model",
-            "--teacher",
-            tmp_path / "progressive/teacher",
-        ),
+        "dual_stream": ("--init", tmp_path / "progressive/model", "--teacher", tmp_path / "progressive/teacher"),
         "preference": ("--init", tmp_path / "dual_stream/model"),
     }
     alone = make_run(preset, "base", tmp_path / "alone", world)

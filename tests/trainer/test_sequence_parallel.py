@@ -156,9 +156,7 @@ def _pass(model: VSRTransformer, latent: tuple[int, ...], clip: int) -> dict[str
     parameters = {f"parameter {name}": parameter for name, parameter in model.named_parameters()}
     wanted = leaves | parameters
     gradients = torch.autograd.grad(loss, list(wanted.values()))
-    return {f"output {i}": out.detach() for i, out in outputs.items()} | dict(
-        zip(wanted, gradients, strict=True)
-    )
+    return {f"output {i}": out.detach() for i, out in outputs.items()} | dict(zip(wanted, gradients, strict=True))
 
 
 def base_steps(world: World, *, sequence_parallel: int = 1, **engine: Any) -> dict[str, Any]:
@@ -172,8 +170,4 @@ def base_steps(world: World, *, sequence_parallel: int = 1, **engine: Any) -> di
         stage.train_step(step, toys.local_batches(toys.global_batches(step, 1, 4), reader, readers, 1))
         for step in range(3)
     ]
-    return {
-        "logs": logs,
-        "student": stage.student.full_state_dict(),
-        "ema": stage.student.full_state_dict(ema=True),
-    }
+    return {"logs": logs, "student": stage.student.full_state_dict(), "ema": stage.student.full_state_dict(ema=True)}

@@ -81,6 +81,4 @@ def test_all_ranks_fail_alike_before_they_met(preset: Path, tmp_path: Path) -> N
     line = ["--config", preset, "--stage", "base", "--data", preset.parent / "clips", "--output", tmp_path]
     result = run_command(*line, "--set", "trainer.base.optimiser.learning_rate=1", ranks=2)
     assert result.returncode == 2
-    assert told(result.stderr) == [
-        f"error: {preset}: unknown key trainer.base.optimiser; did you mean 'optimizer'?"
-    ]
+    assert told(result.stderr) == [f"error: {preset}: unknown key trainer.base.optimiser; did you mean 'optimizer'?"]

@@ -48,9 +48,7 @@ def test_table_on_one_rank(world: World, row: tuple[int, str, str, bool, str]) -
     zero_stage, network, call, requires_grad, _ = row
     _check(
         row,
-        scenarios.student_passes(
-            world, zero_stage=zero_stage, network=network, call=call, requires_grad=requires_grad
-        ),
+        scenarios.student_passes(world, zero_stage=zero_stage, network=network, call=call, requires_grad=requires_grad),
     )
 
 
@@ -64,9 +62,7 @@ def test_table_on_two_ranks() -> None:
 
 def test_network_refuses_the_wrong_calls(world: World) -> None:
     engine = DeepSpeedConfig(zero_stage=1, precision="fp32")
-    network = Network(
-        "critic", toys.transformer(0, 1), deepspeed=engine, optimizer=OptimizerConfig(learning_rate=1.0)
-    )
+    network = Network("critic", toys.transformer(0, 1), deepspeed=engine, optimizer=OptimizerConfig(learning_rate=1.0))
     with pytest.raises(RuntimeError, match="not being updated"):
         network()
     with network.updating(), pytest.raises(RuntimeError, match="being updated"):

@@ -125,9 +125,7 @@ def dual_stream(
     student, real_score = transformer(2, layers), transformer(1, layers)
     # A fake score that has moved away from the real one, or DMD's gradient would be zero.
     transformers = {"student": student, "critic": moved(real_score), "real_score": real_score}
-    return DualStream(
-        setup(SPEC, config, transformers, engine=engine, sequence=sequence, lora=lora, seed=seed)
-    )
+    return DualStream(setup(SPEC, config, transformers, engine=engine, sequence=sequence, lora=lora, seed=seed))
 
 
 def moved(model: VSRTransformer) -> VSRTransformer:

@@ -86,9 +86,7 @@ def training_engine(
     }
     adam = torch.optim.AdamW(groups, **settings)
     with _float32_buffers(module):
-        engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adam, config=deepspeed_config(config, optimizer)
-        )
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=deepspeed_config(config, optimizer))
     return engine
 
 
@@ -126,9 +124,7 @@ def _stage_3(optimizer: Any) -> Iterator[tuple[Tensor, int, int, Tensor, int]]:
 def _stage_1_2(optimizer: Any) -> Iterator[tuple[Tensor, int, int, Tensor, int]]:
     # bf16 weights with float32 gradient accumulation at stage 1 get DeepSpeed's BF16_Optimizer.
     groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    flats = (
-        getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
-    )
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
     for group, flat in zip(groups, flats, strict=True):
         for parameter in group:
             mapping = parameter._hp_mapping

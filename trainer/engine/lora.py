@@ -73,10 +73,7 @@ def add_adapter_like(transformer: VSRTransformer, other: nn.Module) -> None:
 
 
 def restore_adapter(
-    transformer: VSRTransformer,
-    config: LoRAConfig,
-    trained: dict[str, Tensor],
-    base: Path | str | None = None,
+    transformer: VSRTransformer, config: LoRAConfig, trained: dict[str, Tensor], base: Path | str | None = None
 ) -> PeftModel:
     """`transformer`, as it was before training, with what training made of the adapter and of `trained_modules`.
 
@@ -89,9 +86,7 @@ def restore_adapter(
     adapter = peft_config(config, trained_modules=True)
     model = get_peft_model(transformer, adapter, ADAPTER)
     adapter.base_model_name_or_path = None if base is None else str(base)
-    state = {
-        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in trained.items()
-    }
+    state = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value for name, value in trained.items()}
     strange = state.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     if strange:
         raise ValueError(f"not this adapter's weights: {min(strange)}")
@@ -132,9 +127,7 @@ def _check(transformer: VSRTransformer, config: LoRAConfig, network: str) -> Non
     field = f"trainer.lora.{network}.trained_modules"
     for trained in config.trained_modules:
         if trained not in modules or not any(True for _ in modules[trained].parameters()):
-            known = [
-                name for name, child in transformer.named_children() if any(True for _ in child.parameters())
-            ]
+            known = [name for name, child in transformer.named_children() if any(True for _ in child.parameters())]
             raise UserError(
                 f"{field}: {trained!r} names no module with weights; give whole names: {', '.join(known)}, "
                 "or of parts of them (blocks.0.norm2)"

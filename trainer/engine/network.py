@@ -246,18 +246,14 @@ class Network:
             )
         self.updates, self.skipped = state["updates"], state["skipped"]
         if state["adam_step"]:
-            load_fragments(
-                folder, self.fragments, writable_moments(self._engine, self.fragments, state["adam_step"])
-            )
+            load_fragments(folder, self.fragments, writable_moments(self._engine, self.fragments, state["adam_step"]))
         push_masters(self._engine, self.config)
 
     def copy_weights_from(self, other: Network) -> None:
         """Take over the masters of a network of the same shape and sharding; nothing is gathered."""
         pairs = list(zip(self.fragments, other.fragments, strict=True))
         if any((a.name, a.start, a.numel) != (b.name, b.start, b.numel) for a, b in pairs):
-            raise ValueError(
-                f"{self.name} and {other.name} are sharded differently; give them one configuration"
-            )
+            raise ValueError(f"{self.name} and {other.name} are sharded differently; give them one configuration")
         for mine, theirs in pairs:
             mine.master.copy_(theirs.master)
         push_masters(self._engine, self.config)

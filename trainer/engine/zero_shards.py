@@ -46,10 +46,7 @@ class Fragment:
 
 
 def gather_to_rank_0(
-    shapes: dict[str, torch.Size],
-    fragments: Sequence[Fragment],
-    values: Sequence[Tensor],
-    device: torch.device,
+    shapes: dict[str, torch.Size], fragments: Sequence[Fragment], values: Sequence[Tensor], device: torch.device
 ) -> dict[str, Tensor]:
     """Assemble full float32 CPU tensors from every rank's `values` (one per fragment), one by one.
 
@@ -85,9 +82,7 @@ def save_fragments(
     save_file(tensors, path, metadata={"state": json.dumps(state)})
 
 
-def load_fragments(
-    folder: Path, fragments: Sequence[Fragment], columns: dict[str, Sequence[Tensor]]
-) -> dict[str, Any]:
+def load_fragments(folder: Path, fragments: Sequence[Fragment], columns: dict[str, Sequence[Tensor]]) -> dict[str, Any]:
     """Fill the tensors of `columns` in place from files that any number of ranks wrote; returns their state.
 
     Raises:
@@ -107,9 +102,7 @@ def load_fragments(
     for kind, values in columns.items():
         for fragment, value in zip(fragments, values, strict=True):
             if _fill(value, fragment, pieces.get((kind, fragment.name), [])) != fragment.numel:
-                raise UserError(
-                    f"{folder} lacks {kind} of {fragment.name}: another model or configuration wrote it"
-                )
+                raise UserError(f"{folder} lacks {kind} of {fragment.name}: another model or configuration wrote it")
     return dict(json.loads(files[0].metadata()["state"]))
 
 

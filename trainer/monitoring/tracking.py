@@ -17,9 +17,7 @@ from trainer.config import TrackingConfig
 class Tracker:
     """Rank 0's log; other ranks have none."""
 
-    def __init__(
-        self, config: TrackingConfig, output: Path, name: str, settings: dict[str, Any], start: int
-    ) -> None:
+    def __init__(self, config: TrackingConfig, output: Path, name: str, settings: dict[str, Any], start: int) -> None:
         """
         Args:
             output: folder of the run.

@@ -47,9 +47,7 @@ class Validation:
             psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
             tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
         dist.broadcast(psnrs, src=0)
-        values |= {
-            f"validation/{name}/psnr": value for name, value in zip(names, psnrs.tolist(), strict=True)
-        }
+        values |= {f"validation/{name}/psnr": value for name, value in zip(names, psnrs.tolist(), strict=True)}
         if tracker is not None:
             tracker.log(step, values)
         return values
@@ -85,9 +83,7 @@ def _errors(previews: dict[str, Tensor], target: Tensor) -> dict[str, float]:
     """Latent MSE against the target, mean and deviation of each preview, over all ranks. Collective."""
     values: dict[str, Tensor] = {}
     for name, latents in previews.items():
-        values[f"validation/{name}/latent_mse"] = (
-            (latents - target.to(latents.device, torch.float32)).square().mean()
-        )
+        values[f"validation/{name}/latent_mse"] = (latents - target.to(latents.device, torch.float32)).square().mean()
         values[f"validation/{name}/latent_mean"] = latents.mean()
         values[f"validation/{name}/latent_std"] = latents.std()
     means = torch.stack(list(values.values()))
@@ -98,9 +94,7 @@ def _errors(previews: dict[str, Tensor], target: Tensor) -> dict[str, float]:
 def mean_psnr(clips: list[Tensor], targets: list[Tensor]) -> float:
     """Mean over clips in [-1, 1] of the PSNR over all of a clip's values, dB."""
     pairs = list(zip(clips, targets, strict=True))
-    return sum(psnr_db((clip - target).square().mean().item(), peak=2.0) for clip, target in pairs) / len(
-        pairs
-    )
+    return sum(psnr_db((clip - target).square().mean().item(), peak=2.0) for clip, target in pairs) / len(pairs)
 
 
 def picture(columns: dict[str, Tensor]) -> Image.Image:

@@ -32,9 +32,7 @@ def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: 
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
     for name, count in counts.items():
-        learning = (
-            f", of which {trained[name] / 1e6:.2f} M learn" if trained.get(name, count) != count else ""
-        )
+        learning = f", of which {trained[name] / 1e6:.2f} M learn" if trained.get(name, count) != count else ""
         lines += [f"{name:<12} {count / 1e6:12.2f} M{learning}"]
     lines += [
         "",
@@ -83,8 +81,7 @@ def memory_table(
         trained: how many of the parameters learn, of the networks that have an optimizer.
     """
     found = {
-        clip: stage_memory(stage, model, config, gpus, latent, 1, counts, trained)
-        for clip, latent in CLIPS.items()
+        clip: stage_memory(stage, model, config, gpus, latent, 1, counts, trained) for clip, latent in CLIPS.items()
     }
     first = next(iter(found.values()))
     lines = [

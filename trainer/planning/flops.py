@@ -34,8 +34,7 @@ def flops_per_sample(stage: TrainingStage, step: int, batch: Batch) -> float:
     """
     one = Batch(batch.keys[:1], {k: t[:1].to("meta") for k, t in batch.tensors.items()}, batch.metadata[:1])
     networks = {
-        name: BareNetwork(module, stage.networks[name].trained)
-        for name, module in _meta_modules(stage).items()
+        name: BareNetwork(module, stage.networks[name].trained) for name, module in _meta_modules(stage).items()
     }
     bare = copy.copy(stage)
     vars(bare).update(networks, networks=networks, _device=torch.device("meta"))
@@ -53,10 +52,7 @@ class BareNetwork:
     ema = None
 
     def __init__(
-        self,
-        module: nn.Module,
-        trained: Collection[str] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        self, module: nn.Module, trained: Collection[str] | None = None, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         """
         Args:

@@ -68,9 +68,7 @@ def stage_memory(
             moments=network.moments,
         )
         buffers += buffer_memory(count, engine, gpus, trained=network.optimizer is not None)
-    sizes = ActivationSizes.of(
-        model.transformer, config.engine_of("student"), latent, batch, config.sequence_parallel
-    )
+    sizes = ActivationSizes.of(model.transformer, config.engine_of("student"), latent, batch, config.sequence_parallel)
     activations = sizes.update(stage.latents_per_sample)
     if stage.activation_bytes is not None:
         activations = stage.activation_bytes(sizes, config.section_of(stage))

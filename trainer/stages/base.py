@@ -18,7 +18,7 @@ from pipeline.model.prompts import NULL_PROMPT
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss
 from trainer.stages.random_draws import Draws
-from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import Meter, ScheduleConfig, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 class BaseConfig(Section):
     """Numbers of the base model's training."""
 
-    optimizer: OptimizerConfig = OptimizerConfig(
-        learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100
-    )  # [ours]
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100)  # [ours]
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # [ours]
     #: s of t' = s·t / (1 + (s - 1)·t); null = model.shift [peer: Wan2.1]
     time_shift: float | None = Field(default=None, gt=0)
@@ -106,7 +104,7 @@ SPEC = StageSpec(
     name="base",
     summary="the multi-step base model, by flow matching",
     config=BaseConfig,
-    networks=(NetworkSpec("student", optimizer="optimizer", ema=True, lora="student"),),
+    networks=(STUDENT,),
     build=Base,
     schedule=ScheduleConfig(steps=100_000),  # [ours]
     exported_steps=lambda model: model.base_steps,

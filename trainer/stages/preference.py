@@ -96,9 +96,7 @@ class Preference(TrainingStage):
         z_lr, prompt = self.latents(batch, "z_lr"), self.prompts(batch)
         noise = torch.stack([seeded_noise(z_lr.shape[1:], *entry["noise_win"]) for entry in batch.metadata])
         return {
-            name: one_step(
-                lambda *x, call=network.frozen: call(*x).velocity, noise.to(self._device), z_lr, prompt
-            )
+            name: one_step(lambda *x, call=network.frozen: call(*x).velocity, noise.to(self._device), z_lr, prompt)
             for name, network in self.networks.items()
         }
 
@@ -114,10 +112,7 @@ SPEC = StageSpec(
     name="preference",
     summary="Stage III: preference refinement by DPO",
     config=PreferenceTrainingConfig,
-    networks=(
-        NetworkSpec("student", optimizer="optimizer", ema=True, lora="student"),
-        NetworkSpec("reference"),
-    ),
+    networks=(STUDENT, NetworkSpec("reference")),
     build=Preference,
     schedule=ScheduleConfig(steps=1_000),  # [note]
     init="the Stage-II student",

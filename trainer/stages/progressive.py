@@ -126,9 +126,7 @@ class Progressive(TrainingStage):
     def _guided(self, s: ProgressiveSample) -> Tensor:
         """v_cfg = v(c) + w·(v(c) - v(∅)) of the teacher."""
         null = self.embedded([NULL_PROMPT] * len(s.t))
-        return guided_velocity(
-            self._teacher_velocity, s.z_t, s.t, s.z_lr, s.prompt, null, self.config.guidance_weight
-        )
+        return guided_velocity(self._teacher_velocity, s.z_t, s.t, s.z_lr, s.prompt, null, self.config.guidance_weight)
 
     @torch.no_grad()
     def _halved(self, s: ProgressiveSample) -> Tensor:
@@ -161,9 +159,7 @@ class Progressive(TrainingStage):
         """One step of the student."""
         z_lr, prompt = self.latents(batch, "z_lr"), self.prompts(batch)
         noise = self.draws(-1, batch).noise("diffusion", z_lr)
-        return {
-            "student": one_step(lambda *inputs: self.student.frozen(*inputs).velocity, noise, z_lr, prompt)
-        }
+        return {"student": one_step(lambda *inputs: self.student.frozen(*inputs).velocity, noise, z_lr, prompt)}
 
 
 class ProgressiveSample(NamedTuple):
@@ -200,10 +196,7 @@ SPEC = StageSpec(
     name="progressive",
     summary="Stage I: progressive guided distillation to one step",
     config=ProgressiveConfig,
-    networks=(
-        NetworkSpec("student", optimizer="optimizer", ema=True, lora="student"),
-        NetworkSpec("teacher", optimizer="optimizer", moments=False, lora="student"),
-    ),
+    networks=(STUDENT, NetworkSpec("teacher", optimizer="optimizer", moments=False, lora="student")),
     build=Progressive,
     init="the base model",
     steps=lambda config: config.steps,

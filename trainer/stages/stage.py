@@ -70,9 +70,11 @@ class NetworkSpec:
         return self.needed is None or bool(getattr(config, self.needed))
 
 
-def _same_modules(
-    config: Any, transformers: dict[str, nn.Module], shape: Any, seed: int
-) -> dict[str, nn.Module]:
+#: a student with an EMA, trained with the stage's `optimizer`, with an adapter where `trainer.lora.student` is given
+STUDENT = NetworkSpec("student", optimizer="optimizer", ema=True, lora="student")
+
+
+def _same_modules(config: Any, transformers: dict[str, nn.Module], shape: Any, seed: int) -> dict[str, nn.Module]:
     return transformers
 
 

@@ -21,12 +21,7 @@ from common.errors import UserError
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.model.prompts import NULL_PROMPT
 from pipeline.sampling import one_step
-from trainer.stages.dual_stream.auxiliary_networks import (
-    Critic,
-    features_of,
-    parameter_groups,
-    velocity_and_features,
-)
+from trainer.stages.dual_stream.auxiliary_networks import Critic, features_of, parameter_groups, velocity_and_features
 from trainer.stages.losses import (
     discriminator_loss,
     dmd_gradient,
@@ -111,9 +106,7 @@ class DualStream(TrainingStage):
                 discriminator_hr, clean = self._discriminator_hr(s), self._clean(z0)
 
                 with torch.no_grad():  # line 8, "stop_grad backbones": θ_R only gives features here
-                    real_s, real_hr = self._real_features(
-                        z_t if clean is None else clean, discriminator_hr, s
-                    )
+                    real_s, real_hr = self._real_features(z_t if clean is None else clean, discriminator_hr, s)
                 # Lines 9-12. sg[h^S], sg[h^HR]: θ_F is trained by L_Diff alone, φ by L_D alone.
                 out = self.critic(
                     z_t,

@@ -107,9 +107,7 @@ class Critic(nn.Module):
         features_hr: tuple[Tensor, ...] = ()
         if taps:
             with torch.no_grad():
-                features_hr = features_of(
-                    self.transformer, discriminator_hr, discriminator_t, z_lr, prompt, taps
-                )
+                features_hr = features_of(self.transformer, discriminator_hr, discriminator_t, z_lr, prompt, taps)
         v, features_s = velocity_and_features(
             self.transformer, z_t, t, z_lr, prompt, taps, velocity=velocity, clean=clean_s
         )
@@ -121,9 +119,7 @@ class Critic(nn.Module):
         logits_hr = self._logits(real_hr, features_hr, grid) if with_logits_hr else ()
         return CriticOutput(v, features_s, features_hr, logits_s, logits_hr)
 
-    def _logits(
-        self, real: Sequence[Tensor], fake: Sequence[Tensor], grid: tuple[int, int, int]
-    ) -> tuple[Tensor, ...]:
+    def _logits(self, real: Sequence[Tensor], fake: Sequence[Tensor], grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
         """D(h): h = concat(Feat_θR, Feat_θF) along channels, laid out on the token grid."""
         logits = []
         for index, head in enumerate(self.heads):

@@ -29,9 +29,7 @@ SPEC = StageSpec(
     config=DualStreamConfig,
     networks=(
         NetworkSpec("student", optimizer="student", ema=True, lora="student"),
-        NetworkSpec(
-            "critic", weights="teacher", optimizer="fake_score", lora="critic", needed="needs_fake_score"
-        ),
+        NetworkSpec("critic", weights="teacher", optimizer="fake_score", lora="critic", needed="needs_fake_score"),
         NetworkSpec("real_score", weights="teacher"),
     ),
     build=_build,
