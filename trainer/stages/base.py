@@ -18,7 +18,7 @@ from pipeline.model.prompts import NULL_PROMPT
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss
 from trainer.stages.random_draws import Draws
-from trainer.stages.stage import Meter, ScheduleConfig, StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import STUDENT, Meter, ScheduleConfig, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch

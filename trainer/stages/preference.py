@@ -22,7 +22,7 @@ from pipeline.flow_matching import q_t, velocity
 from pipeline.sampling import one_step
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import dpo_loss, per_sample_error, velocity_loss
-from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import STUDENT, Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch

@@ -26,7 +26,7 @@ from pipeline.model.prompts import NULL_PROMPT
 from pipeline.sampling import guided_velocity, one_step
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss
-from trainer.stages.stage import Meter, NetworkSpec, StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import STUDENT, Meter, NetworkSpec, StageSetup, StageSpec, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
