@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 
 from common.config import Section
 
+#: prompt of every clip that has no caption [ours]
+DEFAULT_PROMPT = "high quality video"
+#: what classifier-free guidance subtracts
+NULL_PROMPT = ""
 #: attention kernels of the DiT (pipeline/model/attention.py)
 Attention = Literal["auto", "flash", "flash3", "xformers", "native"]
 

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from common.errors import UserError, run_command
 from common.progress import progress
 from common.seeding import seeded_noise
-
-#: what the model is told about every clip that has no caption [ours]
-DEFAULT_PROMPT = "high quality video"
-NULL_PROMPT = ""
+from pipeline.model.config import DEFAULT_PROMPT, NULL_PROMPT
 
 
 class PromptCache(ModelMixin, ConfigMixin):

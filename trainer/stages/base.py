@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.config import Section
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
-from pipeline.model.prompts import NULL_PROMPT
+from pipeline.model.config import NULL_PROMPT
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss
 from trainer.stages.random_draws import Draws

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.config import Section
 from pipeline.flow_matching import q_t, time_grid
-from pipeline.model.prompts import NULL_PROMPT
+from pipeline.model.config import NULL_PROMPT
 from pipeline.sampling import guided_velocity, one_step
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import velocity_loss

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
-from pipeline.model.prompts import NULL_PROMPT
+from pipeline.model.config import NULL_PROMPT
 from pipeline.sampling import one_step
 from trainer.stages.dual_stream.auxiliary_networks import Critic, features_of, parameter_groups, velocity_and_features
 from trainer.stages.losses import (
