@@ -24,9 +24,9 @@ import numpy as np
 import psutil
 
 from common.config import load_section
-from common.errors import UserError
+from common.errors import UserError, run_command
 from common.lossless_clip import encode_bytes
-from common.storage import StorageConfig, run_command
+from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.degradation.degrade import degrade_clip
 from datagen.encode.clip import cropped
