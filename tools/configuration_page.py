@@ -76,7 +76,7 @@ def rows(schema: type[Section], path: str, values: Mapping[str, Any], given: str
     for name, field in schema.model_fields.items():
         key = f"{path}.{name}"
         meaning, source = split_tags(comment_of(schema, name))
-        defaults = {label: getattr(value, name, ...) for label, value in values.items()}
+        defaults: dict[str, Any] = {label: getattr(value, name, ...) for label, value in values.items()}
         inner = section_in(field.annotation)
         if inner is None:
             default, alone = default_text(defaults), default_text({"": getattr(class_defaults, name, ...)})
