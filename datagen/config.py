@@ -93,7 +93,7 @@ class DatagenConfig(Section):
     #: neighbouring windows that stay together in the shards, so that they are decoded in one go; 1 mixes them all,
     #: which costs half a group of pictures of decoding for each [ours]
     windows_together: int = Field(default=8, ge=1)
-    #: samples per tar, the unit of restart and of shuffling
+    #: samples per tar, the unit of restart
     samples_per_shard: int = Field(default=64, ge=1)
     #: also keep the LR and HR clips, lossless: needed for preference pairs and decoder training
     store_clips: bool = True

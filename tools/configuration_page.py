@@ -51,7 +51,7 @@ A value is set in the preset under its key, or for one run by `--set section.fie
 YAML); `--print-config` prints the resolved configuration and exits.
 
 The last column is the source of the default: {legend}. \
-A default in parentheses holds once another field of the same nested section is given.
+A nested section that is given in part takes the rest from its class: the default in parentheses.
 """
 
 
@@ -91,8 +91,8 @@ def rows(schema: type[Section], path: str, values: Mapping[str, Any], given: str
         elif get_origin(field.annotation) is tuple:
             key, defaults = f"{key}[]", {"": default_of(inner)}
         elif type(None) in get_args(field.annotation):
-            meaning = f"{meaning or split_tags(inner.__doc__)[0]} `null` leaves it out."
-        intro = meaning or split_tags(inner.__doc__)[0]
+            meaning = f"{meaning or split_tags(inner.__doc__)[0].rstrip('.')}; null leaves it out"
+        intro = (meaning or split_tags(inner.__doc__)[0]).rstrip(".") + "."
         nested.append((Row(key, "", "", intro, ""), inner, defaults, source or given))
     for heading, inner, defaults, source in nested:
         yield heading
@@ -122,7 +122,7 @@ def page() -> str:
         above = ""
         for row in rows(schema, name, {"": default_of(schema)}):
             if not row.type:
-                blocks.append(f"\n### `{row.key}`\n\n{row.meaning}\n")
+                blocks.append(f"\n### `{row.key}`\n\n{row.meaning[:1].upper()}{row.meaning[1:]}\n")
             elif not above:
                 blocks.append("\n| key | type | default | meaning | source |\n|---|---|---|---|---|\n")
             if row.type:

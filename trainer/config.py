@@ -44,7 +44,7 @@ class TrainerConfig(Section):
     #: the stages whose sections and schedules are known; `config_class` adds one from outside the repository
     specs: ClassVar[dict[str, StageSpec]] = STAGES
 
-    #: of all random draws: initial weights, order of samples, noise and times
+    #: seed of all random draws: initial weights, order of samples, noise and times
     seed: int = 0
     #: how networks are sharded and computed
     engine: DeepSpeedConfig = DeepSpeedConfig()

@@ -136,7 +136,8 @@ class Mixture(Section):
 
     #: by recipe name, the built-in realbasicvsr, mild, static or one of `recipes`: relative weight
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"realbasicvsr": 1.0})
-    #: recipes of your own by name
+    #: recipes of your own by name: sharpen, first stage, codec, second stage, then in random order {codec} and
+    #: {resize to LR, sinc}
     recipes: dict[str, Recipe] = Field(default_factory=dict)
 
     @model_validator(mode="after")
