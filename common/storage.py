@@ -25,7 +25,7 @@ from common.errors import UserError
 class StorageConfig(Section):
     """How `s3://` addresses are reached. Credentials come from the usual AWS places and are written nowhere."""
 
-    #: for servers other than Amazon's; null = AWS_ENDPOINT_URL or Amazon
+    #: URL of the S3 server where it is not Amazon's; null = AWS_ENDPOINT_URL or Amazon
     endpoint_url: str | None = None
     #: read public buckets without credentials
     anonymous: bool = False

@@ -13,12 +13,13 @@ from datagen.degradation.recipe import Mixture
 class ClipConfig(Section):
     """Windows and crops."""
 
-    #: F = 4k + 1 frames, what a causal video VAE takes [paper: Wan2.1]
+    #: F = 4k + 1 frames, what a causal video VAE takes [paper: its timing is at 21 frames of 1080p]
     frames: int = Field(default=21, ge=1)
     #: frames from the start of a window to the start of the next; null = `frames`
     stride: int | None = Field(default=None, ge=1)
     #: height and width of the HR crop, px; multiples of 32 (x4 below the VAE's 8)
     crop: tuple[int, int] = (704, 1280)
+    #: where the crop lies in the frame
     crop_position: Literal["random", "center"] = "random"
     #: crops at different places from each window
     crops_per_window: int = Field(default=1, ge=1)
@@ -44,10 +45,11 @@ class ClipConfig(Section):
 
 
 class FilterConfig(Section):
-    """Windows that teach nothing. Each rejection is recorded with its reason and its measure. Values [ours]."""
+    """Windows that teach nothing. Each rejection is recorded with its reason and its measure [ours]."""
 
-    #: sources smaller than this are rejected whole, px; the crop is always a lower bound
+    #: sources of a smaller height are rejected, px; the crop's height is always a lower bound
     min_height: int = Field(default=0, ge=0)
+    #: sources of a smaller width are rejected, px; the crop's width is always a lower bound
     min_width: int = Field(default=0, ge=0)
     #: mean luma, 0...255, below which a window is black
     min_luma: float = Field(default=4.0, ge=0)
@@ -91,6 +93,7 @@ class DatagenConfig(Section):
     #: neighbouring windows that stay together in the shards, so that they are decoded in one go; 1 mixes them all,
     #: which costs half a group of pictures of decoding for each [ours]
     windows_together: int = Field(default=8, ge=1)
+    #: samples per tar, the unit of restart
     samples_per_shard: int = Field(default=64, ge=1)
     #: also keep the LR and HR clips, lossless: needed for preference pairs and decoder training
     store_clips: bool = True

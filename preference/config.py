@@ -21,13 +21,13 @@ class PreferenceConfig(Section):
     metrics: str = "paper"
     #: best and worst must differ by this much of the combined score in [0, 1]; 0 keeps every pair [ours]
     minimum_gap: float = Field(default=0.0, ge=0, le=1)
-    #: of the candidates' noise
+    #: seed of the candidates' noise
     seed: int = 0
     #: candidates in one forward pass; memory against speed [ours]
     candidates_per_forward: int = Field(default=1, ge=1)
     #: clips per shard, the unit of restart [ours]
     clips_per_shard: int = Field(default=20, ge=1)
-    #: side of NIQE's blocks in px where niqe_fitted is a ranking metric [NIQE: 96]
+    #: side of NIQE's blocks in px where niqe_fitted is a ranking metric [peer: NIQE]
     niqe_block: int = Field(default=96, ge=16)
     #: HR clips that niqe_fitted's model is fitted on [ours]
     niqe_clips: int = Field(default=64, ge=1)

@@ -22,8 +22,11 @@ from trainer.stages.stage import ScheduleConfig, StageSpec
 class TrackingConfig(Section):
     """wandb. An account is never asked for: `offline` writes to the output folder, `wandb sync` uploads it later."""
 
+    #: online uploads at once, offline writes to the output folder, off tracks nothing
     wandb: Literal["online", "offline", "off"] = "offline"
+    #: wandb's project
     project: str = "duo-vsr"
+    #: steps between two logged ones
     log_every: int = Field(default=10, ge=1)
     #: bf16 FLOP/s of one device, of which MFU is the share that was used; null = from the table of devices
     peak_flops: float | None = Field(default=None, gt=0)
@@ -42,6 +45,7 @@ class TrainerConfig(Section):
     #: the stages whose sections and schedules are known; `config_class` adds one from outside the repository
     specs: ClassVar[dict[str, StageSpec]] = STAGES
 
+    #: seed of all random draws: initial weights, order of samples, noise and times
     seed: int = 0
     #: how networks are sharded and computed
     engine: DeepSpeedConfig = DeepSpeedConfig()
@@ -61,6 +65,7 @@ class TrainerConfig(Section):
     sequence_parallel: int = Field(default=1, ge=1)
     #: torch.compile the transformer blocks; pays on GPUs for long runs
     compile_blocks: bool = False
+    #: latest checkpoints that are kept, beside the best one
     keep_checkpoints: int = Field(default=3, ge=1)
     #: bad steps in a row (numbers not finite, an exploded gradient norm) after which the run stops [ours]
     max_bad_steps: int = Field(default=10, ge=1)

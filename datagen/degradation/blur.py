@@ -27,22 +27,33 @@ KERNEL_WEIGHTS: dict[Kernel, float] = {
 
 
 class BlurConfig(Section):
-    """A kernel of one kind and size per clip whose shape walks from frame to frame."""
+    """A kernel of one kind and size per clip whose shape walks from frame to frame [peer: RealBasicVSR]."""
 
+    #: share of clips that are blurred
     probability: Probability = 1.0
     #: odd sizes from the first to the second, px
     kernel_sizes: tuple[int, int] = (7, 21)
+    #: by kind of kernel: relative weight
     weights: dict[Kernel, float] = Field(default_factory=lambda: dict(KERNEL_WEIGHTS))
+    #: standard deviation of the Gaussians along each axis, px
     sigma: Range = (0.2, 3.0)
+    #: largest change of sigma per frame, px
     sigma_step: float = 0.02
+    #: rotation of anisotropic kernels, rad
     rotation: Range = (-math.pi, math.pi)
+    #: largest change of the rotation per frame, rad
     rotation_step: float = 0.314
+    #: exponent of generalised Gaussian kernels
     beta_generalized: Range = (0.5, 4.0)
+    #: largest change of that exponent per frame
     beta_generalized_step: float = 0.05
+    #: exponent of plateau kernels
     beta_plateau: Range = (1.0, 2.0)
+    #: largest change of that exponent per frame
     beta_plateau_step: float = 0.1
     #: cut-off of sinc kernels, rad; null = [π/3, π] below 13 px and [π/5, π] from there
     cutoff: Range | None = None
+    #: largest change of the cut-off per frame, rad
     cutoff_step: float = 0.0628
 
     @model_validator(mode="after")

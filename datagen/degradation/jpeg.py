@@ -10,9 +10,11 @@ from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Ran
 
 
 class JpegConfig(Section):
-    """JPEG at a quality that walks from frame to frame."""
+    """JPEG at a quality that walks from frame to frame [peer: RealBasicVSR]."""
 
+    #: the encoder's quality, 0...100
     quality: Range = (30, 95)
+    #: largest change of the quality per frame
     quality_step: float = 3.0
 
 

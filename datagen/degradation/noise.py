@@ -18,15 +18,19 @@ from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Pro
 
 
 class NoiseConfig(Section):
-    """Gaussian or Poisson noise per clip, on all channels alike (grey) or on each."""
+    """Gaussian or Poisson noise per clip, on all channels alike (grey) or on each [peer: RealBasicVSR]."""
 
+    #: share of clips with Gaussian noise; the others have Poisson noise
     gaussian: Probability = 0.5
-    #: standard deviation, 0...255
+    #: standard deviation of the Gaussian noise, in grey levels of 255
     sigma: Range = (1.0, 30.0)
+    #: largest change of sigma per frame, in grey levels
     sigma_step: float = 0.1
     #: factor of BasicSR's Poisson noise (mmagic's is 16 times weaker by a missing division by 255)
     poisson_scale: Range = (0.05, 3.0)
+    #: largest change of that factor per frame
     poisson_scale_step: float = 0.005
+    #: share of clips with the same noise on all channels
     grey: Probability = 0.4
 
 

@@ -129,7 +129,10 @@ PRESETS = {"realbasicvsr": Recipe, "mild": mild, "static": static}
 class Mixture(Section):
     """Recipes with weights; each clip draws one. `recipes` adds named ones of your own to the presets."""
 
+    #: by recipe name, the built-in realbasicvsr, mild, static or one of `recipes`: relative weight
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"realbasicvsr": 1.0})
+    #: recipes of your own by name: sharpen, first stage, codec, second stage, then in random order {codec} and
+    #: {resize to LR, sinc}
     recipes: dict[str, Recipe] = Field(default_factory=dict)
 
     @model_validator(mode="after")

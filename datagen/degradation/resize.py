@@ -15,13 +15,19 @@ INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "bicubic
 
 
 class ResizeConfig(Section):
-    """One of up, down, keep per clip; the factor walks from frame to frame."""
+    """One of up, down, keep per clip; the factor walks from frame to frame [peer: RealBasicVSR]."""
 
+    #: weight of enlarging
     up: Probability = 0.2
+    #: weight of shrinking
     down: Probability = 0.7
+    #: weight of starting at the clip's own size
     keep: Probability = 0.1
+    #: factor of height and width
     factor: Range = (0.15, 1.5)
+    #: largest change of the factor per frame
     factor_step: float = 0.015
+    #: each clip draws one, all with the same weight
     interpolations: tuple[Interpolation, ...] = ("bilinear", "area", "bicubic")
 
 

@@ -14,9 +14,11 @@ SHARPEN_FRACTION = 4
 
 
 class SharpenConfig(Section):
-    """Unsharp mask of the HR clip before it is degraded."""
+    """Unsharp mask of the HR clip before it is degraded [peer: Real-ESRGAN]."""
 
+    #: side of the Gaussian blur, px, from which its sigma follows
     kernel_size: int = Field(default=51, ge=9)
+    #: factor of the difference from the blurred frame that is added
     weight: float = 0.5
     #: difference from the blurred frame, 0...255, above which a pixel counts as structure
     threshold: float = 10.0

@@ -22,10 +22,11 @@ CODEC_REFERENCE_PIXELS = 256 * 256
 
 
 class CodecConfig(Section):
-    """A video codec over the whole clip."""
+    """A video codec over all frames of the clip [peer: RealBasicVSR]."""
 
+    #: by encoder: relative weight
     weights: dict[Codec, float] = Field(default_factory=lambda: dict(CODEC_WEIGHTS))
-    #: at an HR clip of 256 x 256 px; scaled with the pixels of the HR clip
+    #: mean bits per frame at an HR clip of 256 x 256 px; scaled with the pixels of the HR clip
     bits_per_frame: Range = (1e4, 1e5)
     #: x264's preset. RealBasicVSR runs `medium`; `superfast` is within 0.2 dB of it at the same bits, and six times
     #: as fast without arithmetic coding (benchmarks/degrade.py) [ours]

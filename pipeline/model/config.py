@@ -18,17 +18,26 @@ Attention = Literal["auto", "flash", "flash3", "xformers", "native"]
 
 
 class TransformerConfig(Section):
-    """Shape of the DiT; defaults are Wan2.1-T2V-1.3B's (its public config.json)."""
+    """Shape of the DiT; defaults are Wan2.1-T2V-1.3B's (its public config.json) [peer: Wan2.1]."""
 
+    #: transformer blocks
     num_layers: int = Field(30, ge=1)
+    #: heads of self- and cross-attention
     num_attention_heads: int = Field(12, ge=1)
+    #: channels per head, even
     attention_head_dim: int = Field(128, ge=6)
+    #: hidden channels of the feed-forward layers
     ffn_dim: int = Field(8960, ge=1)
+    #: channels of the sinusoidal embedding of t
     freq_dim: int = Field(256, ge=2)
-    text_dim: int = Field(4096, ge=1)  # umT5-xxl
+    #: channels of the prompt embeddings; 4096 is umT5-xxl's
+    text_dim: int = Field(4096, ge=1)
+    #: latent frames, rows and columns per token
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    #: channels of the VAE's latents; the DiT reads twice as many, z_t beside z_LR
     latent_channels: int = Field(16, ge=1)
-    low_resolution_skip: bool = False  # ours: for models trained from nothing, see pipeline/model/transformer.py
+    #: the network predicts the difference to (z_t - z_LR)/t; for models trained from random weights [ours]
+    low_resolution_skip: bool = False
 
 
 class ModelConfig(Section):

@@ -28,12 +28,13 @@ class BaseConfig(Section):
     """Numbers of the base model's training."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999), warmup_updates=100)  # [ours]
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # [ours]
+    #: decay per update of the exported weights' EMA [ours]
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
     #: s of t' = s·t / (1 + (s - 1)·t); null = model.shift [peer: Wan2.1]
     time_shift: float | None = Field(default=None, gt=0)
     #: share of samples trained at exactly t = 1, where the one-step student will live; 0 for large models [ours]
     pure_noise_fraction: float = Field(default=0.0, ge=0, le=1)
-    #: probability of training a sample without its prompt, so that CFG has something to subtract [method: p = 0.1]
+    #: probability of training a sample without its prompt, so that CFG has something to subtract [note: p = 0.1]
     null_prompt_probability: float = Field(default=0.1, ge=0, le=1)
     #: z_LR is noised like q_t at a step uniform in this range of 1000; null = off [peer: 200…600]
     low_resolution_noise: tuple[int, int] | None = (200, 600)

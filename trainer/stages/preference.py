@@ -37,11 +37,13 @@ class PreferenceTrainingConfig(Section):
     operating_point: Literal["one_step", "random"] = "one_step"
     #: weight of mean‖v_S - v_ref‖² [ours]
     anchor_weight: float = Field(default=0.1, ge=0)
-    #: only for operating_point: random; null = model.shift [peer]
+    #: shift of t, only for operating_point: random; null = model.shift [peer]
     time_shift: float | None = Field(default=None, gt=0)
-    time_range: tuple[float, float] = (0.02, 0.98)  # likewise [peer]
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, betas=(0.9, 0.999))  # [method]
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [ours]
+    #: the shifted t is clamped to it, only for operating_point: random [peer]
+    time_range: tuple[float, float] = (0.02, 0.98)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, betas=(0.9, 0.999))  # [note]
+    #: decay per update of the exported weights' EMA [ours]
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
 
 
 class Preference(TrainingStage):

@@ -43,10 +43,11 @@ class ProgressiveConfig(Section):
     schedule: tuple[int, ...] = (32, 16, 8, 4, 2, 1)
     #: updates per halving [note]
     iterations_per_halving: int = Field(default=500, ge=1)
-    #: null = model.shift [peer: Wan2.1]
+    #: shift of t; null = model.shift [peer: Wan2.1]
     time_shift: float | None = Field(default=None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999))  # [ours]
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [ours]
+    #: decay per update of the exported weights' EMA [ours]
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
 
     @field_validator("schedule")
     @classmethod

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class ScheduleConfig(Section):
     """How long a stage runs and on how much at a time."""
 
-    #: updates of the exported network; Stage I's follow from its own configuration
+    #: updates of the exported network; Stage I's follow from its own configuration [ours: base, dual_stream]
+    #: [note: preference]
     steps: int | None = Field(default=None, ge=1)
     #: samples per update, over all ranks and accumulated micro-batches
     global_batch_size: int = Field(default=16, ge=1)

@@ -18,11 +18,12 @@ Tapped = Literal["both", "real", "fake"]
 class HeadConfig(Section):
     """Shape of one convolutional head; the paper says only that they are convolutional."""
 
-    hidden_channels: int = Field(default=256, ge=1)  # [ours]
-    #: odd kernel over (time, height, width) of the token grid
-    kernel_size: tuple[int, int, int] = (1, 3, 3)  # [ours] the causal VAE has few latent frames
-    #: hidden convolutions with that kernel
-    layers: int = Field(default=2, ge=1)  # [ours]
+    #: channels of the hidden convolutions [ours]
+    hidden_channels: int = Field(default=256, ge=1)
+    #: odd kernel over (time, height, width) of the token grid; 1 in time: the causal VAE has few latent frames [ours]
+    kernel_size: tuple[int, int, int] = (1, 3, 3)
+    #: hidden convolutions with that kernel [ours]
+    layers: int = Field(default=2, ge=1)
 
 
 class DualStreamConfig(Section):
@@ -38,14 +39,16 @@ class DualStreamConfig(Section):
     feature_matching_weight: float = Field(default=0.05, ge=0)
     #: joint [paper]; sequential: DMD alone for `sequential_dmd_steps`, then GAN and FM alone (ablation)
     schedule: Literal["joint", "sequential"] = "joint"
+    #: steps of DMD alone, only for schedule: sequential
     sequential_dmd_steps: int = Field(default=0, ge=0)
-    #: first steps in which the heads learn but the student doesn't hear them yet (λ_GAN = λ_FM = 0) [ours]
+    #: first steps in which the heads learn but the student does not use them yet (λ_GAN = λ_FM = 0) [ours]
     heads_warmup_steps: int = Field(default=0, ge=0)
 
-    gan_loss: GanLoss = "hinge"  # [paper]
+    #: hinge; softplus: non-saturating logistic, DMD2's; relativistic: paired logistic, R3GAN's [paper]
+    gan_loss: GanLoss = "hinge"
     #: tapped layers as fractions of the depth: 9, 18, 27 of 30 [paper]
     tap_fractions: tuple[float, ...] = (0.3, 0.6, 0.9)
-    #: score models that are the discriminator's backbones; both [paper, Tab. 5]
+    #: score models that are the discriminator's backbones; both is RFS-GAN [paper, Tab. 5]
     tapped: Tapped = "both"
     head: HeadConfig = HeadConfig()
     #: noised [paper]; clean is the SeedVR2 way: unstable, grid artefacts, two forwards more (ablation)
@@ -55,14 +58,17 @@ class DualStreamConfig(Section):
 
     #: w of v(c) + w·(v(c) − v(∅)) for θ_R; 0: θ_R is the CFG-distilled teacher and takes one forward [paper]
     real_score_guidance: float = Field(default=0.0, ge=0)
-    #: t ~ U(0, 1), shifted (null = model.shift), clamped [peer: shift 5, 0.02…0.98]
+    #: shift of t ~ U(0, 1); null = model.shift [peer: 5]
     time_shift: float | None = Field(default=None, gt=0)
+    #: the shifted t is clamped to it [peer: 0.02…0.98]
     time_range: tuple[float, float] = (0.02, 0.98)
 
     student: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer]
     fake_score: OptimizerConfig = OptimizerConfig(learning_rate=2e-6)  # [peer: 4e-7…2e-6]
-    heads_learning_rate: float = Field(default=1e-5, gt=0)  # [peer]
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)  # [peer]
+    #: peak learning rate of the discriminator heads [peer]
+    heads_learning_rate: float = Field(default=1e-5, gt=0)
+    #: decay per update of the exported weights' EMA [peer]
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
     #: t at which the previews of the two score models look at the student's sample [ours]
     preview_time: float = Field(default=0.5, gt=0, lt=1)
 
