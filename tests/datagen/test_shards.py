@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +69,10 @@ def test_the_bytes_of_a_tar_are_fixed(tmp_path: Path) -> None:
         Sample(f"key{index}", {"b.bin": bytes([index]) * 700, "a.bin": b"", "json": b"{}"}) for index in range(3)
     ]
     assert write_shard(tmp_path, 0, samples).sha256 == TAR_SHA256
+
+
+def test_the_documented_block_reads_every_sample_without_this_project(dataset: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "datagen.md").read_text()
+    (block,) = [text for text in re.findall(r"```python\n(.*?)```", page, re.S) if "WebDataset" in text]
+    done = subprocess.run([sys.executable, "-c", block], cwd=dataset.parent, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [f"key{i:03d}" for i in range(sum(SHARD_SIZES))]
