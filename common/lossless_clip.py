@@ -60,6 +60,22 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
             raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
 
 
+def read_window(path: str | os.PathLike[str], start: int, frames: int | None) -> np.ndarray:
+    """uint8 (F, H, W, 3) RGB.
+
+    Raises:
+        UserError: not a readable video, or too short.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    stop = None if frames is None else start + frames
+    clip = list(decode(os.fspath(path), os.fspath(path), start, stop))
+    if not clip or (frames is not None and len(clip) < frames):
+        wanted = "any frame" if frames is None else f"frames {start}...{start + frames - 1}"
+        raise UserError(f"{path} is too short for {wanted}: it ends after frame {start + len(clip) - 1}")
+    return np.stack(clip)
+
+
 def encode_bytes(clip: np.ndarray) -> bytes:
     """A lossless Matroska file (FFV1, RGB) of uint8 (F, H, W, 3); the same bytes for the same clip."""
     buffer = io.BytesIO()

@@ -102,11 +102,10 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
 
 
 def main() -> None:
-    from common.lossless_clip import write_lossless
-    from common.video_io import read_video
+    from common.lossless_clip import read_window, write_lossless
 
     arguments = _arguments()
-    hr = read_video(arguments.input, arguments.start, arguments.frames)
+    hr = read_window(arguments.input, arguments.start, arguments.frames)
     height, width = arguments.crop or (hr.shape[1] // SCALE * SCALE, hr.shape[2] // SCALE * SCALE)
     top, left = (hr.shape[1] - height) // 2, (hr.shape[2] - width) // 2
     if top < 0 or left < 0:
