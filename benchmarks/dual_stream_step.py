@@ -13,7 +13,6 @@ The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import statistics
@@ -36,7 +35,7 @@ from pipeline.model.transformer import VSRTransformer, tapped_layers
 from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.process_group import start_distributed
 from trainer.monitoring.throughput import peak_flops
-from trainer.planning.flops import BareNetwork
+from trainer.planning.flops import BareNetwork, UntrackedModules
 from trainer.stages.dual_stream.algorithm import DualStream
 from trainer.stages.dual_stream.auxiliary_networks import Critic
 from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig
@@ -144,17 +143,11 @@ def count_flops(arguments: argparse.Namespace, readings: Sequence[str] = READING
     counts = {}
     for name in readings:
         counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _NoModules()
+        counter.mod_tracker = UntrackedModules()
         with counter:
             rounds[name]()
         counts[name] = float(counter.get_total_flops())
     return counts
-
-
-class _NoModules(contextlib.nullcontext[None]):
-    """In place of the counter's per-module bookkeeping, which refuses `autograd.grad` down to a leaf."""
-
-    parents = frozenset({"Global"})
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:

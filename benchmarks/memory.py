@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,7 +40,7 @@ from trainer.planning.memory import GIB
 from trainer.planning.stage_memory import StageMemory, stage_memory
 from trainer.stages import STAGES
 from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig
-from trainer.stages.stage import StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import NetworkSpec, StageSetup, StageSpec, TrainingStage
 
 SMALL_BUCKET = 10_000
 PROMPT_TOKENS = 4
@@ -147,17 +146,19 @@ def network_bytes(zero_stage: int, precision: str, *, bucket_size: int = SMALL_B
 
 def build_stage(stage: StageSpec, model: ModelConfig, config: TrainerConfig, device: torch.device) -> TrainingStage:
     """Random weights in real engines."""
-    modules: dict[str, nn.Module] = {}
-    for network in stage.networks:
-        if network.has_transformer(config.section_of(stage)):
-            transformer = VSRTransformer(**model.transformer.model_dump())
-            set_attention(transformer, config.attention, config.engine_of("student").dtype)
-            modules[network.name] = transformer
-    shape, width = modules["student"].config, model.transformer.text_dim
+
+    def transformer_of(network: NetworkSpec) -> VSRTransformer:
+        transformer = VSRTransformer(**model.transformer.model_dump())
+        set_attention(transformer, config.attention, config.engine_of("student").dtype)
+        return transformer
+
+    with torch.device("meta"):
+        shape = VSRTransformer(**model.transformer.model_dump()).config
+    width = model.transformer.text_dim
     setup = StageSetup(
         stage,
         config.section_of(stage),
-        stage.assemble(config.section_of(stage), modules, shape, config.seed),
+        stage.modules(config.section_of(stage), transformer_of, shape, config.seed),
         engine_of=config.engine_of,
         embed=lambda captions: torch.zeros(len(captions), PROMPT_TOKENS, width),
         seed=0,

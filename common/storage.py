@@ -1,8 +1,8 @@
 """Folders that are local directories or `s3://` prefixes, behind one small interface.
 
 Every write is atomic: locally a temporary name and a rename, on S3 one put. S3 goes through s3fs, which retries what a
-network may cause; its listing cache is off, as it hides files that another process wrote a moment ago. Where S3 is
-is told by a section of its own, `storage`, which every command reads.
+network may cause; its listing cache is off, as it hides files that another process wrote a moment ago. The section
+`storage` of a preset says how S3 is reached; every command that opens s3:// addresses reads it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from common.config import Section
 from common.errors import UserError
@@ -122,7 +122,11 @@ class TrainerConfig(Section):
             for field in fields:
                 if field not in DeepSpeedConfig.model_fields:
                     raise ValueError(f"unknown key {name}.{field}; known: {', '.join(DeepSpeedConfig.model_fields)}")
-            DeepSpeedConfig.model_validate(fields)
+            try:
+                DeepSpeedConfig.model_validate(fields)
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"{name}.{first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
         return value
 
     @model_validator(mode="after")
@@ -150,11 +154,11 @@ class TrainerConfig(Section):
         """Steps of the loop.
 
         Raises:
-            ValueError: the schedule of a stage from outside gives none.
+            UserError: the schedule of a stage from outside gives none.
         """
         steps = self.schedules[stage.name].steps if stage.steps is None else stage.steps(self.section_of(stage))
         if steps is None:
-            raise ValueError(f"trainer.schedules.{stage.name}.steps is missing")
+            raise UserError(f"trainer.schedules.{stage.name}.steps is missing: give the number of updates")
         return steps
 
 

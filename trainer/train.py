@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
 from common.storage import StorageConfig
@@ -28,7 +29,7 @@ from trainer.engine.process_group import World, start_distributed
 from trainer.export import code_version, export_model
 from trainer.loop import Run, train_loop
 from trainer.monitoring.validation import Validation, fixed_batch
-from trainer.stages.stage import StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import NetworkSpec, StageSetup, StageSpec, TrainingStage
 
 
 @dataclass(frozen=True)
@@ -156,28 +157,27 @@ def build_stage(
     Args:
         sequence: the ranks that share a clip with this one.
     """
-    folders = {"init": init, "teacher": teacher}
-    section = config.section_of(spec)
-    loaded: dict[Path | None, VSRTransformer] = {}
-    transformers: dict[str, nn.Module] = {}
-    for network in spec.networks:
+    folders, section = {"init": init, "teacher": teacher}, config.section_of(spec)
+    #: of each folder, the networks that still want its weights: the last one takes them without a copy
+    waiting = Counter(folders[n.weights] for n in spec.networks if n.has_transformer(section))
+    loaded = {folder: initial_transformer(folder, model, config.seed) for folder in waiting}
+    for transformer in loaded.values():
+        set_attention(transformer, config.attention, config.engine_of("student").dtype)
+        transformer.share_sequence(sequence)
+    shape = next(iter(loaded.values())).config
+
+    def transformer_of(network: NetworkSpec) -> VSRTransformer:
         folder = folders[network.weights]
-        if folder not in loaded:
-            loaded[folder] = initial_transformer(folder, model, config.seed)
-            set_attention(loaded[folder], config.attention, config.engine_of("student").dtype)
-            loaded[folder].share_sequence(sequence)
-        if not network.has_transformer(section):
-            continue
-        transformer = copy.deepcopy(loaded[folder])
+        waiting[folder] -= 1
+        transformer = copy.deepcopy(loaded[folder]) if waiting[folder] else loaded.pop(folder)
         if network.lora is not None and network.lora in config.lora:
             add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
-        transformers[network.name] = transformer
-    shape = next(iter(loaded.values())).config
-    loaded.clear()
+        return transformer
+
     setup = StageSetup(
         spec,
         section,
-        spec.assemble(section, transformers, shape, config.seed),
+        spec.modules(section, transformer_of, shape, config.seed),
         engine_of=config.engine_of,
         embed=embed,
         seed=config.seed,

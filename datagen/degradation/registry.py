@@ -9,7 +9,7 @@ from common.plugins import load_class
 from datagen.degradation.blur import Blur
 from datagen.degradation.jpeg import Jpeg
 from datagen.degradation.noise import Noise
-from datagen.degradation.operation import Drawn, Operation
+from datagen.degradation.operation import Operation
 from datagen.degradation.resize import Resize, ResizeToTarget
 from datagen.degradation.sharpen import Sharpen
 from datagen.degradation.video_compression import VideoCompression
@@ -35,6 +35,3 @@ def find_operation(name: str) -> Operation:
 def describe(draws: list[dict[str, Any]]) -> str:
     """The drawn operations of a sample in one line, in the order in which they were applied."""
     return " → ".join(find_operation(drawn["op"]).describe(drawn) for drawn in draws)
-
-
-__all__ = ["OPERATIONS", "Drawn", "describe", "find_operation"]

@@ -75,7 +75,7 @@ def test_a_schedule_refines_the_stages_own_default() -> None:
         ("trainer.tracking.wandb=maybe", "trainer.tracking.wandb = 'maybe'"),
         ("trainer.engine_overrides={discriminator: {}}", "unknown network 'discriminator'; known: critic"),
         ("trainer.engine_overrides={critic: {stage: 3}}", "unknown key critic.stage; known: zero_stage"),
-        ("trainer.engine_overrides={critic: {zero_stage: 4}}", "zero_stage"),
+        ("trainer.engine_overrides={critic: {zero_stage: 4}}", "critic.zero_stage = 4: Input should be 1, 2 or 3"),
         ("trainer.engines={critic: {}}", "trainer.engines is now called trainer.engine_overrides"),
         ("trainer.schedules.dualstream.steps=3", "unknown stage 'dualstream'; known: base, progressive"),
         ("trainer.schedules.base.stepz=3", "unknown key trainer.schedules.base.stepz; did you mean 'steps'?"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tests.trainer.stages import make_run
 from trainer.engine.process_group import World
 from trainer.loop import Run, train_loop
 from trainer.monitoring.throughput import Throughput, peak_flops
-from trainer.planning.flops import flops_per_sample
+from trainer.planning.flops import UntrackedModules, flops_per_sample
 from trainer.stages.stage import Meter
 
 
@@ -26,15 +25,9 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_preset(tmp_path_factory.mktemp("preset"))
 
 
-class NoModules(contextlib.nullcontext[None]):
-    """In place of the counter's bookkeeping per module, which refuses `autograd.grad` down to a leaf."""
-
-    parents = frozenset({"Global"})
-
-
 def counted_in_earnest(run: Run, step: int, batches: list[Any]) -> float:
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()  # type: ignore[assignment]
+    counter.mod_tracker = UntrackedModules()  # type: ignore[assignment]
     with counter, sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward computes the scores twice
         run.stage.updates(step, batches, Meter("cpu"))
     return counter.get_total_flops()

@@ -90,3 +90,17 @@ def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:
 def test_psnr_of_a_known_error() -> None:
     clip = torch.zeros(3, 1, 4, 4)
     assert mean_psnr([clip], [clip + 0.2]) == pytest.approx(20.0)  # 0.1 of the range [0, 1]
+
+
+def test_a_vae_without_tiles_that_fills_the_memory_is_named(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("full")
+
+    batch: Batch = toys.batch(["a"])
+    vae = TinyVideoVAE(z_dim=toys.LATENT[0], hidden_dim=8, num_blocks=1)
+    monkeypatch.setattr(vae, "decode", full)
+    tracker = Tracker(OFF, tmp_path, "run", {}, start=0)
+    with pytest.raises(UserError, match="TinyVideoVAE decodes no tiles"):
+        Validation(batch, vae).look(Previewed({"perfect": batch.tensors["z_hr"]}), 7, tracker)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.seeding import seeded_noise
 from datagen.dataset.loader import Batch
@@ -18,7 +17,7 @@ from trainer.engine.lora import add_adapter
 from trainer.stages.dual_stream.algorithm import DualStream
 from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig
 from trainer.stages.dual_stream.spec import SPEC
-from trainer.stages.stage import StageSetup, StageSpec
+from trainer.stages.stage import NetworkSpec, StageSetup, StageSpec
 
 LATENT = (4, 2, 4, 6)  # C, T, H, W
 
@@ -97,14 +96,15 @@ def setup(
     """
     engine = engine or DeepSpeedConfig(zero_stage=1, precision="fp32")
     shape = next(iter(transformers.values())).config
-    modules: dict[str, nn.Module] = {}
-    for network in spec.networks:
-        if network.has_transformer(config):
-            modules[network.name] = copy.deepcopy(transformers.get(network.name, transformers["student"]))
-            modules[network.name].share_sequence(sequence)
-            if network.lora in (lora or {}):
-                add_adapter(modules[network.name], lora[network.lora], network=network.lora, seed=seed)  # type: ignore[arg-type, index]
-    modules = spec.assemble(config, modules, shape, seed)
+
+    def transformer_of(network: NetworkSpec) -> VSRTransformer:
+        module = copy.deepcopy(transformers.get(network.name, transformers["student"]))
+        module.share_sequence(sequence)
+        if network.lora is not None and lora is not None and network.lora in lora:
+            add_adapter(module, lora[network.lora], network=network.lora, seed=seed)
+        return module
+
+    modules = spec.modules(config, transformer_of, shape, seed)
     return StageSetup(
         spec, config, modules, engine_of=lambda name: engine, embed=embed, seed=seed, keep_model=keep_model
     )

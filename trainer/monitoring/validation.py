@@ -11,6 +11,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from common.errors import UserError
 from datagen.dataset.loader import Batch
 from metrics.psnr import psnr_db
 from pipeline.model.vae import VAE, decode_latents, to_frames
@@ -72,7 +73,10 @@ class Validation:
             except torch.cuda.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 if not hasattr(vae, "enable_tiling"):
-                    raise
+                    raise UserError(
+                        f"validation: the GPU's memory is full, and {type(vae).__name__} decodes no tiles; free memory "
+                        "or set validate_every of the stage's schedule to 0"
+                    ) from None
                 vae.enable_tiling()  # from now on: what did not fit beside the training will not fit later
                 clip = decode_latents(vae, latent)
             clips.append(clip[0].cpu())

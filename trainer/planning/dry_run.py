@@ -14,7 +14,7 @@ from trainer.config import TrainerConfig
 from trainer.engine.deepspeed_internals import deepspeed_config
 from trainer.engine.lora import add_adapter
 from trainer.planning.stage_memory import stage_memory
-from trainer.stages.stage import StageSpec
+from trainer.stages.stage import NetworkSpec, StageSpec
 
 #: clips that memory is reckoned for: (frames, height, width), and their latents (T, h, w)
 CLIPS = {"21 x 704 x 1280": (6, 88, 160), "21 x 1088 x 1920": (6, 136, 240)}
@@ -53,18 +53,16 @@ def meta_networks(stage: StageSpec, model: ModelConfig, config: TrainerConfig) -
     Raises:
         UserError: an adapter names modules that are not there.
     """
-    section = config.section_of(stage)
-    transformers: dict[str, nn.Module] = {}
+
+    def transformer_of(network: NetworkSpec) -> nn.Module:
+        transformer = VSRTransformer(**model.transformer.model_dump())
+        if network.lora is not None and network.lora in config.lora:
+            add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
+        return transformer
+
     with torch.device("meta"):
         shape = VSRTransformer(**model.transformer.model_dump()).config
-        for network in stage.networks:
-            if not network.has_transformer(section):
-                continue
-            transformer = VSRTransformer(**model.transformer.model_dump())
-            if network.lora is not None and network.lora in config.lora:
-                add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
-            transformers[network.name] = transformer
-        return stage.assemble(section, transformers, shape, config.seed)
+        return stage.modules(config.section_of(stage), transformer_of, shape, config.seed)
 
 
 def memory_table(

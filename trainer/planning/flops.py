@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from datagen.dataset.loader import Batch
 from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.lora import add_adapter_like
-from trainer.stages.stage import Meter, TrainingStage
+from trainer.stages.stage import Meter, NetworkSpec, TrainingStage
 
 
 def flops_per_sample(stage: TrainingStage, step: int, batch: Batch) -> float:
@@ -99,12 +99,12 @@ class UntrackedModules(nullcontext[None]):
 def _meta_modules(stage: TrainingStage) -> dict[str, nn.Module]:
     """Modules by network name of the same shapes and parameter names, without values, engines or checkpointing."""
     reference: Any = stage.exported.module
-    transformers: dict[str, nn.Module] = {}
+
+    def transformer_of(network: NetworkSpec) -> nn.Module:
+        module = stage.networks[network.name].module
+        transformer: nn.Module = type(reference).from_config(reference.config)
+        add_adapter_like(transformer, getattr(module, "transformer", module))  # type: ignore[arg-type]
+        return transformer
+
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        for network in stage.spec.networks:
-            if network.has_transformer(stage.config):
-                module = stage.networks[network.name].module
-                transformer = type(reference).from_config(reference.config)
-                add_adapter_like(transformer, getattr(module, "transformer", module))
-                transformers[network.name] = transformer
-        return stage.spec.assemble(stage.config, transformers, reference.config, 0)
+        return stage.spec.modules(stage.config, transformer_of, reference.config, 0)

@@ -114,6 +114,20 @@ class StageSpec:
     #: bytes that the passes of one micro-batch hold at most: (sizes, config) -> bytes; None: one trained network's
     activation_bytes: Callable[[ActivationSizes, Any], float] | None = None
 
+    def modules(
+        self, config: Any, transformer_of: Callable[[NetworkSpec], nn.Module], shape: Any, seed: int
+    ) -> dict[str, nn.Module]:
+        """Modules by network name.
+
+        Args:
+            config: the stage's section.
+            transformer_of: gives the transformer of a network, adapter included; asked for those that are needed.
+            shape: the transformers' configuration.
+            seed: run seed, of what `assemble` draws.
+        """
+        transformers = {n.name: transformer_of(n) for n in self.networks if n.has_transformer(config)}
+        return self.assemble(config, transformers, shape, seed)
+
     def network(self, name: str) -> NetworkSpec:
         """The network called `name`."""
         return next(network for network in self.networks if network.name == name)
