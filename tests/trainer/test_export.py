@@ -142,3 +142,11 @@ def test_every_network_of_a_stage_is_compiled(preset: Path, stage: str, tmp_path
     for name, network in run.stage.networks.items():
         model = getattr(network.module, "transformer", network.module)
         assert all(block._compiled_call_impl is not None for block in model.blocks), name
+
+
+def test_the_fake_score_starts_as_the_real_score(preset: Path, tmp_path: Path, world: World) -> None:
+    """And learns apart from it: no parameter is shared."""
+    networks = make_run(preset, "dual_stream", tmp_path / "run", world).stage.networks
+    fake = dict(networks["critic"].module.transformer.named_parameters())
+    for name, value in networks["real_score"].module.named_parameters():
+        assert torch.equal(value, fake[name]) and value.data_ptr() != fake[name].data_ptr()

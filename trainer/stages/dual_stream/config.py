@@ -44,7 +44,7 @@ class DualStreamConfig(Section):
     #: first steps in which the heads learn but the student does not use them yet (λ_GAN = λ_FM = 0) [ours]
     heads_warmup_steps: int = Field(default=0, ge=0)
 
-    #: hinge; softplus: non-saturating logistic, DMD2's; relativistic: paired logistic, R3GAN's [paper]
+    #: hinge, the default [paper]; softplus: non-saturating logistic as in DMD2; relativistic: paired as in R3GAN
     gan_loss: GanLoss = "hinge"
     #: tapped layers as fractions of the depth: 9, 18, 27 of 30 [paper]
     tap_fractions: tuple[float, ...] = (0.3, 0.6, 0.9)
