@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from statistics import mean, stdev
 
 import pytest
 import torch
 
 from common.seeding import seeded_noise
 from datagen.dataset.loader import Batch
+from pipeline.sampling import one_step
 from tests.trainer import toys
 from trainer.engine.config import OptimizerConfig
 from trainer.engine.process_group import World
@@ -35,24 +37,92 @@ def build(**changes: object) -> Preference:
 
 
 @torch.no_grad()
-def test_loss_at_one_with_the_candidates_own_noise(world: World) -> None:
-    stage, batch = build(), pairs()
+@pytest.mark.parametrize("point", ["one_step", "candidate_noise"])
+def test_loss_at_one_by_hand(world: World, point: str) -> None:
+    stage, batch = build(operating_point=point), pairs()
     student, reference = (copy.deepcopy(n.module).double() for n in (stage.student, stage.reference))
-    dpo, anchor = [], []
+    fresh = stage.draws(0, batch).noise("diffusion", batch.tensors["z_win"])
+    dpo, anchor, change = [], [], {"w": 0.0, "l": 0.0}
     for index, key in enumerate(KEYS):
         error = {}
         for side, name, number in (("w", "z_win", 0), ("l", "z_lose", 1)):
-            noise = seeded_noise(toys.LATENT, "toy", key, number).double()[None]
+            own = seeded_noise(toys.LATENT, "toy", key, number)[None]
+            noise = (own if point == "candidate_noise" else fresh[index : index + 1]).double()
             target = noise - batch.tensors[name][index : index + 1].double()
             inputs = (noise, torch.ones(1), batch.tensors["z_lr"][index : index + 1].double(), toys.embed(["a film"]))
             v, v_ref = student(*inputs).velocity, reference(*inputs).velocity
             error[side] = ((target - v) ** 2).mean().item() - ((target - v_ref) ** 2).mean().item()
+            change[side] += error[side] / 3
             anchor.append(((v - v_ref) ** 2).mean().item())
         dpo.append(math.log(1 + math.exp(20.0 / 2 * (error["w"] - error["l"]))))
     with torch.enable_grad():
         found = stage.train_step(0, [batch])
     assert found["loss_dpo"] == pytest.approx(sum(dpo) / 3, rel=1e-4)
     assert found["loss_anchor"] == pytest.approx(sum(anchor) / 6, rel=1e-4)
+    assert found["winner_error_change"] == pytest.approx(change["w"], rel=1e-3)
+    assert found["loser_error_change"] == pytest.approx(change["l"], rel=1e-3)
+
+
+def linear_score(z0: torch.Tensor) -> torch.Tensor:
+    """A judge with a strong preference: the projection on a fixed direction, (B,)."""
+    return (z0 * seeded_noise(toys.LATENT, "direction")).flatten(1).mean(1)
+
+
+def gain(seed: int, point: str, *, swapped: bool) -> float:
+    """Change of the mean score on noise and clips not trained on, in deviations of the reference's score.
+
+    Pairs are made as preference.build makes them: five candidates of the reference itself, best and worst, stored in
+    bfloat16.
+    """
+    reference, prompt = toys.transformer(10 + seed), toys.embed(["a film"])
+
+    def outputs(model: torch.nn.Module, noise: torch.Tensor, z_lr: torch.Tensor) -> torch.Tensor:
+        return one_step(lambda *x: model(*x).velocity, noise, z_lr, prompt.repeat(len(noise), 1, 1))
+
+    batches = []
+    for first in range(0, 64, 16):
+        keys = [f"{seed}-{index}" for index in range(first, first + 16)]
+        z_lr = torch.stack([seeded_noise(toys.LATENT, key, "lr") for key in keys])
+        chosen, metadata = [], []
+        for key, lr in zip(keys, z_lr, strict=True):
+            noise = torch.stack([seeded_noise(toys.LATENT, key, number) for number in range(5)])
+            with torch.no_grad():
+                candidates = outputs(reference, noise, lr.repeat(5, 1, 1, 1, 1))
+            order = linear_score(candidates).argsort(descending=not swapped).tolist()
+            chosen.append(candidates[[order[0], order[-1]]].bfloat16().float())
+            metadata.append({"caption": "a film", "noise_win": [key, order[0]], "noise_lose": [key, order[-1]]})
+        win, lose = torch.stack(chosen).unbind(1)
+        batches.append(Batch(keys, {"z_win": win, "z_lose": lose, "z_lr": z_lr}, metadata))
+
+    config = PreferenceTrainingConfig(operating_point=point, optimizer=OptimizerConfig(learning_rate=1e-4))
+    transformers = {"student": copy.deepcopy(reference), "reference": copy.deepcopy(reference)}
+    stage = Preference(toys.setup(SPEC, config, transformers, seed=seed))
+    for step in range(24):
+        stage.train_step(step, [batches[step % len(batches)]])
+    noise, z_lr = (torch.stack([seeded_noise(toys.LATENT, name, seed, n) for n in range(64)]) for name in ("n", "z"))
+    with torch.no_grad():
+        before, after = (linear_score(outputs(m, noise, z_lr)) for m in (reference, stage.student.module))
+    return ((after - before).mean() / before.std()).item()
+
+
+def learns_preferences(point: str) -> bool:
+    """Right labels raise the mean score and swapped ones lower it, both beyond the spread of three seeds."""
+    gains = {swapped: [gain(seed, point, swapped=swapped) for seed in range(3)] for swapped in (False, True)}
+    print(point, gains)
+    return mean(gains[False]) > stdev(gains[False]) and mean(gains[True]) < -stdev(gains[True])
+
+
+@pytest.mark.parametrize("point", ["one_step", "random"])
+def test_right_labels_raise_the_score_and_swapped_ones_lower_it(world: World, point: str) -> None:
+    assert learns_preferences(point)
+
+
+def test_the_candidates_own_noise_teaches_no_preference(world: World) -> None:
+    assert not learns_preferences("candidate_noise")
+
+
+def test_no_checkpoint_is_the_best_by_psnr_against_the_winner() -> None:
+    assert SPEC.schedule.keep_best is None
 
 
 def test_loss_of_no_difference_is_log_two() -> None:

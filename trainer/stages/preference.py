@@ -2,9 +2,10 @@
 
     L = -log σ(-(β/2)·[(m_w - r_w) - (m_l - r_l)]),    m = mean‖v* - v_S‖²,  r = mean‖v* - v_ref‖²,  v* = ε - z0
 
-w is the preferred candidate of a pair, l the other; the reference is the frozen Stage-II student. By default both are
-judged at t = 1 with the very ε that produced them (the only point where the one-step student ever stands), and a small
-anchor mean‖v_S - v_ref‖² keeps the student near the reference.
+w is the preferred candidate of a pair, l the other; the reference is the frozen Stage-II student. Both are evaluated at
+t = 1, the student's own operating point, with one fresh ε that they share. With the ε that produced a candidate the
+reference's error on it is zero: margins and gradients start at zero, and the loss amplifies only the rounding of the
+stored latents. A small anchor mean‖v_S - v_ref‖² keeps the student near the reference.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class PreferenceTrainingConfig(Section):
 
     #: β, constant: it beats one that depends on t [peer]
     beta: float = Field(default=1000.0, gt=0)
-    #: one_step: t = 1 with each candidate's own ε [ours]; random: t as in Stage II with fresh ε (ablation)
-    operating_point: Literal["one_step", "random"] = "one_step"
+    #: where the loss is evaluated. one_step: t = 1, fresh ε shared by winner and loser [ours]; random: t as in Stage
+    #: II, fresh shared ε; candidate_noise: t = 1, the ε that produced each candidate, which prefers nothing (ablation)
+    operating_point: Literal["one_step", "random", "candidate_noise"] = "one_step"
     #: weight of mean‖v_S - v_ref‖² [ours]
     anchor_weight: float = Field(default=0.1, ge=0)
     #: shift of t, only for operating_point: random; null = model.shift [peer]
@@ -70,9 +72,11 @@ class Preference(TrainingStage):
                 loss_dpo = dpo_loss(m_w, r_w, m_l, r_l, self.config.beta)
                 loss_anchor = velocity_loss(v, v_ref.detach())
                 self.student.backward(loss_dpo + self.config.anchor_weight * loss_anchor)
-                margin = (m_l - r_l) - (m_w - r_w)
+                d_w, d_l = m_w - r_w, m_l - r_l
                 meter.add(loss_dpo=loss_dpo, loss_anchor=loss_anchor)
-                meter.add(margin=margin.mean(), preferred=(margin > 0).float().mean())
+                # Apart: a margin that grows while both errors rise is DPO's known failure.
+                meter.add(winner_error_change=d_w.mean(), loser_error_change=d_l.mean())
+                meter.add(margin=(d_l - d_w).mean(), preferred=(d_l > d_w).float().mean())
             meter.add(gradient_norm_student=self.student.step())
 
     def _pair(self, step: int, batch: Batch) -> Pair:
@@ -80,25 +84,25 @@ class Preference(TrainingStage):
         z0 = torch.cat([self.latents(batch, "z_win"), self.latents(batch, "z_lose")])
         z_lr = self.latents(batch, "z_lr").repeat(2, 1, 1, 1, 1)
         prompt = self.prompts(batch).repeat(2, 1, 1)
-        if self.config.operating_point == "one_step":
+        if self.config.operating_point == "candidate_noise":
             seeds = [entry[key] for key in ("noise_win", "noise_lose") for entry in batch.metadata]
             noise = torch.stack([seeded_noise(z0.shape[1:], *seed) for seed in seeds]).to(self._device)
             t = torch.ones(len(z0), device=self._device)
         else:
             draws = self.draws(step, batch)
-            low, high = self.config.time_range
             # Winner and loser share t and ε: their errors are compared.
             noise = draws.noise("diffusion", batch.tensors["z_win"]).repeat(2, 1, 1, 1, 1)
+            low, high = self.config.time_range if self.config.operating_point == "random" else (1.0, 1.0)
             t = draws.times("time", shift=self.shift, low=low, high=high).repeat(2)
         return Pair((q_t(z0, noise, t), t, z_lr, prompt), velocity(z0, noise))
 
     @torch.no_grad()
     def previews(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of student and reference from the preferred candidate's noise."""
+        """One step of student and reference from fresh noise; from `noise_win` the reference would give z_win."""
         z_lr, prompt = self.latents(batch, "z_lr"), self.prompts(batch)
-        noise = torch.stack([seeded_noise(z_lr.shape[1:], *entry["noise_win"]) for entry in batch.metadata])
+        noise = self.draws(-1, batch).noise("generator", z_lr)
         return {
-            name: one_step(lambda *x, call=network.frozen: call(*x).velocity, noise.to(self._device), z_lr, prompt)
+            name: one_step(lambda *x, call=network.frozen: call(*x).velocity, noise, z_lr, prompt)
             for name, network in self.networks.items()
         }
 
@@ -116,7 +120,8 @@ SPEC = StageSpec(
     config=PreferenceTrainingConfig,
     networks=(STUDENT, NetworkSpec("reference")),
     build=Preference,
-    schedule=ScheduleConfig(steps=1_000),  # [note]
+    # No best checkpoint: PSNR against z_win ranks the untrained reference first.
+    schedule=ScheduleConfig(steps=1_000, keep_best=None),  # [note]
     init="the Stage-II student",
     member="pair",
     target="z_win",
