@@ -52,10 +52,14 @@ class PlainDualStream:
             losses = self.auxiliary_losses(self.sample(batch, step, update))
             self.optimizer_f.zero_grad()
             sum(losses.values()).backward()
-            norms = {"fake_score": _norm(self.fake), "heads": _norm(self.critic.heads)}
-            norm = nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.fake_score.gradient_clip)
+            norms = {"critic": _norm(self.critic)}
+            for name, part, largest in (
+                ("fake_score", self.fake, self.config.fake_score.gradient_clip),
+                ("heads", self.critic.heads, self.config.heads_gradient_clip),
+            ):
+                if part is not None and list(part.parameters()):
+                    norms[name] = nn.utils.clip_grad_norm_(part.parameters(), largest).item()
             self.optimizer_f.step()
-            norms["critic"] = norm.item()
             logs.append({k: v.item() for k, v in losses.items()})
             logs[-1] |= {f"gradient_norm_{name}": value for name, value in norms.items()}
         log = {key: sum(entry[key] for entry in logs) / len(logs) for key in logs[0]}
@@ -78,7 +82,14 @@ class PlainDualStream:
             "t": draws.times("time", shift=self.config.time_shift, low=low, high=high),
             "start": draws.noise("generator", z_hr),
             "eps": draws.noise("diffusion", z_hr),
+            "eps_r1": draws.noise("r1", z_hr),
+            "eps_r2": draws.noise("r2", z_hr),
+            "eps_guidance": draws.noise("guidance", z_hr),
         }
+        if self.config.guidance_time_range:
+            low, high = self.config.guidance_time_range
+            s["t_guidance"] = draws.times("guidance_time", shift=self.config.time_shift, low=low, high=high)
+            s["null"] = toys.embed([""] * len(batch.keys))
         return {key: value.to(self.dtype) for key, value in s.items()}
 
     def auxiliary_losses(self, s: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +103,12 @@ class PlainDualStream:
             d_s, d_hr = self.judge(h_s), self.judge(h_hr)
             hinge = [(1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in zip(d_hr, d_s, strict=True)]
             losses["loss_discriminator"] = sum(hinge) / len(hinge)
+            for name, x, logits in (("r1", z_t_hr, d_hr), ("r2", z_t, d_s)):
+                if weight := getattr(self.config, f"{name}_weight"):
+                    with torch.no_grad():
+                        h = self.features(x + self.config.perturbation_sigma * s[f"eps_{name}"], s)
+                    pairs = zip(self.judge(h), logits, strict=True)
+                    losses[name] = weight * sum(((a - b) ** 2).mean() for a, b in pairs) / len(logits)
         return losses
 
     def student_losses(self, s: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,17 +121,31 @@ class PlainDualStream:
         if c.dmd_weight:
             z0_r = z_t - time * self.real(z_t, s["t"], s["z_lr"], s["c"]).velocity
             z0_f = z_t - time * self.fake(z_t, s["t"], s["z_lr"], s["c"]).velocity
-            grads = [(f - r) / (z - r).abs().mean() for f, r, z in zip(z0_f, z0_r, z0, strict=True)]
-            target = (z0 - torch.stack(grads)).detach()
+            grads = torch.stack([(f - r) / (z - r).abs().mean() for f, r, z in zip(z0_f, z0_r, z0, strict=True)])
+            if c.guidance_time_range:
+                late = s["t_guidance"].view(-1, 1, 1, 1, 1)
+                x = (1 - late) * z0 + late * s["eps_guidance"]
+                with_text, without = (
+                    x - late * self.real(x, s["t_guidance"], s["z_lr"], s[text]).velocity for text in ("c", "null")
+                )
+                scale = torch.stack([(z - w).abs().mean() for z, w in zip(z0, with_text, strict=True)])
+                grads = grads - c.real_score_guidance * (with_text - without) / scale.view(-1, 1, 1, 1, 1)
+            if c.data_forcing_weight:
+                x = self.q(s["z_hr"], s)
+                wrong = x - time * self.real(x, s["t"], s["z_lr"], s["c"]).velocity - s["z_hr"]
+                scale = torch.stack([(z - r).abs().mean() for r, z in zip(z0_r, z0, strict=True)])
+                grads = grads + c.data_forcing_weight * wrong / scale.view(-1, 1, 1, 1, 1)
+            target = (z0 - grads).detach()
             losses["loss_dmd"] = ((z0 - target) ** 2).mean() / 2
             total = total + c.dmd_weight * losses["loss_dmd"]
         if c.gan:
             maps = self.judge(self.features(z_t, s))
             losses["loss_generator"] = -sum(m.mean() for m in maps) / len(maps)
             h_s, h_hr = self.features(z_t, s), self.features(self.q(s["z_hr"], s), s)
+            norm = _normed if c.feature_matching == "normalised" else (lambda h: h)
             difference = (
-                torch.cat([torch.cat(h, -1) for h in h_s], -1)
-                - torch.cat([torch.cat(h, -1) for h in h_hr], -1).detach()
+                torch.cat([norm(part) for h in h_s for part in h], -1)
+                - torch.cat([norm(part) for h in h_hr for part in h], -1).detach()
             )
             losses["loss_feature_matching"] = (difference**2).mean()
             total = total + c.gan_weight * losses["loss_generator"]
@@ -139,12 +170,13 @@ class PlainDualStream:
         _, t, h, w = toys.LATENT
         maps = []
         for head, parts in zip(self.critic.heads, features, strict=True):
-            normed = [
-                (p - p.mean(-1, keepdim=True)) / (p.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for p in parts
-            ]
-            tokens = torch.cat(normed, -1)
+            tokens = torch.cat([_normed(part) for part in parts], -1)
             maps.append(head(tokens.transpose(1, 2).reshape(len(tokens), -1, t, h // 2, w // 2)))
         return maps
+
+
+def _normed(h: Tensor) -> Tensor:
+    return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
 
 
 def _norm(module: nn.Module) -> float:

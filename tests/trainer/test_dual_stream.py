@@ -29,6 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "real features": {"tapped": "real"},
     "fake features": {"tapped": "fake"},
     "no fake score": {"dmd_weight": 0.0, "tapped": "real"},
+    "raw features": {"feature_matching": "raw"},
+    "terms apart": {"gradient_norms_every": 1},
+    "terms apart, fake features": {"gradient_norms_every": 1, "tapped": "fake"},
+    "decoupled guidance": {"real_score_guidance": 2.0, "guidance_time_range": (0.6, 0.98)},
+    "data forcing": {"data_forcing_weight": 0.5},
 }
 
 
@@ -136,24 +141,62 @@ def _weights(network: Any) -> list[Tensor]:
     return weights + [fragment.master.clone() for fragment in network.fragments]
 
 
+def _critic_gradient(stage: DualStream, batch: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Of every parameter of the critic under `prefix`, as its engine has it before the update."""
+    gradients: dict[str, Tensor] = {}
+    step = stage.critic.step
+
+    def read_then_step() -> float:
+        for name, parameter in stage.critic.module.named_parameters():
+            if name.startswith(prefix):
+                gradients[name] = safe_get_full_grad(parameter).clone()
+        return step()
+
+    stage.critic.step = read_then_step  # type: ignore[method-assign]
+    stage.auxiliary_update(0, 0, [batch], Meter("cpu"))
+    return gradients
+
+
 def test_each_group_learns_from_its_own_loss(world: World) -> None:
     """L_Diff's gradient on θ_F is the same with and without the discriminator beside it."""
-    batch = _batches(0)[:1]
-    losses = []
-    for changes in ({}, VARIANTS["DMD only"]):
-        stage = toys.dual_stream(toys.configuration(**changes))
-        gradients: dict[str, Tensor] = {}
-        step = stage.critic.step
+    batch = _batches(0)[0]
+    stages = [toys.dual_stream(toys.configuration(**changes)) for changes in ({}, VARIANTS["DMD only"])]
+    with_heads, alone = (_critic_gradient(stage, batch, "transformer.") for stage in stages)
+    assert _relative(with_heads, alone) <= 1e-6
 
-        def read_then_step(stage: DualStream = stage, step: Any = step, found: Any = gradients) -> float:
-            for name, parameter in stage.critic.module.transformer.named_parameters():
-                found[name] = safe_get_full_grad(parameter).clone()
-            return step()
 
-        stage.critic.step = read_then_step  # type: ignore[method-assign]
-        stage.auxiliary_update(0, 0, batch, Meter("cpu"))
-        losses.append(gradients)
-    assert _relative(losses[0], losses[1]) <= 1e-6
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"r1_weight": 10.0}, {"r2_weight": 10.0, "tapped": "fake"}, {"r1_weight": 5.0, "r2_weight": 10.0}],
+    ids=str,
+)
+def test_critic_gradient_is_that_of_one_graph(world: World, changes: dict[str, Any]) -> None:
+    stage = toys.dual_stream(toys.configuration(perturbation_sigma=0.3, **changes))
+    plain, batch = _plain(stage), _batches(0)[0]
+    torch.stack(list(plain.auxiliary_losses(plain.sample(batch, 0, 0)).values())).sum().backward()
+    expected = {name: p.grad if p.grad is not None else 0 * p for name, p in plain.critic.named_parameters()}
+    assert _relative(_critic_gradient(stage, batch), expected) <= 1e-5
+
+
+def test_norms_of_the_terms_at_z0_are_logged_in_their_steps(world: World) -> None:
+    stage = toys.dual_stream(toys.configuration(gradient_norms_every=2))
+    logs = [stage.train_step(step, _batches(step)) for step in range(2)]
+    assert not [name for name in logs[0] if name.startswith("z0_gradient_norm")]
+    plain = _plain(toys.dual_stream(toys.configuration()))
+    batch, config = _batches(0)[-1], plain.config
+    s = plain.sample(batch, 1, 3)
+    apart, meter = toys.dual_stream(toys.configuration(gradient_norms_every=2)), Meter("cpu")
+    apart.student_gradient(1, plain.one_step(s).detach().requires_grad_(), apart._sample(batch, 1, 3), meter)
+    z0 = plain.one_step(s).detach().requires_grad_()
+    plain.one_step = lambda _: z0  # type: ignore[method-assign]
+    losses = plain.student_losses(s)
+    for name, loss, weight in (
+        ("dmd", losses["loss_dmd"], config.dmd_weight),
+        ("gan", losses["loss_generator"], config.gan_weight),
+        ("feature_matching", losses["loss_feature_matching"], config.feature_matching_weight),
+    ):
+        norm = weight * torch.autograd.grad(loss, z0, retain_graph=True)[0].norm()
+        assert meter.means()[f"z0_gradient_norm_{name}"] == pytest.approx(norm.item(), rel=1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -166,7 +209,7 @@ def test_each_group_learns_from_its_own_loss(world: World) -> None:
     ],
     ids=str,
 )
-def test_the_critics_norm_is_divided_between_fake_score_and_heads(world: World, engine: dict[str, Any]) -> None:
+def test_fake_score_and_heads_have_norms_of_their_own(world: World, engine: dict[str, Any]) -> None:
     settings = DeepSpeedConfig(**({"precision": "fp32", "persistence_threshold": 0} | engine))
     stage = toys.dual_stream(toys.configuration(gan_weight=0.0), settings)
     plain, meter = _plain(toys.dual_stream(toys.configuration(gan_weight=0.0))), Meter("cpu")
@@ -207,7 +250,8 @@ def test_forward_passes_are_no_more_than_the_algorithm_needs(world: World) -> No
     "changes",
     [
         {"gan_loss": "softplus"},
-        {"gan_loss": "relativistic"},
+        {"gan_loss": "relativistic", "r1_weight": 1.0, "r2_weight": 1.0},
+        {"r1_weight": 1.0, "discriminator_input": "clean"},
         {"discriminator_input": "clean"},
         {"discriminator_input": "clean", "tapped": "fake"},
         {"shared_noise": False},
@@ -224,9 +268,11 @@ def test_switches_train(world: World, changes: dict[str, Any]) -> None:
     assert all(log["gradient_norm_student"] > 0 and log["gradient_norm_critic"] > 0 for log in logs)
 
 
-def test_schedules_decide_what_the_student_hears(world: World) -> None:
+def test_schedules_decide_the_terms_of_the_students_loss(world: World) -> None:
     joint = toys.dual_stream(DualStreamConfig(heads_warmup_steps=2))
     assert [joint.weights(step) for step in (0, 1, 2)] == [(1.0, 0.0, 0.0)] * 2 + [(1.0, 0.1, 0.05)]
+    forced = toys.dual_stream(DualStreamConfig(data_forcing_weight=1.0, data_forcing_from_step=3))
+    assert [forced.objective(step) for step in (2, 3)] == ["DMD + GAN + FM", "DMD + GAN + FM + DF"]
     sequential = toys.dual_stream(DualStreamConfig(schedule="sequential", sequential_dmd_steps=5))
     assert [sequential.weights(step) for step in (4, 5)] == [(1.0, 0.0, 0.0), (0.0, 0.1, 0.05)]
 
@@ -285,6 +331,10 @@ def test_a_loss_that_is_not_finite_changes_nothing(world: World) -> None:
         ({"schedule": "sequential"}, "sequential_dmd_steps"),
         ({"time_range": (0.9, 0.1)}, "time_range"),
         ({"tap_fractions": ()}, "tap_fractions"),
+        ({"guidance_time_range": (0.5, 0.9)}, "real_score_guidance"),
+        ({"guidance_time_range": (0.9, 0.5), "real_score_guidance": 1.0}, "guidance_time_range"),
+        ({"data_forcing_weight": 1.0, "dmd_weight": 0.0}, "dmd_weight"),
+        ({"r1_weight": 1.0, "gan_weight": 0.0, "feature_matching_weight": 0.0}, "gan_weight"),
     ],
 )
 def test_configuration_refuses_nonsense(changes: dict[str, Any], message: str) -> None:

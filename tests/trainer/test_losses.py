@@ -58,14 +58,43 @@ def test_generator_loss() -> None:
         assert found.item() == pytest.approx(value, rel=1e-6), kind
 
 
-def test_feature_matching_is_the_mean_over_the_concatenation_and_spares_hr() -> None:
-    s = [_tensor(_random(index, (3, 12, 48))).requires_grad_() for index in range(6)]
-    hr = [_tensor(_random(index + 10, (3, 12, 48))).requires_grad_() for index in range(6)]
-    loss = losses.feature_matching_loss(s, hr)
-    difference = np.concatenate([(a - b).detach().double().numpy() for a, b in zip(s, hr, strict=True)], -1)
-    assert loss.item() == pytest.approx((difference**2).mean(), rel=1e-6)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_feature_matching_is_the_mean_over_the_concatenation_and_spares_hr(normalised: bool) -> None:
+    raw_s, raw_hr = ([3 * _random(index + first, (3, 12, 48)) for index in range(6)] for first in (0, 10))
+    s, hr = ([_tensor(array).requires_grad_() for array in raw] for raw in (raw_s, raw_hr))
+    loss = losses.feature_matching_loss(s, hr, normalised=normalised)
+
+    def norm(h: np.ndarray) -> np.ndarray:
+        centred = h - h.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) if normalised else h
+
+    difference = np.concatenate([norm(a) - norm(b) for a, b in zip(raw_s, raw_hr, strict=True)], -1)
+    assert loss.item() == pytest.approx((difference**2).mean(), rel=1e-5)
     loss.backward()
     assert s[0].grad is not None and hr[0].grad is None
+
+
+def test_perturbation_penalty_and_its_gradient() -> None:
+    plain, perturbed = _maps(0), _maps(10)
+    leaves = [torch.tensor(array, requires_grad=True) for array in plain]
+    penalty = losses.perturbation_penalty(leaves, [torch.tensor(array) for array in perturbed])
+    assert penalty.item() == pytest.approx(
+        np.mean([((a - b) ** 2).mean() for a, b in zip(plain, perturbed, strict=True)])
+    )
+    penalty.backward()
+    gradient = 2 * (plain[1] - perturbed[1]) / plain[1].size / 3
+    np.testing.assert_allclose(leaves[1].grad.numpy(), gradient, rtol=1e-9)
+
+
+def test_guidance_and_data_forcing_gradients() -> None:
+    z0, conditional, null, z_hr = (_random(index) for index in range(4))
+    found = losses.guidance_gradient(*(torch.tensor(z) for z in (z0, conditional, null)), 3.0)
+    scale = np.abs(z0 - conditional).mean((1, 2, 3, 4), keepdims=True)
+    np.testing.assert_allclose(found.numpy(), 3 * (null - conditional) / scale, rtol=1e-9)
+    normaliser = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+    forcing = losses.data_forcing_gradient(torch.tensor(z_hr), torch.tensor(z0), normaliser).numpy()
+    np.testing.assert_allclose(forcing[:2], (z0 - z_hr)[:2] / np.array([0.5, 2.0]).reshape(2, 1, 1, 1, 1), rtol=1e-9)
+    assert not forcing[2].any(), "a sample without a normaliser is left out"
 
 
 def test_dmd_gradient_and_loss() -> None:

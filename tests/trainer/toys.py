@@ -70,8 +70,9 @@ def configuration(**changes: object) -> DualStreamConfig:
         "feature_matching_weight": 0.3,
         "head": HeadConfig(hidden_channels=8),
         "student": OptimizerConfig(learning_rate=1e-3, gradient_clip=0.05),
-        "fake_score": OptimizerConfig(learning_rate=1e-3),
+        "fake_score": OptimizerConfig(learning_rate=1e-3, gradient_clip=0.1),
         "heads_learning_rate": 3e-3,
+        "heads_gradient_clip": 0.02,
         "ema_decay": 0.9,
         "time_shift": 5.0,
     }

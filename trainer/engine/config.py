@@ -21,7 +21,7 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.0, 0.999)
     #: decoupled weight decay [peer]
     weight_decay: float = Field(0.01, ge=0)
-    #: largest global gradient norm of the network; 0 = no clipping [peer]
+    #: largest gradient norm over all ranks; groups may have their own (the heads do); 0 = no clipping [peer]
     gradient_clip: float = Field(1.0, ge=0)
     #: linear warm-up, in updates of this network; every group keeps its own peak
     warmup_updates: int = Field(0, ge=0)

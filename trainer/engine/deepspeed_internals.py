@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
 from trainer.engine.zero_shards import MOMENTS, Fragment
 
+#: ZeRO-3 updates a parameter group in parts of this many elements; one part per group, or its norm would be unknown
+SUB_GROUP_SIZE = 10**15
+
 
 def deepspeed_config(config: DeepSpeedConfig, optimizer: OptimizerConfig | None) -> dict[str, Any]:
     """The dictionary given to `deepspeed.initialize`; `optimizer` is None for a frozen network."""
@@ -31,6 +34,7 @@ def deepspeed_config(config: DeepSpeedConfig, optimizer: OptimizerConfig | None)
         zero |= {
             "stage3_param_persistence_threshold": config.persistence_threshold,
             "stage3_prefetch_bucket_size": config.bucket_size,
+            "sub_group_size": SUB_GROUP_SIZE,
         }
         if config.offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -41,7 +45,7 @@ def deepspeed_config(config: DeepSpeedConfig, optimizer: OptimizerConfig | None)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: the stages own their batches
         "gradient_accumulation_steps": config.gradient_accumulation if optimizer is not None else 1,
-        "gradient_clipping": optimizer.gradient_clip if optimizer is not None else 0.0,
+        "gradient_clipping": 0.0,  # trainer/engine/clipping.py clips per parameter group
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,

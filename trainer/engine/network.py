@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from common.errors import UserError
+from trainer.engine.clipping import GroupClipping, clipped_groups
 from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
 from trainer.engine.deepspeed_internals import (
     find_fragments,
@@ -61,8 +61,8 @@ class Network:
             module: its float32 weights are the masters' first value; its dtype and device are changed. With an
                 optimizer, the parameters that ask for a gradient learn, and the others never change (LoRA).
             optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and whole otherwise.
-            parameter_groups: torch-style groups over the trainable parameters, each with `params` and, where it
-                differs, `lr`; default: one group.
+            parameter_groups: torch-style groups over the trainable parameters, each with `params` and, where they
+                differ, `lr`, `gradient_clip` and `name`; default: one group.
             ema_decay: keep an EMA of the masters, updated by every `step()` that is not skipped.
         """
         self.name = name
@@ -89,9 +89,10 @@ class Network:
         if optimizer is None:
             self._engine = frozen_engine(module, deepspeed)
         else:
-            groups = list(parameter_groups or [{"params": self._trainable}])
+            groups = clipped_groups(list(parameter_groups or [{"params": self._trainable}]), optimizer)
             self._engine = training_engine(module, groups, deepspeed, optimizer)
             self.fragments = find_fragments(module, self._engine.optimizer)
+            self._clipping = GroupClipping(self._engine.optimizer.optimizer, self._device)
             self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
             self._warmup = optimizer.warmup_updates
             if ema_decay is not None:
@@ -137,18 +138,8 @@ class Network:
         if self._backwards < self.config.gradient_accumulation:
             self._engine.step()  # no update: it counts the micro-batch
 
-    def gradient_norm(self, prefix: str) -> float:
-        """Norm of the accumulated gradient of the parameters whose names begin with `prefix`. Collective.
-
-        For a few small parameters, between the last `backward()` and `step()`: each is gathered.
-        """
-        named = self.module.named_parameters()
-        gradients = [safe_get_full_grad(p) for name, p in named if name.startswith(prefix)]
-        norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
-
     def step(self) -> float:
-        """Clip and update. Returns the gradient norm before clipping; inf means a skipped update.
+        """Clip each parameter group and update. Returns the joint norm before clipping; inf: the update is skipped.
 
         A norm that is not finite on any rank skips the update on all: DeepSpeed decides on the reduced norm.
         """
@@ -167,6 +158,11 @@ class Network:
         if self.ema is not None:
             self.ema.update()
         return norm
+
+    @property
+    def group_norms(self) -> dict[str, float]:
+        """Gradient norm before clipping of each named parameter group, in the last update that was not skipped."""
+        return {name: float(norm) for name, norm in self._clipping.norms.items()}
 
     def _set_updating(self, value: bool) -> None:
         self._updating = value

@@ -62,6 +62,7 @@ class BareNetwork:
         self.module = module.requires_grad_(False)
         self.config = DeepSpeedConfig()
         named = module.named_parameters()
+        self.group_norms: dict[str, float] = {}
         self._trained = [parameter for name, parameter in named if trained is None or name in trained]
         self._optimizer = optimizer
 
@@ -79,9 +80,6 @@ class BareNetwork:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-    def gradient_norm(self, prefix: str) -> float:
-        return 0.0
 
     def step(self) -> float:
         if self._optimizer is not None:

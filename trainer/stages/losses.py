@@ -64,13 +64,34 @@ def generator_loss(d_s: Sequence[Tensor], d_hr: Sequence[Tensor] = (), kind: Gan
     return -_mean_over_heads([_wide(fake).mean() for fake in d_s])
 
 
-def feature_matching_loss(h_s: Sequence[Tensor], h_hr: Sequence[Tensor]) -> Tensor:
+def per_token_norm(h: Tensor) -> Tensor:
+    """Features (B, N, C) with mean 0 and variance 1 over the channels of each token.
+
+    The residual stream grows with depth and training; without this the heads' learning rate would too.
+    """
+    return F.layer_norm(_wide(h), h.shape[-1:])
+
+
+def feature_matching_loss(h_s: Sequence[Tensor], h_hr: Sequence[Tensor], *, normalised: bool) -> Tensor:
     """L_FM = mean‖h^S − h^HR‖² over all tapped layers and models; h^HR is a constant.
 
     The tapped tensors have one size, so the mean of their means is the mean over the concatenation.
+
+    Args:
+        normalised: match `per_token_norm(h)`. Raw features weigh a few channels of the residual stream.
     """
+    norm = per_token_norm if normalised else _wide
     pairs = zip(h_s, h_hr, strict=True)
-    return _mean_over_heads([(_wide(s) - _wide(hr).detach()).square().mean() for s, hr in pairs])
+    return _mean_over_heads([(norm(s) - norm(hr).detach()).square().mean() for s, hr in pairs])
+
+
+def perturbation_penalty(d: Sequence[Tensor], d_perturbed: Sequence[Tensor]) -> Tensor:
+    """Approximate R1 (x from the data) or R2 (x from the student): mean‖D(x) − D(x + σ·ε)‖², averaged over the heads.
+
+    A finite difference in place of a second derivative [peer: APT, 2501.08316, Eq. 4].
+    """
+    pairs = zip(map(_wide, d), map(_wide, d_perturbed), strict=True)
+    return _mean_over_heads([(plain - perturbed).square().mean() for plain, perturbed in pairs])
 
 
 def dmd_gradient(z0: Tensor, z0_real: Tensor, z0_fake: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,6 +104,30 @@ def dmd_gradient(z0: Tensor, z0_real: Tensor, z0_fake: Tensor) -> tuple[Tensor, 
     normaliser = (z0 - z0_real).abs().flatten(1).mean(1)
     gradient = (z0_fake - z0_real) / normaliser.reshape(-1, *([1] * (z0.ndim - 1)))
     return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0), normaliser
+
+
+def guidance_gradient(z0: Tensor, z0_conditional: Tensor, z0_null: Tensor, weight: float) -> Tensor:
+    """w·(ẑ0^R(∅) − ẑ0^R(c)) / mean|ẑ0 − ẑ0^R(c)|: the guidance part of DMD's gradient, at a time of its own.
+
+    Subtracting it from ẑ0 is a step along the guidance [peer: Decoupled DMD, 2511.22677].
+    """
+    gradient, _ = dmd_gradient(z0, z0_conditional, z0_null)
+    # dmd_gradient is (third − second) / mean|first − second|
+    return weight * gradient
+
+
+def data_forcing_gradient(z_hr: Tensor, z0_real_hr: Tensor, normaliser: Tensor) -> Tensor:
+    """(ẑ0^R(z_t^HR) − z^HR) / normaliser: what θ_R gets wrong about real data, in the units of DMD's gradient.
+
+    Where the real score exaggerates the data, DMD's target is lowered by as much [ours, after Data-Forcing
+    Distillation, 2606.18478].
+
+    Args:
+        normaliser: DMD's, (B,).
+    """
+    error = _wide(z0_real_hr).detach() - _wide(z_hr).detach()
+    scaled = error / normaliser.reshape(-1, *([1] * (z_hr.ndim - 1)))
+    return torch.nan_to_num(scaled, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def dmd_loss(z0: Tensor, gradient: Tensor) -> Tensor:

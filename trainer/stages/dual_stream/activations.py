@@ -17,9 +17,10 @@ def activation_bytes(sizes: ActivationSizes, config: DualStreamConfig) -> float:
 def auxiliary_update(sizes: ActivationSizes, config: DualStreamConfig) -> float:
     """Features of the real score, then fake score and heads."""
     taps = len(_taps(sizes, config))
-    features = sizes.feature() * taps * (3 if config.tapped == "both" else 2)
+    perturbed = bool(config.r1_weight) + bool(config.r2_weight)
+    features = sizes.feature() * taps * ((3 if config.tapped == "both" else 2) + perturbed * _tapped_models(config))
     graph = sizes.graph(sizes.layers, trained=True) + features + sizes.ends()
-    heads = 2 * taps * _head(sizes, config, trained=True) + _head_work(sizes, config)
+    heads = (2 + perturbed) * taps * _head(sizes, config, trained=True) + _head_work(sizes, config)
     return graph + max(sizes.work(trained=True), heads)
 
 

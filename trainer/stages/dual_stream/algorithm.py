@@ -21,13 +21,22 @@ from common.errors import UserError
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.model.config import NULL_PROMPT
 from pipeline.sampling import one_step
-from trainer.stages.dual_stream.auxiliary_networks import Critic, features_of, parameter_groups, velocity_and_features
+from trainer.stages.dual_stream.auxiliary_networks import (
+    Critic,
+    features_of,
+    parameter_groups,
+    repeated,
+    velocity_and_features,
+)
 from trainer.stages.losses import (
+    data_forcing_gradient,
     discriminator_loss,
     dmd_gradient,
     dmd_loss,
     feature_matching_loss,
     generator_loss,
+    guidance_gradient,
+    perturbation_penalty,
     velocity_loss,
 )
 from trainer.stages.stage import Meter, StageSetup, TrainingStage
@@ -51,6 +60,8 @@ class Sample(NamedTuple):
     noise_s: Tensor
     noise: Tensor
     noise_hr: Tensor
+    #: t and ε at which the guidance of θ_R is evaluated, where they are its own
+    guidance: tuple[Tensor, Tensor] | None
 
 
 class DualStream(TrainingStage):
@@ -92,7 +103,7 @@ class DualStream(TrainingStage):
 
     def objective(self, step: int) -> str:
         """The terms of L_S with a weight at `step`."""
-        terms = zip(("DMD", "GAN", "FM"), self.weights(step), strict=True)
+        terms = zip(("DMD", "GAN", "FM", "DF"), (*self.weights(step), float(self.forces_data(step))), strict=True)
         return " + ".join(name for name, weight in terms if weight > 0)
 
     def auxiliary_update(self, step: int, update: int, batches: Sequence[Batch], meter: Meter) -> None:
@@ -104,9 +115,11 @@ class DualStream(TrainingStage):
                     z0 = one_step(_velocity_of(self.student.frozen), s.noise_s, s.z_lr, s.prompt)
                 z_t = q_t(z0, s.noise, s.t)  # line 5
                 discriminator_hr, clean = self._discriminator_hr(s), self._clean(z0)
+                discriminator_s = z_t if clean is None else clean
+                discriminator_hr = self._with_perturbed(discriminator_hr, discriminator_s, step, update, batch)
 
                 with torch.no_grad():  # line 8, "stop_grad backbones": θ_R only gives features here
-                    real_s, real_hr = self._real_features(z_t if clean is None else clean, discriminator_hr, s)
+                    real_s, real_hr = self._real_features(discriminator_s, discriminator_hr, s)
                 # Lines 9-12. sg[h^S], sg[h^HR]: θ_F is trained by L_Diff alone, φ by L_D alone.
                 out = self.critic(
                     z_t,
@@ -128,22 +141,42 @@ class DualStream(TrainingStage):
                     meter.add(loss_diffusion=loss_diffusion)
                 if self.config.gan:
                     # line 13
-                    loss_d = discriminator_loss(out.logits_hr, out.logits_s, self.config.gan_loss)
-                    loss = loss + loss_d
-                    meter.add(loss_discriminator=loss_d, d_hr=_mean(out.logits_hr), d_s=_mean(out.logits_s))
+                    logits_hr, *perturbed = zip(*(d.split(len(z0)) for d in out.logits_hr), strict=True)
+                    loss_d = discriminator_loss(logits_hr, out.logits_s, self.config.gan_loss)
+                    loss = loss + loss_d + self._penalties(logits_hr, out.logits_s, perturbed, meter)
+                    meter.add(loss_discriminator=loss_d, d_hr=_mean(logits_hr), d_s=_mean(out.logits_s))
                 self.critic.backward(loss)
             self._critic_step(meter)  # lines 14, 15
 
+    def _with_perturbed(
+        self, discriminator_hr: Tensor | None, discriminator_s: Tensor, step: int, update: int, batch: Batch
+    ) -> Tensor | None:
+        """The discriminator's real input, followed by x + σ·ε of each penalty: HR for R1, S for R2; (n·B, …)."""
+        if discriminator_hr is None:
+            return None
+        draws, sigma = self.draws(step, batch, update), self.config.perturbation_sigma
+        inputs = [discriminator_hr]
+        if self.config.r1_weight:
+            inputs.append(discriminator_hr + sigma * draws.noise("r1", discriminator_hr))
+        if self.config.r2_weight:
+            inputs.append(discriminator_s + sigma * draws.noise("r2", discriminator_s))
+        return torch.cat(inputs)
+
+    def _penalties(
+        self, logits_hr: Sequence[Tensor], logits_s: Sequence[Tensor], perturbed: list[Any], meter: Meter
+    ) -> Tensor:
+        """Weighted R1 and R2; `perturbed` holds their logits in that order."""
+        total, rest = logits_s[0].new_zeros(()), iter(perturbed)
+        for name, plain in (("r1", logits_hr), ("r2", logits_s)):
+            if weight := getattr(self.config, f"{name}_weight"):
+                penalty = perturbation_penalty(plain, next(rest))
+                total = total + weight * penalty
+                meter.add(**{f"loss_{name}": penalty})
+        return total
+
     def _critic_step(self, meter: Meter) -> None:
-        """Both groups are clipped by their joint norm; the log also says how it divides."""
-        if not (self.config.gan and self.config.needs_fake_score):
-            meter.add(gradient_norm_critic=self.critic.step())
-            return
-        heads = self.critic.gradient_norm("heads.")
-        joint = self.critic.step()
-        # where the heads' norm dwarfs the fake score's, the difference of squares is only good to 1e-3 of the joint
-        fake_score = max(joint**2 - heads**2, 0.0) ** 0.5
-        meter.add(gradient_norm_critic=joint, gradient_norm_heads=heads, gradient_norm_fake_score=fake_score)
+        meter.add(gradient_norm_critic=self.critic.step())
+        meter.add(**{f"gradient_norm_{name}": norm for name, norm in self.critic.group_norms.items()})
 
     def student_update(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """Lines 16-27: θ_S descends L_S."""
@@ -195,29 +228,58 @@ class DualStream(TrainingStage):
                 velocity=dmd,
                 with_logits_hr=self.config.gan_loss == "relativistic",
             )
-        loss = z0.new_zeros(())
+        terms: dict[str, Tensor] = {}
         if dmd:
             z0_fake = x0_from_velocity(z_t, out.velocity, s.t).detach()  # line 19: ẑ0^F
             out = out._replace(velocity=None)
             gradient, normaliser = dmd_gradient(z0, z0_real, z0_fake)  # line 20
+            gradient = gradient + self._switched_gradients(step, z0, s, normaliser)
             loss_dmd = dmd_loss(z0, gradient)  # line 21
-            loss = loss + dmd_weight * loss_dmd  # line 26
+            terms["dmd"] = dmd_weight * loss_dmd
             meter.add(loss_dmd=loss_dmd, dmd_normaliser=normaliser.mean())
         if gan:
             loss_g = generator_loss(out.logits_s, out.logits_hr, self.config.gan_loss)  # line 24
-            # line 25
-            loss_fm = feature_matching_loss((*real_leaves, *out.features_s), (*real_hr, *out.features_hr))
-            loss = loss + gan_weight * loss_g + fm_weight * loss_fm  # line 26
+            loss_fm = feature_matching_loss(  # line 25
+                (*real_leaves, *out.features_s),
+                (*real_hr, *out.features_hr),
+                normalised=self.config.feature_matching == "normalised",
+            )
+            terms |= {"gan": gan_weight * loss_g, "feature_matching": fm_weight * loss_fm}
             meter.add(loss_generator=loss_g, loss_feature_matching=loss_fm)
+        loss = torch.stack(list(terms.values())).sum()  # line 26
         meter.add(loss_student=loss)
-        del out
+        every = self.config.gradient_norms_every
+        if not every or (step + 1) % every:
+            terms = {"sum": loss}
+        del out, loss
+        gradients = _gradients_at_z0(terms, z0, real_leaves, real_s)
+        if "sum" not in gradients:
+            meter.add(**{f"z0_gradient_norm_{name}": gradient.norm() for name, gradient in gradients.items()})
+        return torch.stack(list(gradients.values())).sum(0)
 
-        # Through φ and θ_F first, down to ẑ0 and θ_R's features; then, θ_F's activations gone, through θ_R.
-        at_z0, *at_real = torch.autograd.grad(loss, [z0, *real_leaves], allow_unused=True)
-        total = torch.zeros_like(z0) if at_z0 is None else at_z0
-        if real_s:
-            total = total + torch.autograd.grad(real_s, z0, at_real)[0]
+    def _switched_gradients(self, step: int, z0: Tensor, s: Sample, normaliser: Tensor) -> Tensor:
+        """What decoupled guidance and data forcing add to DMD's gradient; zero where both are off."""
+        total = torch.zeros_like(z0)
+        if s.guidance is not None:
+            t, noise = s.guidance
+            z_t, null = q_t(z0.detach(), noise, t), self.embedded([NULL_PROMPT] * len(z0))
+            with torch.no_grad():
+                conditional, unconditional = (
+                    x0_from_velocity(z_t, self.real_score.frozen(z_t, t, s.z_lr, prompt).velocity, t)
+                    for prompt in (s.prompt, null)
+                )
+            total = total + guidance_gradient(z0, conditional, unconditional, self.config.real_score_guidance)
+        if self.forces_data(step):
+            z_t = q_t(s.z_hr, s.noise_hr, s.t)
+            with torch.no_grad():
+                v = self.real_score.frozen(z_t, s.t, s.z_lr, s.prompt).velocity
+            forcing = data_forcing_gradient(s.z_hr, x0_from_velocity(z_t, v, s.t), normaliser)
+            total = total + self.config.data_forcing_weight * forcing
         return total
+
+    def forces_data(self, step: int) -> bool:
+        """Whether DMD's gradient is corrected by θ_R's error on real data at `step`."""
+        return self.config.data_forcing_weight > 0 and step >= self.config.data_forcing_from_step
 
     def weights(self, step: int) -> tuple[float, float, float]:
         """λ_DMD, λ_GAN, λ_FM in L_S at `step`; the critic is always trained on all of its terms."""
@@ -235,6 +297,11 @@ class DualStream(TrainingStage):
         low, high = self.config.time_range
         draws, z_hr = self.draws(step, batch, update), self.latents(batch, "z_hr")
         noise = draws.noise("diffusion", z_hr)
+        guidance = None
+        if self.config.guidance_time_range is not None:
+            first, last = self.config.guidance_time_range
+            t = draws.times("guidance_time", shift=self.shift, low=first, high=last)
+            guidance = (t, draws.noise("guidance", z_hr))
         return Sample(
             z_lr=self.latents(batch, "z_lr"),
             z_hr=z_hr,
@@ -243,6 +310,7 @@ class DualStream(TrainingStage):
             noise_s=draws.noise("generator", z_hr),
             noise=noise,
             noise_hr=noise if self.config.shared_noise else draws.noise("diffusion_hr", z_hr),
+            guidance=guidance,
         )
 
     def _discriminator_hr(self, s: Sample) -> Tensor | None:
@@ -263,7 +331,7 @@ class DualStream(TrainingStage):
         v, features = velocity_and_features(
             self.real_score.frozen, z_t, s.t, s.z_lr, s.prompt, taps, velocity=dmd, clean=clean
         )
-        if v is not None and self.config.real_score_guidance:
+        if v is not None and self.config.real_score_guidance and s.guidance is None:
             with torch.no_grad():
                 null = self.embedded([NULL_PROMPT] * len(z_t))
                 v_null = self.real_score.frozen(z_t, s.t, s.z_lr, null).velocity
@@ -278,17 +346,11 @@ class DualStream(TrainingStage):
         if not self._real_taps or discriminator_hr is None:
             return (), ()
         t = torch.zeros_like(s.t) if self.config.discriminator_input == "clean" else s.t
-        n = len(inputs)
-        features = features_of(
-            self.real_score.frozen,
-            torch.cat(inputs),
-            t.repeat(n),
-            s.z_lr.repeat(n, 1, 1, 1, 1),
-            s.prompt.repeat(n, 1, 1),
-            self._real_taps,
-        )
-        batch = len(s.t)
-        return tuple(f[:-batch] for f in features), tuple(f[-batch:] for f in features)
+        z = torch.cat(inputs)
+        conditions = repeated(len(z) // len(t), t, s.z_lr, s.prompt)
+        features = features_of(self.real_score.frozen, z, *conditions, self._real_taps)
+        hr = len(discriminator_hr)
+        return tuple(f[:-hr] for f in features), tuple(f[-hr:] for f in features)
 
     # --- previews -------------------------------------------------------------------------------------------
 
@@ -313,6 +375,26 @@ class DualStream(TrainingStage):
 
 def _velocity_of(call: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda *inputs: call(*inputs).velocity
+
+
+def _gradients_at_z0(
+    terms: dict[str, Tensor], z0: Tensor, real_leaves: Sequence[Tensor], real_s: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """∂term/∂ẑ0 of each term, of the shape of `z0`; the graphs are freed.
+
+    Through φ and θ_F first, down to ẑ0 and θ_R's features; then, θ_F's activations gone, through θ_R.
+    """
+    last = list(terms)[-1]
+    at: dict[str, list[Tensor]] = {}
+    for name in list(terms):
+        leaves = [z0, *real_leaves]
+        at[name] = list(torch.autograd.grad(terms.pop(name), leaves, retain_graph=name != last, materialize_grads=True))
+    gradients = {}
+    for name, (at_z0, *at_real) in at.items():
+        if real_s and name != "dmd":
+            at_z0 = at_z0 + torch.autograd.grad(real_s, z0, at_real, retain_graph=name != last)[0]
+        gradients[name] = at_z0
+    return gradients
 
 
 def _mean(logits: Sequence[Tensor]) -> Tensor:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model.transformer import VSRTransformer, tapped_layers
 from trainer.stages.dual_stream.config import DualStreamConfig, HeadConfig, Tapped
+from trainer.stages.losses import per_token_norm
 
 
 class Head(nn.Module):
@@ -91,7 +91,8 @@ class Critic(nn.Module):
 
         Args:
             z_t, t, z_lr, prompt: as in `VSRTransformer`; the diffused student sample.
-            discriminator_hr: what the discriminator takes for real, None without GAN.
+            discriminator_hr: what the discriminator takes for real, None without GAN; (n·B, C, T, H, W) where
+                perturbed inputs follow, of which only logits are wanted.
             clean_s: what it takes for fake at t = 0; None: it looks at `z_t`, so that one forward gives both
                 velocity and features.
             real_s, real_hr: the tapped features of θ_R for both, empty if it isn't tapped.
@@ -107,7 +108,8 @@ class Critic(nn.Module):
         features_hr: tuple[Tensor, ...] = ()
         if taps:
             with torch.no_grad():
-                features_hr = features_of(self.transformer, discriminator_hr, discriminator_t, z_lr, prompt, taps)
+                inputs = repeated(len(discriminator_hr) // len(z_t), discriminator_t, z_lr, prompt)
+                features_hr = features_of(self.transformer, discriminator_hr, *inputs, taps)
         v, features_s = velocity_and_features(
             self.transformer, z_t, t, z_lr, prompt, taps, velocity=velocity, clean=clean_s
         )
@@ -124,9 +126,7 @@ class Critic(nn.Module):
         logits = []
         for index, head in enumerate(self.heads):
             parts = [features[index] for features in (real, fake) if features]
-            # The residual stream grows with depth and training; without this the heads' learning rate would
-            # too.
-            h = torch.cat([F.layer_norm(part.float(), part.shape[-1:]) for part in parts], dim=-1)
+            h = torch.cat([per_token_norm(part) for part in parts], dim=-1)
             h = h.transpose(1, 2).unflatten(2, grid)
             logits.append(head(h.to(head.layers[0].weight.dtype)).float())
         return tuple(logits)
@@ -153,12 +153,14 @@ def assemble_critic(
 
 
 def parameter_groups(critic: Critic, config: DualStreamConfig) -> list[dict[str, Any]]:
-    """θ_F (of which the parameters that ask for a gradient are trained) and φ with a learning rate of its own."""
+    """θ_F (of which the parameters that ask for a gradient are trained) and φ with numbers of its own."""
     groups: list[dict[str, Any]] = []
     if critic.transformer is not None:
-        groups.append({"params": [p for p in critic.transformer.parameters() if p.requires_grad]})
+        trained = [p for p in critic.transformer.parameters() if p.requires_grad]
+        groups.append({"name": "fake_score", "params": trained})
     if config.gan:
-        groups.append({"params": list(critic.heads.parameters()), "lr": config.heads_learning_rate})
+        heads = {"lr": config.heads_learning_rate, "gradient_clip": config.heads_gradient_clip}
+        groups.append({"name": "heads", "params": list(critic.heads.parameters())} | heads)
     return groups
 
 
@@ -180,6 +182,11 @@ def velocity_and_features(
     v = model(z_t, t, z_lr, prompt).velocity if velocity else None
     features = features_of(model, clean, torch.zeros_like(t), z_lr, prompt, taps) if taps else ()
     return v, features
+
+
+def repeated(n: int, t: Tensor, z_lr: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What latents are conditioned on, `n` times along the batch."""
+    return t.repeat(n), z_lr.repeat(n, 1, 1, 1, 1), prompt.repeat(n, 1, 1)
 
 
 def features_of(
