@@ -62,10 +62,12 @@ class TrainingJob:
         stage = self.stage
         if stage.init is not None and self.init is None:
             raise UserError(f"--stage {stage.name} starts from {stage.init}: give its folder with --init")
-        if stage.teacher is not None and self.teacher is None:
+        takes_teacher = stage.takes_teacher(self.config.section_of(stage))
+        if takes_teacher and self.teacher is None:
             raise UserError(f"--stage {stage.name} needs {stage.teacher}: give it with --teacher")
-        if stage.teacher is None and self.teacher is not None:
-            raise UserError(f"--stage {stage.name} takes no --teacher; leave it out")
+        if not takes_teacher and self.teacher is not None:
+            settings = "" if stage.teacher is None else " with these settings"
+            raise UserError(f"--stage {stage.name} takes no --teacher{settings}; leave it out")
         for option, folder in (("--init", self.init), ("--teacher", self.teacher)):
             if folder is not None and not folder.exists():
                 raise UserError(f"{option} {folder}: no such model folder")

@@ -8,6 +8,8 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
+from pydantic import ValidationError
 
 from common.seeding import seeded_noise
 from datagen.dataset.loader import Batch
@@ -17,6 +19,7 @@ from trainer.engine.config import OptimizerConfig
 from trainer.engine.process_group import World
 from trainer.stages.losses import dpo_loss
 from trainer.stages.preference import SPEC, Preference, PreferenceTrainingConfig
+from trainer.stages.random_draws import Draws
 
 KEYS = ["one", "two", "three"]
 
@@ -153,11 +156,80 @@ def test_anchor_keeps_the_student_near(world: World) -> None:
 
 
 def test_random_times_are_a_switch(world: World) -> None:
-    stage = build(operating_point="random")
-    (z_t, t, _, _), target = stage._pair(0, pairs())
+    stage, batch = build(operating_point="random"), pairs()
+    pair = stage._pair(0, batch)
+    z_t, t = pair.inputs[:2]
     win, lose = (x.chunk(2) for x in (t, z_t))
     assert torch.equal(win[0], win[1]), "winner and loser are compared at the same t"
     assert (t < 1).all() and not torch.equal(*lose)
     # and with the same noise: v* + z0 = ε
-    noise = target + torch.cat([pairs().tensors["z_win"], pairs().tensors["z_lose"]])
-    assert torch.allclose(*noise.chunk(2), atol=1e-6)
+    noises = pair.target_w + batch.tensors["z_win"], pair.target_l + batch.tensors["z_lose"]
+    assert torch.allclose(*noises, atol=1e-6)
+
+
+def test_dmd_beside_the_loss_is_that_of_one_graph(world: World) -> None:
+    reference, real = toys.transformer(4), toys.transformer(1)
+    transformers = {"student": toys.moved(reference), "reference": reference, "fake_score": toys.moved(real)}
+    config = PreferenceTrainingConfig(
+        beta=20.0, dmd_weight=0.7, anchor_weight=0.0, auxiliary_updates=1, time_shift=5.0, ema_decay=0.9
+    )
+    stage = Preference(toys.setup(SPEC, config, transformers | {"real_score": real}))
+    batches = [pairs(), pairs()]
+    student, plain_reference, fake, plain_real = (
+        copy.deepcopy(network.module).double() for network in stage.networks.values()
+    )
+    z_lr, prompt = batches[0].tensors["z_lr"].double(), toys.embed(["a film"] * 3)
+
+    def q(draws: Draws, z0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        t = draws.times("dmd_time", shift=5.0, low=0.02, high=0.98).double()
+        noise, wide = draws.noise("dmd", z_lr).double(), t.view(-1, 1, 1, 1, 1)
+        return (1 - wide) * z0 + wide * noise, t, noise
+
+    def sample(noise: torch.Tensor) -> torch.Tensor:
+        return noise - student(noise, torch.ones(3), z_lr, prompt).velocity
+
+    first = stage.draws(0, batches[0], 0)
+    with torch.no_grad():
+        z0 = sample(first.noise("generator", z_lr).double())
+        z_t, t, noise = q(first, z0)
+        diffusion = ((fake(z_t, t, z_lr, prompt).velocity - (noise - z0)) ** 2).mean().item()
+    gradients: dict[str, torch.Tensor] = {}
+    step = stage.student.step
+
+    def read_then_step() -> float:
+        for name, parameter in stage.student.module.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter).double().clone()
+        return step()
+
+    stage.student.step = read_then_step  # type: ignore[method-assign]
+    found = stage.train_step(0, batches)
+    assert found["loss_diffusion"] == pytest.approx(diffusion, rel=1e-4)
+
+    fake = copy.deepcopy(stage.fake_score.module).double().requires_grad_(False)  # the fake score has been updated
+    draws = stage.draws(0, batches[1], 1)
+    student.requires_grad_(True)
+    eps = stage.draws(0, batches[1]).noise("diffusion", z_lr).double()
+    v = student(eps, torch.ones(3), z_lr, prompt).velocity
+    z0 = eps - v
+    with torch.no_grad():
+        z_t, t, _ = q(draws, z0)
+        wide = t.view(-1, 1, 1, 1, 1)
+        real_z0, fake_z0 = (z_t - wide * m(z_t, t, z_lr, prompt).velocity for m in (plain_real, fake))
+        scale = (z0 - real_z0).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+        target = z0 - (fake_z0 - real_z0) / scale
+        v_ref = plain_reference(eps, torch.ones(3), z_lr, prompt).velocity
+    dmd = ((z0 - target) ** 2).mean() / 2
+    win, lose = (eps - batches[1].tensors[name].double() for name in ("z_win", "z_lose"))
+    change = [((y - v) ** 2 - (y - v_ref) ** 2).flatten(1).mean(1) for y in (win, lose)]
+    loss = torch.log(1 + torch.exp(10.0 * (change[0] - change[1]))).mean() + 0.7 * dmd
+    loss.backward()
+    assert found["loss_dmd"] == pytest.approx(dmd.item(), rel=1e-4)
+    expected = {name: p.grad if p.grad is not None else 0 * p for name, p in student.named_parameters()}
+    error = sum((gradients[name] - expected[name]).square().sum() for name in expected)
+    assert (error / sum(value.square().sum() for value in expected.values())).sqrt() < 1e-4
+
+
+def test_dmd_needs_the_students_operating_point_and_a_teacher() -> None:
+    with pytest.raises(ValidationError, match="one_step"):
+        PreferenceTrainingConfig(dmd_weight=1.0, operating_point="random")
+    assert [SPEC.takes_teacher(PreferenceTrainingConfig(dmd_weight=weight)) for weight in (0.0, 1.0)] == [False, True]

@@ -69,8 +69,10 @@ def stage_memory(
         )
         buffers += buffer_memory(count, engine, gpus, trained=network.optimizer is not None)
     sizes = ActivationSizes.of(model.transformer, config.engine_of("student"), latent, batch, config.sequence_parallel)
-    activations = sizes.update(stage.latents_per_sample)
+    section = config.section_of(stage)
+    latents = stage.latents_per_sample(section)
+    activations = sizes.update(latents)
     if stage.activation_bytes is not None:
-        activations = stage.activation_bytes(sizes, config.section_of(stage))
-    last_block = sizes.last_block(stage.latents_per_sample)
+        activations = stage.activation_bytes(sizes, section)
+    last_block = sizes.last_block(latents)
     return StageMemory(networks, buffers, activations / GIB, last_block / GIB)

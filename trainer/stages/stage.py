@@ -99,6 +99,8 @@ class StageSpec:
     init: str | None = None
     #: what `--teacher` has to be; None: the stage takes none
     teacher: str | None = None
+    #: property of the stage's configuration that tells whether `--teacher` is needed; None: always
+    teacher_needed: str | None = None
     #: member of the dataset's samples that it reads
     member: str = "latents"
     #: tensor of that member that validation compares with
@@ -109,8 +111,8 @@ class StageSpec:
     steps: Callable[[Any], int] | None = None
     #: networks from transformers: (config, transformers by name, the transformers' shape, seed) -> modules by name
     assemble: Callable[[Any, dict[str, nn.Module], Any, int], dict[str, nn.Module]] = _same_modules
-    #: latents per sample in the batch of a trained network
-    latents_per_sample: int = 1
+    #: latents per sample in the batch of a trained network: config -> number
+    latents_per_sample: Callable[[Any], int] = lambda config: 1
     #: bytes that the passes of one micro-batch hold at most: (sizes, config) -> bytes; None: one trained network's
     activation_bytes: Callable[[ActivationSizes, Any], float] | None = None
 
@@ -127,6 +129,12 @@ class StageSpec:
         """
         transformers = {n.name: transformer_of(n) for n in self.networks if n.has_transformer(config)}
         return self.assemble(config, transformers, shape, seed)
+
+    def takes_teacher(self, config: Any) -> bool:
+        """Whether `--teacher` is needed with these settings of the stage."""
+        if self.teacher is None:
+            return False
+        return self.teacher_needed is None or bool(getattr(config, self.teacher_needed))
 
     def network(self, name: str) -> NetworkSpec:
         """The network called `name`."""
