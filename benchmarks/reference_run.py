@@ -51,7 +51,7 @@ STAGES = ("base", "progressive", "dual_stream", "preference")
 CLIPS = 24
 LATENT = (8, 3, 8, 8)  # C, T, h, w
 #: what is compared; all other numbers of metrics.jsonl are clocks, counts or settings
-COMPARED = ("loss", "gradient_norm", "d_hr", "d_s", "dmd_", "latent_", "margin", "student_steps")
+COMPARED = ("loss", "gradient_norm", "d_hr", "d_s", "dmd_", "latent_", "margin", "winner_", "loser_", "student_steps")
 #: largest deviation of a float32 run that computes the same thing; see README.md in RESULTS for what was measured
 TOLERANCE = 0.002
 
