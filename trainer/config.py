@@ -13,6 +13,7 @@ from pipeline.model.config import Attention
 from trainer.engine.config import DeepSpeedConfig, LoRAConfig
 from trainer.stages import STAGES
 from trainer.stages.base import BaseConfig
+from trainer.stages.codec import CodecConfig
 from trainer.stages.dual_stream.config import DualStreamConfig
 from trainer.stages.preference import PreferenceTrainingConfig
 from trainer.stages.progressive import ProgressiveConfig
@@ -55,6 +56,7 @@ class TrainerConfig(Section):
     lora: dict[str, LoRAConfig] = Field(default_factory=dict)
     #: by stage name; a field that is not given has the stage's own default
     schedules: dict[str, ScheduleConfig] = Field(default_factory=dict, validate_default=True)
+    codec: CodecConfig = CodecConfig()
     base: BaseConfig = BaseConfig()
     progressive: ProgressiveConfig = ProgressiveConfig()
     dual_stream: DualStreamConfig = DualStreamConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def export_model(
     with atomic_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
         (partial / "README.md").write_text(model_card(steps, card))
+
+
+def export_folder(folder: Path, write: Callable[[Path], None], card: dict[str, Any]) -> None:
+    """What `write` puts into a folder, and a card, whole or not at all; an older one under the same name is replaced.
+
+    Raises:
+        UserError: it cannot be written (a full disk); an older one is untouched.
+    """
+    with atomic_folder(folder) as partial:
+        write(partial)
+        text = f"# DUO-VSR, stage {card.get('stage', '?')}\n\nWhere it comes from:\n\n"
+        (partial / "README.md").write_text(f"{text}```json\n{json.dumps(card, indent=2, default=str)}\n```\n")
 
 
 def model_card(steps: int, card: dict[str, Any]) -> str:

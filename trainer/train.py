@@ -6,11 +6,12 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.storage import StorageConfig
@@ -26,7 +27,7 @@ from trainer.checkpoint import load_best
 from trainer.config import TrainerConfig
 from trainer.engine.lora import add_adapter, merged_state, restore_adapter, save_adapter
 from trainer.engine.process_group import World, start_distributed
-from trainer.export import code_version, export_model
+from trainer.export import code_version, export_folder, export_model
 from trainer.loop import Run, train_loop
 from trainer.monitoring.validation import Validation, fixed_batch
 from trainer.stages.stage import NetworkSpec, StageSetup, StageSpec, TrainingStage
@@ -136,7 +137,12 @@ def train(job: TrainingJob) -> bool:
     if job.export == "best":
         run.metrics = load_best(run.checkpoints, stage)
     state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
-    exporter.export("model", state, job.stage.exported_steps(job.model), run.metrics)
+    if job.stage.export is not None:
+        if world.rank == 0:
+            write = partial(job.stage.export, module=stage.exported.module, state=state)
+            export_folder(job.output / "model", write, {**settings, "metrics": run.metrics})
+    else:
+        exporter.export("model", state, job.stage.exported_steps(job.model), run.metrics)
     if world.rank == 0:
         print(f"model: {job.output / 'model'}", flush=True)
     return True
@@ -162,16 +168,18 @@ def build_stage(
     folders, section = {"init": init, "teacher": teacher}, config.section_of(spec)
     #: of each folder, the networks that still want its weights: the last one takes them without a copy
     waiting = Counter(folders[n.weights] for n in spec.networks if n.has_transformer(section))
-    loaded = {folder: initial_transformer(folder, model, config.seed) for folder in waiting}
-    for transformer in loaded.values():
-        set_attention(transformer, config.attention, config.engine_of("student").dtype)
-        transformer.share_sequence(sequence)
+    load = spec.load or initial_transformer
+    loaded = {folder: load(folder, model, config.seed) for folder in waiting}
+    for module in loaded.values():
+        if isinstance(module, VSRTransformer):
+            set_attention(module, config.attention, config.engine_of("student").dtype)
+            module.share_sequence(sequence)
     shape = next(iter(loaded.values())).config
 
-    def transformer_of(network: NetworkSpec) -> VSRTransformer:
+    def transformer_of(network: NetworkSpec) -> nn.Module:
         folder = folders[network.weights]
         waiting[folder] -= 1
-        transformer = copy.deepcopy(loaded[folder]) if waiting[folder] else loaded.pop(folder)
+        transformer: Any = copy.deepcopy(loaded[folder]) if waiting[folder] else loaded.pop(folder)
         if network.lora is not None and network.lora in config.lora:
             add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
         return transformer

@@ -1,4 +1,4 @@
-"""Pixels to latents and back, the same for Wan's VAE and the tiny preset's.
+"""Pixels to latents and back, the same for Wan's VAE and those of the small and the tiny preset.
 
 Latents are normalised per channel, (z - mean) / std, with the constants in the VAE's own configuration; nothing outside
 this file sees raw ones.
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.scale import SCALE
+from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE
 
-VAE: TypeAlias = AutoencoderKLWan | TinyVideoVAE
+VAE: TypeAlias = AutoencoderKLWan | SmallVideoVAE | TinyVideoVAE
 
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # [paper]
 
@@ -38,8 +39,9 @@ def load_vae(folder: str | Path) -> VAE:
         raise UserError(f"no VAE in {folder}: config.json is missing; give a folder saved by diffusers") from None
     except (json.JSONDecodeError, KeyError):
         raise UserError(f"{folder / 'config.json'} is not a diffusers configuration with _class_name") from None
-    classes: dict[str, type[AutoencoderKLWan] | type[TinyVideoVAE]] = {
+    classes: dict[str, type[VAE]] = {
         "AutoencoderKLWan": AutoencoderKLWan,
+        "SmallVideoVAE": SmallVideoVAE,
         "TinyVideoVAE": TinyVideoVAE,
     }
     if name not in classes:

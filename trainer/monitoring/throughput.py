@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import torch
@@ -54,20 +53,18 @@ class Throughput:
         if peak is None and torch.cuda.is_available():
             peak = peak_flops(torch.cuda.get_device_name())
         self._peak = peak
-        self._flops: dict[tuple[str, torch.Size], float] = {}
+        self._flops: dict[tuple[str, tuple[torch.Size, ...]], float] = {}
 
     def rates(self, step: int, batch: Batch, seconds: float) -> dict[str, float]:
         """Of a step that took `seconds`, on batches of the shape of `batch`."""
-        target = batch.tensors[self._stage.spec.target]
-        patch = self._stage.exported.module.config.patch_size
-        tokens = math.prod(size // p for size, p in zip(target.shape[2:], patch, strict=True))
-        kind = (self._stage.objective(step), target.shape[1:])
+        shapes = tuple(tensor.shape[1:] for tensor in batch.tensors.values())
+        kind = (self._stage.objective(step), shapes)
         if kind not in self._flops:
             self._flops[kind] = flops_per_sample(self._stage, step, batch)
         achieved = self._flops[kind] * self._samples / self._devices / seconds
         rates = {
             "samples_per_second": self._samples / seconds,
-            "tokens_per_second": self._samples * tokens / seconds,
+            "tokens_per_second": self._samples * self._stage.tokens_per_sample(batch) / seconds,
             "tflops_per_device": achieved / 1e12,
         }
         if self._peak is not None:

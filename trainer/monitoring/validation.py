@@ -38,12 +38,14 @@ class Validation:
 
         Every rank returns the same.
         """
-        shown, target = stage.previews(self._batch), self._batch.tensors[stage.spec.target]
+        shown, target = stage.previews(self._batch), stage.target(self._batch)
         values = _errors(shown, target)
-        names = ("z_lr", *shown)
+        columns = shown if stage.spec.pixels else {"z_lr": self._batch.tensors["z_lr"], **shown}
+        names = tuple(columns)
         psnrs = torch.zeros(len(names), dtype=torch.float64, device=next(iter(shown.values())).device)
-        if tracker is not None and self._vae is not None:
-            decoded = self._decode_all({"z_lr": self._batch.tensors["z_lr"], **shown, "target": target})
+        if tracker is not None and (self._vae is not None or stage.spec.pixels):
+            columns = columns | {"target": target}
+            decoded = _clips(columns) if stage.spec.pixels else self._decode_all(columns)
             measured = [mean_psnr(decoded[name], decoded["target"]) for name in names]
             psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
             tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
@@ -81,6 +83,10 @@ class Validation:
                 clip = decode_latents(vae, latent)
             clips.append(clip[0].cpu())
         return clips
+
+
+def _clips(columns: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+    return {name: list(pixels.float().clamp(-1, 1).cpu()) for name, pixels in columns.items()}
 
 
 def _errors(previews: dict[str, Tensor], target: Tensor) -> dict[str, float]:

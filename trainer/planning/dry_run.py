@@ -55,6 +55,8 @@ def meta_networks(stage: StageSpec, model: ModelConfig, config: TrainerConfig) -
     """
 
     def transformer_of(network: NetworkSpec) -> nn.Module:
+        if stage.load is not None:
+            return stage.load(None, model, config.seed)
         transformer = VSRTransformer(**model.transformer.model_dump())
         if network.lora is not None and network.lora in config.lora:
             add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)

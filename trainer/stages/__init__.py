@@ -6,13 +6,13 @@ import difflib
 
 from common.errors import UserError
 from common.plugins import load_object
-from trainer.stages import base, preference, progressive
+from trainer.stages import base, codec, preference, progressive
 from trainer.stages.dual_stream import spec as dual_stream
 from trainer.stages.stage import StageSpec
 
 #: in the order in which they are trained
 STAGES: dict[str, StageSpec] = {
-    spec.name: spec for spec in (base.SPEC, progressive.SPEC, dual_stream.SPEC, preference.SPEC)
+    spec.name: spec for spec in (codec.SPEC, base.SPEC, progressive.SPEC, dual_stream.SPEC, preference.SPEC)
 }
 
 

@@ -136,6 +136,33 @@ def dmd_loss(z0: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (z0 - (z0 - gradient).detach()).square().mean()
 
 
+def reconstruction_loss(decoded: Tensor, pixels: Tensor, l1_weight: float) -> Tensor:
+    """mean‖y − x‖² + λ_1·mean|y − x| of the codec."""
+    error = _wide(decoded) - _wide(pixels)
+    return error.square().mean() + l1_weight * error.abs().mean()
+
+
+def multiscale_gradient_loss(decoded: Tensor, pixels: Tensor, scales: int) -> Tensor:
+    """L_∇ = mean over sizes and directions of mean|∂y − ∂x|, differences of neighbouring pixels.
+
+    Args:
+        decoded, pixels: (B, 3, F, H, W).
+        scales: sizes; each is the one before, averaged over 2 x 2 pixels.
+    """
+    error = (_wide(decoded) - _wide(pixels)).transpose(1, 2).flatten(0, 1)
+    losses = []
+    for scale in range(scales):
+        if scale:
+            error = F.avg_pool2d(error, 2)
+        losses += [error.diff(dim=axis).abs().mean() for axis in (-2, -1)]
+    return torch.stack(losses).mean()
+
+
+def latent_scale_loss(z: Tensor) -> Tensor:
+    """(mean z² − 1)² of normalised latents."""
+    return (_wide(z).square().mean() - 1).square()
+
+
 def per_sample_error(v: Tensor, target: Tensor) -> Tensor:
     """m = mean‖v* − v‖² over all but the batch dimension, (B,)."""
     return (_wide(target) - _wide(v)).square().flatten(1).mean(1)

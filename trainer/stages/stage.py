@@ -8,9 +8,11 @@ the spec; none of them compares names of stages. A stage outside the repository 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -105,6 +107,13 @@ class StageSpec:
     member: str = "latents"
     #: tensor of that member that validation compares with
     target: str = "z_hr"
+    #: whether the stage works on pixels: `previews` and `target` are (B, 3, F, H, W) in [-1, 1] instead of latents
+    pixels: bool = False
+    #: reads the folder of `--init` or `--teacher`: (folder or None, model, seed) -> module; None: a transformer
+    load: Callable[[Path | None, ModelConfig, int], nn.Module] | None = None
+    #: writes what the stage makes: (folder, module=, state=) of the exported network; None: a model folder around a
+    #: transformer
+    export: Callable[..., None] | None = None
     #: Euler steps that the exported model is meant for
     exported_steps: Callable[[ModelConfig], int] = lambda model: 1
     #: number of updates, of a stage whose configuration decides it; None: `schedules.<name>.steps` does
@@ -217,7 +226,7 @@ class TrainingStage(ABC):
 
     @abstractmethod
     def previews(self, batch: Batch) -> dict[str, Tensor]:
-        """Clean latents (B, C, T, H, W), float32, to look at: `preview_names`.
+        """Clean latents (B, C, T, H, W), float32, to look at: `preview_names`. Pixels where `spec.pixels`.
 
         Every rank calls it (the weights may be sharded) with a batch of the same size. Noise does not depend on the
         step, so previews of different steps can be compared.
@@ -230,6 +239,15 @@ class TrainingStage(ABC):
     def draws(self, step: int, batch: Batch, update: int = 0) -> Draws:
         """The random draws of one update; step -1 for previews."""
         return Draws(batch.keys, self._seed, self.name, step, update, device=self._device)
+
+    def target(self, batch: Batch) -> Tensor:
+        """What validation compares previews with; of their shape."""
+        return self.latents(batch, self.spec.target)
+
+    def tokens_per_sample(self, batch: Batch) -> int:
+        """Tokens of one sample of the exported network's update."""
+        shape, patch = batch.tensors[self.spec.target].shape[2:], self.exported.module.config.patch_size
+        return math.prod(size // p for size, p in zip(shape, patch, strict=True))
 
     def latents(self, batch: Batch, name: str) -> Tensor:
         """A tensor of the batch (`z_hr`, `z_lr`, …), (B, C, T, H, W), float32, on the device."""
