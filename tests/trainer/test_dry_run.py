@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PRESETS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [name for name, spec in STAGES.items() if not spec.pixels])
 def test_the_papers_preset(stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["--config", str(CONFIGS / "wan-1.3b.yaml"), "--stage", stage, "--dry-run", "--gpus", "4"]
     monkeypatch.setattr(sys, "argv", ["run.py", *line])
@@ -97,3 +97,13 @@ def test_stage_2_holds_more_at_once_than_one_network() -> None:
     assert activation_bytes(sizes, config.dual_stream) > 1.4 * sizes.update()
     shared = ActivationSizes.of(model.transformer, engine, (6, 88, 160), 1, 4)
     assert shared.update() < 0.3 * sizes.update()
+
+
+def test_the_codec_has_a_dry_run_of_its_own_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", str(CONFIGS / "tiny.yaml"), "--stage", "codec", "--dry-run", "--gpus", "1"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *line])
+    command.main()
+    parameters = capsys.readouterr().out.split("# parameters")[1].splitlines()[1]
+    assert parameters.split() == ["codec", "2.12", "M"]

@@ -44,8 +44,9 @@ class CodecConfig(Section):
     side: int = Field(default=128, ge=16, multiple_of=8)
     #: λ_1 [ours]
     l1_weight: float = Field(default=0.05, ge=0)
-    #: λ_∇, of the gradients at `gradient_scales` sizes, each half the one before [ours]
+    #: λ_∇ [ours]
     gradient_weight: float = Field(default=0.05, ge=0)
+    #: sizes at which gradients are compared, each half the one before [ours]
     gradient_scales: int = Field(default=3, ge=1)
     #: largest σ, in normalised latents; each sample draws its own between 0 and this [ours]
     latent_noise: float = Field(default=0.3, ge=0)

@@ -92,6 +92,7 @@ class Preference(TrainingStage):
         self.student = self.exported = setup.network("student")
         self.reference = setup.network("reference")
         self.networks = {"student": self.student, "reference": self.reference}
+        self._accumulation = self.student.config.gradient_accumulation
         if self.config.regularised:
             self.fake_score, self.real_score = setup.network("fake_score"), setup.network("real_score")
             self.networks |= {"fake_score": self.fake_score, "real_score": self.real_score}
@@ -100,11 +101,11 @@ class Preference(TrainingStage):
     def batches_per_step(self) -> int:
         """Those of the student's update, and of the fake score's where there is one."""
         auxiliary = self.config.auxiliary_updates if self.config.regularised else 0
-        return (auxiliary + 1) * self.student.config.gradient_accumulation
+        return (auxiliary + 1) * self._accumulation
 
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
         """θ_S descends L; before it, θ_F descends L_Diff where DMD regularises."""
-        size = self.student.config.gradient_accumulation
+        size = self._accumulation
         *auxiliary, own = [batches[first : first + size] for first in range(0, len(batches), size)]
         for update, micro_batches in enumerate(auxiliary):
             self._fake_score_update(step, update, micro_batches, meter)
