@@ -1,12 +1,14 @@
 """Checkpoints: everything an exact resume needs, written atomically.
 
     <output>/checkpoints/step-00001000/
-        state.json                          step, reader position, configuration
+        state.json                          step, reader position, configuration, SHA-256 of every other file
         <network>/rank-00000.safetensors    masters, Adam moments, EMA of one rank
     <output>/checkpoints/best.json    {"number": "validation/student/psnr", "step": 1000, "value": 31.2}
 
-A checkpoint is written under a temporary name and renamed when every rank is done. Any number of ranks can read what
-any other number wrote (trainer/engine/zero_shards.py). The best checkpoint by a number of the validation is kept beside
+A checkpoint is written under a temporary name, flushed to the disk by every rank and renamed when all are done. Before
+it is read, all of its files are compared with their SHA-256; one that is damaged is set aside as step-N.damaged, with a
+line that names the file, and the one before it is used. Any number of ranks can read what any other number wrote
+(trainer/engine/zero_shards.py). The best checkpoint by a number of the validation is kept beside
 the last ones. What decides is part of state.json, so a resumed run chooses as the uninterrupted one would have;
 best.json repeats it for people, scripts and `--export best`.
 """
@@ -16,16 +18,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from common.atomic import write_atomic
+from common.atomic import fsync, publish_folder, write_atomic
 from common.errors import UserError
+from common.fingerprint import file_sha256
 from trainer.stages.stage import TrainingStage
 
 
@@ -40,19 +43,26 @@ def save_checkpoint(folder: Path, step: int, stage: TrainingStage, state: dict[s
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    failure = None
+    failure, mine = None, {}
     try:
         for name, network in stage.networks.items():
             if network.fragments:
                 (partial / name).mkdir(parents=True, exist_ok=True)
-                network.save(partial / name)
-        if dist.get_rank() == 0:
-            partial.mkdir(parents=True, exist_ok=True)
-            document = {"step": step, "stage": stage.name, **state}
-            (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
+                written = network.save(partial / name)
+                fsync(written)
+                mine[f"{name}/{written.name}"] = file_sha256(written)
     except (OSError, SafetensorError) as error:
         failure = str(error)
-    if _any_rank(failure is not None):
+    files = dict(sorted(pair for part in _gathered(mine) for pair in part.items()))
+    if dist.get_rank() == 0 and failure is None:
+        frozen = {name: network.constants for name, network in stage.networks.items() if not network.fragments}
+        document = {"step": step, "stage": stage.name, **state, "frozen": frozen, "files": files}
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
+        except OSError as error:
+            failure = str(error)
+    if any(_gathered(failure is not None)):
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         reason = failure or "another rank could not write"
@@ -61,8 +71,7 @@ def save_checkpoint(folder: Path, step: int, stage: TrainingStage, state: dict[s
             f"{latest_checkpoint(folder) or 'the beginning'}"
         )
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+        publish_folder(partial, final)
     dist.barrier()
     return final
 
@@ -75,19 +84,84 @@ def delete_old_checkpoints(folder: Path, keep: int, best: Path | None) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(checkpoint: Path, stage: TrainingStage) -> dict[str, Any]:
-    """Restore the networks; returns `state.json`. Collective.
+def choose_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is intact, None where there has been none; rank 0's listing decides. Collective.
 
     Raises:
-        UserError: the checkpoint is of another stage or model.
+        UserError: there are checkpoints, but all of them are damaged.
+    """
+    names = _gathered([path.name for path in list_checkpoints(folder)])[0]
+    for name in reversed(names):
+        checkpoint = folder / name
+        fault = damage(checkpoint)
+        if fault is None:
+            return checkpoint
+        if dist.get_rank() == 0:
+            kept = checkpoint.with_name(f"{name}.damaged")
+            shutil.rmtree(kept, ignore_errors=True)
+            os.replace(checkpoint, kept)
+            print(f"WARNING: {fault}; set aside as {kept.name}, going on from the checkpoint before it", flush=True)
+    if names:
+        raise UserError(f"{folder}: no intact checkpoint is left, see above; begin again at step 0 with --restart")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, one line; None if they are as they were written. Collective.
+
+    Every rank compares its share of the files.
+    """
+    try:
+        files = sorted(read_state(checkpoint).get("files", {}).items())
+    except UserError as error:
+        return str(error)
+    fault = None
+    for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
+        path = checkpoint / name
+        try:
+            if file_sha256(path) != expected:
+                fault = f"{path} is damaged: {path.stat().st_size} bytes with another SHA-256 than was written"
+        except OSError as error:
+            fault = f"{path} cannot be read: {error.strerror}"
+    return next((found for found in _gathered(fault) if found is not None), None)
+
+
+def load_checkpoint(checkpoint: Path, stage: TrainingStage, settings: dict[str, Any]) -> dict[str, Any]:
+    """Restore the networks; returns `state.json`. Collective.
+
+    Args:
+        settings: of this run; its `parents` are named where a frozen network is another than before.
+
+    Raises:
+        UserError: the checkpoint is of another stage or model, or was trained beside other frozen networks.
     """
     document = read_state(checkpoint)
     if document["stage"] != stage.name:
         raise UserError(f"{checkpoint} is of stage {document['stage']}, not {stage.name}; choose another --output")
+    if (fault := _gathered(_other_frozen_network(checkpoint, document, stage, settings))[0]) is not None:
+        raise UserError(fault)
     for name, network in stage.networks.items():
         if network.fragments:
             network.load(checkpoint / name)
     return document
+
+
+def _other_frozen_network(
+    checkpoint: Path, document: dict[str, Any], stage: TrainingStage, settings: dict[str, Any]
+) -> str | None:
+    """Which frozen network has other weights than when the checkpoint was written; rank 0 knows."""
+    for name, expected in document.get("frozen", {}).items():
+        network = stage.networks.get(name)
+        if network is not None and network.constants not in (None, expected):
+            option = stage.spec.network(name).weights
+            before, now = (
+                each.get("parents", {}).get(option, "none") for each in (document.get("settings", {}), settings)
+            )
+            return (
+                f"{checkpoint} was trained beside other weights of {name}: --{option} was {before}, now it is {now}. "
+                "Give the folder it was, unchanged, or choose another --output"
+            )
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -106,8 +180,8 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """Complete checkpoints, oldest first; only exact names count."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -181,14 +255,15 @@ def load_best(checkpoints: Path, stage: TrainingStage) -> dict[str, float]:
             "--export last exports the last weights"
         ) from None
     checkpoint = checkpoint_of(checkpoints, step)
+    if (fault := damage(checkpoint)) is not None:
+        raise UserError(f"--export best: {fault}; --export last exports the last weights")
     (name,) = [name for name, network in stage.networks.items() if network is stage.exported]
     stage.exported.load(checkpoint / name)
     return dict(read_state(checkpoint)["metrics"])
 
 
-def _any_rank(flag: bool) -> bool:
-    value = torch.tensor([float(flag)])
-    if torch.cuda.is_available():
-        value = value.cuda()
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+def _gathered(value: Any) -> list[Any]:
+    """The JSON-able `value` of each rank, rank 0's first. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

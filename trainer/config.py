@@ -19,6 +19,16 @@ from trainer.stages.preference import PreferenceTrainingConfig
 from trainer.stages.progressive import ProgressiveConfig
 from trainer.stages.stage import ScheduleConfig, StageSpec
 
+#: fields of an engine on which the layout of its shards depends
+SHARDING = (
+    "zero_stage",
+    "precision",
+    "offload_optimizer",
+    "offload_parameters",
+    "persistence_threshold",
+    "bucket_size",
+)
+
 
 class TrackingConfig(Section):
     """wandb. An account is never asked for: `offline` writes to the output folder, `wandb sync` uploads it later."""
@@ -73,7 +83,7 @@ class TrainerConfig(Section):
     max_bad_steps: int = Field(default=10, ge=1)
     #: a gradient norm so many times its running mean has exploded [ours]
     explosion_factor: float = Field(default=1000.0, gt=1)
-    #: clips of the fixed validation batch, per rank or group of ranks that share clips
+    #: clips of the fixed validation set, spread over the ranks [ours]
     validation_clips: int = Field(default=4, ge=1)
     #: folder on a local disk where shards of an s3:// dataset are kept after their first use; null = read ranges of
     #: them over the network
@@ -143,6 +153,28 @@ class TrainerConfig(Section):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _engines_fit_together(self) -> TrainerConfig:
+        for spec in self.specs.values():
+            trained = [network for network in spec.networks if network.optimizer is not None]
+            for network in trained:
+                engine = self.engine_of(network.name)
+                if network.copies is not None:
+                    other = self.engine_of(network.copies)
+                    for field in SHARDING:
+                        if (mine := getattr(engine, field)) != (theirs := getattr(other, field)):
+                            raise ValueError(
+                                f"engine_overrides: {network.name} takes over the weights of {network.copies} in stage "
+                                f"{spec.name}, so {field} has to be the same, not {mine} and {theirs}"
+                            )
+                mine, theirs = (each.gradient_accumulation for each in (engine, self.engine_of(trained[0].name)))
+                if network.moments and mine != theirs:
+                    raise ValueError(
+                        f"engine_overrides: {trained[0].name} and {network.name} take the same batches in stage "
+                        f"{spec.name}; give both the same gradient_accumulation, not {theirs} and {mine}"
+                    )
+        return self
+
     def section_of(self, stage: StageSpec) -> Any:
         """The configuration of a stage."""
         return getattr(self, stage.name)
@@ -151,6 +183,29 @@ class TrainerConfig(Section):
         """Sharding of one network: `engine`, refined by its overrides."""
         overrides = self.engine_overrides.get(network)
         return DeepSpeedConfig.model_validate(self.engine.model_dump() | overrides) if overrides else self.engine
+
+    def micro_batch_of(self, stage: StageSpec, ranks: int) -> int:
+        """Samples per micro-batch of each rank, or of each group of ranks that share clips.
+
+        Raises:
+            UserError: the ranks cannot share the global batch, or a clip.
+        """
+        readers, left = divmod(ranks, self.sequence_parallel)
+        if left:
+            raise UserError(
+                f"trainer.sequence_parallel = {self.sequence_parallel} does not divide {ranks} ranks; change one"
+            )
+        total = self.schedules[stage.name].global_batch_size
+        accumulation = self.engine_of("student").gradient_accumulation
+        micro_batch, left = divmod(total, accumulation * readers)
+        if left or micro_batch == 0:
+            step = accumulation * readers
+            raise UserError(
+                f"trainer.schedules.{stage.name}.global_batch_size = {total} is not a multiple of {readers} "
+                f"{'ranks' if self.sequence_parallel == 1 else 'groups of ranks'} x {accumulation} accumulated "
+                f"micro-batches; set it to {max(1, round(total / step)) * step}"
+            )
+        return micro_batch
 
     def steps_of(self, stage: StageSpec) -> int:
         """Steps of the loop.

@@ -15,13 +15,21 @@ import torch
 from common.errors import UserError
 from common.progress import Counter, progress
 from datagen.dataset.loader import Batch, ShardReader
-from trainer.checkpoint import Best, delete_old_checkpoints, latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.checkpoint import (
+    Best,
+    choose_checkpoint,
+    delete_old_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trainer.config import TrainerConfig
 from trainer.divergence import DivergenceWatch
 from trainer.engine.process_group import World
 from trainer.monitoring.throughput import Throughput
 from trainer.monitoring.tracking import Tracker
 from trainer.monitoring.validation import Validation
+from trainer.output_folder import record_checkpoint
 from trainer.preemption import StopSignal
 from trainer.stages.stage import ScheduleConfig, TrainingStage
 
@@ -108,10 +116,10 @@ def _bar(run: Run, start: int) -> AbstractContextManager[Counter | None]:
 
 
 def _resume(run: Run) -> dict[str, Any]:
-    checkpoint = latest_checkpoint(run.checkpoints)
+    checkpoint = choose_checkpoint(run.checkpoints)
     if checkpoint is None:
         return {}
-    document = load_checkpoint(checkpoint, run.stage)
+    document = load_checkpoint(checkpoint, run.stage, run.settings)
     run.reader.load_state_dict(document["reader"])
     if _first(run):
         print(f"going on from {checkpoint}", flush=True)
@@ -142,7 +150,8 @@ def _save(run: Run, step: int, watch: DivergenceWatch, best: Best) -> None:
         "metrics": run.metrics,
         "settings": run.settings,
     }
-    save_checkpoint(run.checkpoints, step, run.stage, state)
+    saved = save_checkpoint(run.checkpoints, step, run.stage, state)
+    record_checkpoint(run.output, run.stage.name, saved)
     best.write()
     delete_old_checkpoints(run.checkpoints, run.config.keep_checkpoints, best.checkpoint)
 

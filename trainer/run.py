@@ -81,10 +81,12 @@ def training_job(arguments: argparse.Namespace) -> TrainingJob:
         config,
         data=arguments.data,
         output=arguments.output,
+        validation_data=arguments.validation_data,
         init=arguments.init,
         teacher=arguments.teacher,
         export=arguments.export,
         stop_after=arguments.stop_after,
+        restart=arguments.restart,
         storage=storage,
     )
 
@@ -111,6 +113,7 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         "--stage", required=True, help=f"{', '.join(STAGES)}, or package.module:SPEC for one of your own"
     )
     parser.add_argument("--data", help="dataset folder or s3:// prefix (pairs for --stage preference)")
+    parser.add_argument("--validation-data", help="the same of held-out clips; left out: clips of --data")
     parser.add_argument("--output", type=Path, help="folder of the run; existing checkpoints there are resumed")
     parser.add_argument("--init", type=Path, help="model folder the student starts from")
     parser.add_argument("--teacher", type=Path, help="model folder of the real score (Stage II)")
@@ -122,6 +125,9 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         help="whose weights become OUTPUT/model: the last EMA, or that of the checkpoint with the best validation",
     )
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs that --dry-run computes with")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin at step 0; what --output holds is kept in before-restart-N there"
+    )
     parser.add_argument("--stop-after", type=int, help="save and exit after this many steps, as if preempted")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(line)

@@ -30,6 +30,7 @@ from trainer.engine.process_group import World, start_distributed
 from trainer.export import code_version, export_folder, export_model
 from trainer.loop import Run, train_loop
 from trainer.monitoring.validation import Validation, fixed_batch
+from trainer.output_folder import owned
 from trainer.stages.stage import NetworkSpec, StageSetup, StageSpec, TrainingStage
 
 
@@ -43,6 +44,8 @@ class TrainingJob:
     #: dataset folder or s3:// prefix
     data: str
     output: Path
+    #: dataset folder or s3:// prefix of held-out clips; None: validation looks at clips of the training set
+    validation_data: str | None = None
     #: model folder the student starts from
     init: Path | None = None
     #: model folder of the stage's teacher
@@ -51,6 +54,8 @@ class TrainingJob:
     export: Literal["last", "best"] = "last"
     #: save and leave after this many steps of this process, as if preempted
     stop_after: int | None = None
+    #: begin at step 0 and set what `output` holds aside
+    restart: bool = False
     #: how s3:// addresses are reached
     storage: StorageConfig = field(default_factory=StorageConfig)
 
@@ -90,11 +95,16 @@ def train(job: TrainingJob) -> bool:
         UserError: see `TrainingJob.check`; batches that the ranks cannot share; what `train_loop` raises.
     """
     job.check()
+    world = start_distributed()
+    with owned(job.output, restart=job.restart):
+        return _train(job, world)
+
+
+def _train(job: TrainingJob, world: World) -> bool:
     config, schedule = job.config, job.config.schedules[job.stage.name]
     vae, prompts = load_vae(job.model.vae), load_prompts(job.model.prompts)
-    world = start_distributed()
     sequence = form_sequence_groups(config.sequence_parallel)
-    training_reader = _reader(job, world, sequence, _micro_batch(job, world, sequence), config.seed)
+    training_reader = _reader(job, world, sequence, config.micro_batch_of(job.stage, world.size), config.seed)
     settings = {
         "stage": job.stage.name,
         "model": job.model.model_dump(mode="json"),
@@ -103,7 +113,6 @@ def train(job: TrainingJob) -> bool:
         "parents": {name: str(folder) for name in ("init", "teacher") if (folder := getattr(job, name))},
         "code": code_version(),
     }
-    job.output.mkdir(parents=True, exist_ok=True)
     exporter = _Exporter(job, vae, prompts, settings, first=world.rank == 0)
     stage = build_stage(
         job.stage,
@@ -118,8 +127,7 @@ def train(job: TrainingJob) -> bool:
     )
     validation = None
     if schedule.validate_every:
-        batch = fixed_batch(_reader(job, world, sequence, config.validation_clips, config.seed + 1))
-        validation = Validation(batch, vae if world.rank == 0 else None, world.device)
+        validation = _validation(job, vae, world, sequence)
     run = Run(
         stage,
         training_reader,
@@ -146,6 +154,16 @@ def train(job: TrainingJob) -> bool:
     if world.rank == 0:
         print(f"model: {job.output / 'model'}", flush=True)
     return True
+
+
+def _validation(job: TrainingJob, vae: VAE, world: World, sequence: SequenceGroup) -> Validation:
+    """The first `validation_clips` of the validation set, spread over the ranks."""
+    if job.validation_data is None and world.rank == 0:
+        print("validation: clips of the training set, as no --validation-data is given", flush=True)
+    clips, readers, number = job.config.validation_clips, world.size // sequence.size, world.rank // sequence.size
+    share = -(-clips // readers)
+    reader = _reader(job, world, sequence, share, job.config.seed + 1, data=job.validation_data)
+    return Validation(fixed_batch(reader), vae, world.device, first=number * share, clips=clips)
 
 
 def build_stage(
@@ -211,29 +229,13 @@ def initial_transformer(folder: Path | None, model: ModelConfig, seed: int) -> V
         return build_transformer(model.transformer, model.initial_weights)
 
 
-def _micro_batch(job: TrainingJob, world: World, sequence: SequenceGroup) -> int:
-    """Samples per reader and micro-batch.
-
-    Raises:
-        UserError: the global batch cannot be divided.
-    """
-    readers = world.size // sequence.size
-    total = job.config.schedules[job.stage.name].global_batch_size
-    accumulation = job.config.engine_of("student").gradient_accumulation
-    micro_batch, remainder = divmod(total, accumulation * readers)
-    if remainder or micro_batch == 0:
-        raise UserError(
-            f"trainer.schedules.{job.stage.name}.global_batch_size = {total} is not a multiple of {readers} "
-            f"{'ranks' if sequence.size == 1 else 'groups of ranks'} x {accumulation} accumulated micro-batches"
-        )
-    return micro_batch
-
-
-def _reader(job: TrainingJob, world: World, sequence: SequenceGroup, samples: int, seed: int) -> ShardReader:
+def _reader(
+    job: TrainingJob, world: World, sequence: SequenceGroup, samples: int, seed: int, data: str | None = None
+) -> ShardReader:
     """Reads `samples` per micro-batch on each rank, or on each group of ranks that share clips."""
     readers = world.size // sequence.size
     return ShardReader(
-        job.data,
+        data or job.data,
         members=(job.stage.member,),
         seed=seed,
         global_batch_size=samples * readers,

@@ -115,7 +115,8 @@ def start_command(
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     inherited |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd="/", env=inherited | (environment or {}), **pipes)  # type: ignore[call-overload]
+    environment = inherited | (environment or {})
+    return subprocess.Popen(command, cwd="/", env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
 def signal_after(process: subprocess.Popen[str], log: Path, lines: int, number: signal.Signals) -> None:

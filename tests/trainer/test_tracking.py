@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tests.trainer import toys
 from trainer.config import TrackingConfig
 from trainer.engine.process_group import World
 from trainer.monitoring.tracking import Tracker
-from trainer.monitoring.validation import Validation, mean_psnr
+from trainer.monitoring.validation import Validation, psnr
 from trainer.stages import STAGES
 
 OFF = TrackingConfig(wandb="off")
@@ -61,16 +62,24 @@ def test_wandb_online_without_an_account_is_refused(tmp_path: Path, monkeypatch:
         Tracker(TrackingConfig(wandb="online"), tmp_path, "run", {}, start=0)
 
 
+KEYS = ["a", "b"]
+
+
 class Previewed:
     """The part of a stage that validation looks at."""
 
     def __init__(self, shown: dict[str, torch.Tensor]) -> None:
-        self.previews = lambda batch: shown
+        self.previews = lambda batch: {
+            name: torch.cat([clips[KEYS.index(key)][None] for key in batch.keys]) for name, clips in shown.items()
+        }
+        self.target = lambda batch: batch.tensors["z_hr"]
+        self.exported = self
+        self.averaged = nullcontext
         self.spec = STAGES["base"]
 
 
 def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:
-    batch: Batch = toys.batch(["a", "b"])
+    batch: Batch = toys.batch(KEYS)
     z_hr = batch.tensors["z_hr"]
     torch.manual_seed(0)
     vae = TinyVideoVAE(z_dim=toys.LATENT[0], hidden_dim=8, num_blocks=1)
@@ -89,7 +98,7 @@ def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:
 
 def test_psnr_of_a_known_error() -> None:
     clip = torch.zeros(3, 1, 4, 4)
-    assert mean_psnr([clip], [clip + 0.2]) == pytest.approx(20.0)  # 0.1 of the range [0, 1]
+    assert psnr(clip, clip + 0.2) == pytest.approx(20.0)  # 0.1 of the range [0, 1]
 
 
 def test_a_vae_without_tiles_that_fills_the_memory_is_named(

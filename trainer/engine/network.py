@@ -78,8 +78,9 @@ class Network:
         self._trainable = [p for p in module.parameters() if p.requires_grad] if optimizer is not None else []
         self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
         self._shapes = {key: p.shape for key, p in module.named_parameters() if p.requires_grad}
-        # Checkpoints don't hold what never changes; this tells whether it is still the same.
-        self._constants = _checksum(p for p in module.parameters() if not p.requires_grad) if optimizer else 0
+        constant = [p for p in module.parameters() if optimizer is None or not p.requires_grad]
+        #: checksum of what never changes, which checkpoints don't hold. Rank 0 alone has it of a frozen network
+        self.constants = _checksum(constant) if optimizer is not None or dist.get_rank() == 0 else None
         if deepspeed.activation_checkpointing:
             for part in module.modules():
                 if getattr(part, "_supports_gradient_checkpointing", False):
@@ -179,6 +180,27 @@ class Network:
         """Elements that learn."""
         return sum(shape.numel() for shape in self._shapes.values()) if self._trainable else 0
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The EMA in place of the weights, for frozen calls inside the block. Collective.
+
+        The weights come back exactly. Nothing happens to a network without an EMA.
+        """
+        if self.ema is None:
+            yield
+            return
+        kept = [fragment.master.clone() for fragment in self.fragments]
+        self._set_masters(self.ema.values)
+        try:
+            yield
+        finally:
+            self._set_masters(kept)
+
+    def _set_masters(self, values: Sequence[Tensor]) -> None:
+        for fragment, value in zip(self.fragments, values, strict=True):
+            fragment.master.copy_(value)
+        push_masters(self._engine, self.config)
+
     # --- learning rates -------------------------------------------------------------------------------
 
     @property
@@ -200,8 +222,8 @@ class Network:
         values = self.ema.values if ema and self.ema else [fragment.master for fragment in self.fragments]
         return gather_to_rank_0(self._shapes, self.fragments, values, self._device)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's masters, moments and EMA to `folder`/rank-NNNNN.safetensors.
+    def save(self, folder: Path) -> Path:
+        """Write this rank's masters, moments and EMA to `folder`/rank-NNNNN.safetensors; returns that path.
 
         All ranks call it; the caller makes the folder and decides when it is whole.
         """
@@ -216,9 +238,11 @@ class Network:
             "adam_step": step,
             "world_size": dist.get_world_size(),
             "trained_parameters": self.trained_parameter_count,
-            "constants": self._constants,
+            "constants": self.constants,
         }
-        save_fragments(folder / f"rank-{dist.get_rank():05d}.safetensors", self.fragments, columns, state)
+        path = folder / f"rank-{dist.get_rank():05d}.safetensors"
+        save_fragments(path, self.fragments, columns, state)
+        return path
 
     def load(self, folder: Path) -> None:
         """Read what any number of ranks saved at any ZeRO stage; exact.
@@ -235,7 +259,7 @@ class Network:
                 f"{folder} has {trained} trained parameters, {self.name} has {self.trained_parameter_count}: set model "
                 "and trainer.lora as they were, or choose another --output"
             )
-        if state.get("constants") != self._constants:
+        if state.get("constants") != self.constants:
             raise UserError(
                 f"{folder} was trained beside other frozen weights of {self.name}: give the same --init and --teacher "
                 "as before, or choose another --output"

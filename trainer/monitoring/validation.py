@@ -1,8 +1,12 @@
-"""Looking at a run: fixed clips, fixed noise, pictures and numbers. In distillation the loss curves say little; these
-pictures show a drift first."""
+"""Validation: fixed held-out clips with fixed noise, through the EMA that will be exported; numbers and pictures.
+
+In distillation the loss curves say little; these pictures show a drift first. The clips are the first of the validation
+set's order, spread over the ranks, so that the numbers are means over the same clips whatever the number of ranks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,106 +26,136 @@ LABEL_HEIGHT_PX = 14
 
 
 class Validation:
-    """The fixed batch of a run."""
+    """The fixed clips of a run: this rank's, or those of its group of ranks that share clips."""
 
-    def __init__(self, batch: Batch, vae: VAE | None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, batch: Batch, vae: VAE, device: torch.device | str = "cpu", *, first: int = 0, clips: int | None = None
+    ) -> None:
         """
         Args:
-            batch: the same size on every rank; rank 0's first clip is the one shown.
-            vae: on rank 0, which decodes; other ranks only take part in the forwards.
+            batch: the same size on every rank; the clip shown is rank 0's first.
             device: where the VAE goes while it decodes; between looks it makes room for the training.
+            first: position of the batch's first clip in the validation set.
+            clips: size of the validation set; what lies beyond it only keeps the ranks in step. None: all count.
         """
-        self._batch, self._vae, self._device = batch, vae, torch.device(device)
+        count = len(batch.keys) if clips is None else min(max(clips - first, 0), len(batch.keys))
+        self._clips, self._count = [_one(batch, index) for index in range(len(batch.keys))], count
+        self._vae, self._device = vae, torch.device(device)
+        #: of each clip, what does not change from look to look: the decoded target, and z_lr's picture and PSNR
+        self._targets: list[Tensor] = []
+        self._low_resolution: list[tuple[Tensor, float]] = []
 
     def look(self, stage: TrainingStage, step: int, tracker: Tracker | None) -> dict[str, float]:
-        """Log and return latent errors over all ranks' clips and PSNR over rank 0's; save a picture. Collective.
+        """Log and return means over all clips; save a picture of the first. Collective.
 
         Every rank returns the same.
         """
-        shown, target = stage.previews(self._batch), stage.target(self._batch)
-        values = _errors(shown, target)
-        columns = shown if stage.spec.pixels else {"z_lr": self._batch.tensors["z_lr"], **shown}
-        names = tuple(columns)
-        psnrs = torch.zeros(len(names), dtype=torch.float64, device=next(iter(shown.values())).device)
-        if tracker is not None and (self._vae is not None or stage.spec.pixels):
-            columns = columns | {"target": target}
-            decoded = _clips(columns) if stage.spec.pixels else self._decode_all(columns)
-            measured = [mean_psnr(decoded[name], decoded["target"]) for name in names]
-            psnrs.copy_(torch.tensor(measured, dtype=torch.float64))
-            tracker.picture(step, "previews", picture({name: clips[0] for name, clips in decoded.items()}))
-        dist.broadcast(psnrs, src=0)
-        values |= {f"validation/{name}/psnr": value for name, value in zip(names, psnrs.tolist(), strict=True)}
+        sums: dict[str, Tensor] = {}
+        with stage.exported.averaged():
+            previews = [stage.previews(clip) for clip in self._clips]
+        self._decode_constants(stage)
+        for index, shown in enumerate(previews):
+            counted = float(index < self._count)
+            values, frames = self._measured(stage, index, shown, counted=bool(counted))
+            for name, value in values.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + counted * value
+            if index == 0 and tracker is not None:
+                tracker.picture(step, "previews", picture(frames))
+        self._make_room()
+        means = _means(sums, self._count, next(iter(previews[0].values())).device)
         if tracker is not None:
-            tracker.log(step, values)
-        return values
+            tracker.log(step, means)
+        return means
 
-    def _decode_all(self, columns: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-        """The clips of each column; the VAE is on the device only meanwhile."""
-        assert self._vae is not None
+    def _measured(
+        self, stage: TrainingStage, index: int, shown: dict[str, Tensor], *, counted: bool
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Numbers of one clip, and middle frames (3, H, W) to look at."""
+        target = stage.target(self._clips[index]).to(torch.float32)
+        values: dict[str, float] = {}
+        frames: dict[str, Tensor] = {}
+        if not stage.spec.pixels:
+            frames["z_lr"], values["validation/z_lr/psnr"] = self._low_resolution[index]
+        for name, preview in shown.items():
+            prefix = f"validation/{name}"
+            values[f"{prefix}/latent_mse"] = (preview - target.to(preview.device)).square().mean().item()
+            values[f"{prefix}/latent_mean"] = preview.mean().item()
+            values[f"{prefix}/latent_std"] = preview.std().item()
+            values[f"{prefix}/psnr"] = 0.0
+            if counted or index == 0:
+                clip = self._decoded(stage, preview)
+                frames[name], values[f"{prefix}/psnr"] = _middle(clip), psnr(clip, self._targets[index])
+        return values, frames | {"target": _middle(self._targets[index])}
+
+    def _decode_constants(self, stage: TrainingStage) -> None:
+        if self._targets:
+            return
+        for clip in self._clips:
+            target = self._decoded(stage, stage.target(clip))
+            self._targets.append(target)
+            if not stage.spec.pixels:
+                low = self._decoded(stage, clip.tensors["z_lr"])
+                self._low_resolution.append((_middle(low), psnr(low, target)))
+
+    def _decoded(self, stage: TrainingStage, preview: Tensor) -> Tensor:
+        """One clip (3, F, H, W) in [-1, 1], on the CPU."""
+        if stage.spec.pixels:
+            return preview[0].float().clamp(-1, 1).cpu()
         self._vae.to(self._device)
-        decoded = {name: self._decode(self._vae, latents) for name, latents in columns.items()}
+        try:
+            return decode_latents(self._vae, preview)[0].cpu()
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            if not hasattr(self._vae, "enable_tiling"):
+                raise UserError(
+                    f"validation: the GPU's memory is full, and {type(self._vae).__name__} decodes no tiles; "
+                    "free memory or set validate_every of the stage's schedule to 0"
+                ) from None
+            self._vae.enable_tiling()  # from now on: what did not fit beside the training will not fit later
+            return decode_latents(self._vae, preview)[0].cpu()
+
+    def _make_room(self) -> None:
         self._vae.to("cpu")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return decoded
-
-    def _decode(self, vae: VAE, latents: Tensor) -> list[Tensor]:
-        """One (3, F, H, W) in [-1, 1] per clip, on the CPU; one at a time, as the VAE needs much more memory than the
-        DiT."""
-        clips = []
-        for latent in latents.split(1):
-            try:
-                clip = decode_latents(vae, latent)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                if not hasattr(vae, "enable_tiling"):
-                    raise UserError(
-                        f"validation: the GPU's memory is full, and {type(vae).__name__} decodes no tiles; free memory "
-                        "or set validate_every of the stage's schedule to 0"
-                    ) from None
-                vae.enable_tiling()  # from now on: what did not fit beside the training will not fit later
-                clip = decode_latents(vae, latent)
-            clips.append(clip[0].cpu())
-        return clips
 
 
-def _clips(columns: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-    return {name: list(pixels.float().clamp(-1, 1).cpu()) for name, pixels in columns.items()}
+def _one(batch: Batch, index: int) -> Batch:
+    part = slice(index, index + 1)
+    return Batch(batch.keys[part], {k: t[part] for k, t in batch.tensors.items()}, batch.metadata[part])
 
 
-def _errors(previews: dict[str, Tensor], target: Tensor) -> dict[str, float]:
-    """Latent MSE against the target, mean and deviation of each preview, over all ranks. Collective."""
-    values: dict[str, Tensor] = {}
-    for name, latents in previews.items():
-        values[f"validation/{name}/latent_mse"] = (latents - target.to(latents.device, torch.float32)).square().mean()
-        values[f"validation/{name}/latent_mean"] = latents.mean()
-        values[f"validation/{name}/latent_std"] = latents.std()
-    means = torch.stack(list(values.values()))
-    dist.all_reduce(means)
-    return dict(zip(values, (means / dist.get_world_size()).tolist(), strict=True))
+def _means(sums: dict[str, Tensor], count: int, device: torch.device) -> dict[str, float]:
+    """Over the clips of all ranks. Collective."""
+    totals = torch.stack([*sums.values(), torch.tensor(float(count), dtype=torch.float64)]).to(device)
+    dist.all_reduce(totals)
+    return dict(zip(sums, (totals[:-1] / totals[-1]).tolist(), strict=True))
 
 
-def mean_psnr(clips: list[Tensor], targets: list[Tensor]) -> float:
-    """Mean over clips in [-1, 1] of the PSNR over all of a clip's values, dB."""
-    pairs = list(zip(clips, targets, strict=True))
-    return sum(psnr_db((clip - target).square().mean().item(), peak=2.0) for clip, target in pairs) / len(pairs)
+def psnr(clip: Tensor, target: Tensor) -> float:
+    """PSNR over all values of a clip in [-1, 1], dB."""
+    return psnr_db((clip - target).square().mean().item(), peak=2.0)
 
 
-def picture(columns: dict[str, Tensor]) -> Image.Image:
-    """The middle frame of each clip (3, F, H, W) in [-1, 1], side by side under their names."""
+def _middle(clip: Tensor) -> Tensor:
+    return clip[:, clip.shape[1] // 2]
+
+
+def picture(frames: dict[str, Tensor]) -> Image.Image:
+    """Frames (3, H, W) in [-1, 1] side by side under their names."""
     tiles = []
-    for name, clip in columns.items():
-        frame = to_frames(clip)[clip.shape[1] // 2].numpy()
-        tile = Image.new("RGB", (frame.shape[1], frame.shape[0] + LABEL_HEIGHT_PX), "white")
+    for name, frame in frames.items():
+        pixels = to_frames(frame[:, None])[0].numpy()
+        tile = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + LABEL_HEIGHT_PX), "white")
         ImageDraw.Draw(tile).text((2, 1), name, fill="black")
-        tile.paste(Image.fromarray(frame), (0, LABEL_HEIGHT_PX))
+        tile.paste(Image.fromarray(pixels), (0, LABEL_HEIGHT_PX))
         tiles.append(np.asarray(tile))
     return Image.fromarray(np.concatenate(tiles, axis=1))
 
 
 def fixed_batch(reader: Any) -> Batch:
     """The first batch of a reader made for the purpose."""
-    iterator = iter(reader)
+    iterator: Iterator[Batch] = iter(reader)
     batch = next(iterator)
-    iterator.close()
+    iterator.close()  # type: ignore[attr-defined]
     return batch

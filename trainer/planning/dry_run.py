@@ -21,7 +21,12 @@ CLIPS = {"21 x 704 x 1280": (6, 88, 160), "21 x 1088 x 1920": (6, 136, 240)}
 
 
 def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: int) -> str:
-    """The resolved configuration, parameter counts, memory of each GPU and the DeepSpeed configuration."""
+    """The resolved configuration, parameter counts, memory of each GPU and the DeepSpeed configuration.
+
+    Raises:
+        UserError: the GPUs cannot share the batches; an adapter names modules that are not there.
+    """
+    config.micro_batch_of(stage, gpus)
     networks = meta_networks(stage, model, config)
     counts = {name: count_parameters(network) for name, network in networks.items()}
     trained = {

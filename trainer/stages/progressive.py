@@ -197,7 +197,7 @@ SPEC = StageSpec(
     name="progressive",
     summary="Stage I: progressive guided distillation to one step",
     config=ProgressiveConfig,
-    networks=(STUDENT, NetworkSpec("teacher", optimizer="optimizer", moments=False, lora="student")),
+    networks=(STUDENT, NetworkSpec("teacher", optimizer="optimizer", moments=False, copies="student", lora="student")),
     build=Progressive,
     init="the base model",
     steps=lambda config: config.steps,

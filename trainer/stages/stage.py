@@ -61,6 +61,8 @@ class NetworkSpec:
     optimizer: str | None = None
     #: False for a network that is only overwritten by another's masters: its optimizer never steps
     moments: bool = True
+    #: the network whose weights it takes over while it is trained, so that both have to be sharded alike
+    copies: str | None = None
     #: an EMA with the configuration's `ema_decay`; the exported network has one
     ema: bool = False
     #: entry of `trainer.lora` that gives it an adapter; None: it never has one

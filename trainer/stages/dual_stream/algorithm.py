@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from pipeline.flow_matching import q_t, velocity, x0_from_velocity
 from pipeline.model.config import NULL_PROMPT
 from pipeline.sampling import one_step
@@ -78,11 +77,6 @@ class DualStream(TrainingStage):
         self.real_score = setup.network("real_score")
         self.networks = {"student": self.student, "critic": self.critic, "real_score": self.real_score}
         self._accumulation = self.student.config.gradient_accumulation
-        if self.critic.config.gradient_accumulation != self._accumulation:
-            raise UserError(
-                "trainer.engine_overrides: student and critic take the same batches; give both the same "
-                f"gradient_accumulation, not {self._accumulation} and {self.critic.config.gradient_accumulation}"
-            )
         self._real_taps: tuple[int, ...] = critic.taps if self.config.tapped != "fake" else ()
         if not self.config.needs_fake_score:
             self.preview_names = ("student", "real_score")

@@ -1,0 +1,271 @@
+"""An output folder nobody can spoil: damaged, deleted, shared, full or signalled, no work is lost in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError
+from common.locking import only_writer
+from tests.trainer.presets import losses, run_command, signal_after, start_command, write_preset
+from tests.trainer.ranks import run_on_ranks
+from tests.trainer.stages import make_run
+from trainer.checkpoint import list_checkpoints
+from trainer.config import TrackingConfig
+from trainer.engine.process_group import World
+from trainer.loop import train_loop
+from trainer.monitoring.tracking import Tracker
+from trainer.output_folder import owned
+from trainer.preemption import EXIT_SAVED_ON_SIGNAL
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_preset(tmp_path_factory.mktemp("preset"))
+
+
+@pytest.fixture(scope="module")
+def trained(preset: Path, world: World) -> Path:
+    """Five steps of the base, checkpoints after 2, 4 and 5."""
+    output = preset.parent / "trained"
+    with owned(output):
+        assert train_loop(make_run(preset, "base", output, world))
+    return output
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt, as it was after 4 steps."""
+    output = tmp_path / "run"
+    shutil.copytree(trained, output)
+    shutil.rmtree(output / "checkpoints" / "step-00000005")
+    (output / "run.json").write_text('{"stage": "base", "last_checkpoint": "step-00000004"}\n')
+    return output
+
+
+def go_on(preset: Path, output: Path, world: World, **arguments: Any) -> None:
+    with owned(output, **arguments):
+        assert train_loop(make_run(preset, "base", output, world))
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "one bit":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut short", "one bit", "gone"])
+@pytest.mark.parametrize("file", ["student/rank-00000.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(
+    how: str, file: str, preset: Path, trained: Path, output: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (how, file) == ("one bit", "state.json"):
+        pytest.skip("JSON has no checksum of its own; what cannot be read is noticed")
+    path = output / "checkpoints" / "step-00000004" / file
+    spoil(path, how)
+    go_on(preset, output, world)
+    warning = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
+    assert str(path.parent if file == "state.json" else path) in warning and "step-00000004.damaged" in warning
+    assert losses(output) == losses(trained), "from step 2 on it is the same run"
+    assert "step-00000004.damaged" in names(output)
+
+
+def test_without_an_intact_checkpoint_nothing_is_begun_again(preset: Path, output: Path, world: World) -> None:
+    before = (output / "metrics.jsonl").read_text()
+    for checkpoint in list_checkpoints(output / "checkpoints"):
+        spoil(checkpoint / "student/rank-00000.safetensors", "cut short")
+    with pytest.raises(UserError, match=r"no intact checkpoint is left.*--restart"):
+        go_on(preset, output, world)
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_lost_checkpoints_are_refused_and_restart_keeps_the_old_log(
+    preset: Path, trained: Path, output: Path, world: World
+) -> None:
+    before = (output / "metrics.jsonl").read_text()
+    shutil.rmtree(output / "checkpoints")
+    with pytest.raises(UserError, match="checkpoints are gone, step-00000004 was the last one"):
+        go_on(preset, output, world)
+    assert (output / "metrics.jsonl").read_text() == before
+    go_on(preset, output, world, restart=True)
+    assert (output / "before-restart-1" / "metrics.jsonl").read_text() == before
+    assert losses(output) == losses(trained)
+
+
+def test_a_requeued_job_with_restart_goes_on(
+    preset: Path, output: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    go_on(preset, output, world, restart=True)
+    assert not list(output.glob("before-restart-*"))
+
+
+def test_killed_before_its_first_checkpoint_it_begins_again_without_being_asked(
+    preset: Path, tmp_path: Path, world: World
+) -> None:
+    tmp_path.joinpath("metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    go_on(preset, tmp_path, world)
+    assert len(losses(tmp_path)) == 5
+
+
+def test_leftovers_go_and_copies_are_no_checkpoints(preset: Path, trained: Path, output: Path, world: World) -> None:
+    checkpoints = output / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / ".step-00000003.partial")
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000099.bak")
+    go_on(preset, output, world)
+    assert losses(output) == losses(trained)
+    assert ".step-00000003.partial" not in names(output) and "step-00000099.bak" in names(output)
+
+
+def test_another_frozen_network_is_refused_by_name(preset: Path, tmp_path: Path, world: World) -> None:
+    stopped = make_run(preset, "dual_stream", tmp_path, world, stop_after=2)
+    assert not train_loop(stopped)
+    other = make_run(preset, "dual_stream", tmp_path, world)
+    other.stage.real_score.constants ^= 1
+    other.settings["parents"] = {"teacher": "runs/other"}
+    with pytest.raises(UserError, match=r"beside other weights of real_score: --teacher was .*, now it is runs/other"):
+        train_loop(other)
+
+
+def stale_listing(world: World, *, folder: str, preset: str) -> str:
+    """Rank 1 does not see the newest checkpoint yet, as on a network file system."""
+    import trainer.checkpoint as checkpoint
+
+    if world.rank == 1:
+        complete = checkpoint.list_checkpoints
+        checkpoint.list_checkpoints = lambda path: complete(path)[:-1]
+    chosen = checkpoint.choose_checkpoint(Path(folder))
+    assert chosen is not None
+    return chosen.name
+
+
+@pytest.mark.distributed
+def test_rank_0_decides_which_checkpoint_is_read(preset: Path, output: Path) -> None:
+    found = run_on_ranks(f"{__name__}:stale_listing", 2, folder=str(output / "checkpoints"), preset=str(preset))
+    assert found == ["step-00000004"] * 2
+
+
+def command(preset: Path, output: Path, **schedule: Any) -> list[object]:
+    numbers = {"steps": 400, "global_batch_size": 4, "checkpoint_every": 10, "validate_every": 0} | schedule
+    steps = f"trainer.schedules.base={json.dumps(numbers)}"
+    data = preset.parent / "clips"
+    return ["--config", preset, "--stage", "base", "--data", data, "--output", output, "--set", steps]
+
+
+@pytest.mark.distributed
+def test_a_second_process_is_refused_and_a_killed_one_leaves_the_folder_free(preset: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = start_command(*command(preset, output, steps=100_000))
+    try:
+        while not (output / "metrics.jsonl").exists() and first.poll() is None:
+            pass
+        second = run_command(*command(preset, output))
+        assert second.returncode == 2
+        (line,) = [line for line in second.stderr.splitlines() if line.startswith("error:")]
+        assert f"host {socket.gethostname()}, process {first.pid}" in line and str(output) in line
+        assert first.poll() is None, "the first goes on"
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate(timeout=60)
+    third = run_command(*command(preset, output, steps=12))
+    assert third.returncode == 0, third.stderr
+
+
+def test_the_lock_names_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with only_writer(tmp_path), pytest.raises(UserError, match="job 4711"), only_writer(tmp_path):
+        pass
+
+
+@pytest.mark.distributed
+def test_term_to_the_process_group_saves_although_wandb_dies_with_it(preset: Path, tmp_path: Path) -> None:
+    """As SLURM does it: the signal reaches wandb's service, too."""
+    output = tmp_path / "run"
+    line = [*command(preset, output, steps=100_000), "--set", "trainer.tracking.wandb=offline"]
+    process = start_command(*line)
+    signal_after(process, output / "metrics.jsonl", 15, signal.SIGCONT)  # nothing but the wait
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_SAVED_ON_SIGNAL, errors
+    done = len(losses(output))
+    assert names(output)[-1] == f"step-{done:08d}", "saved where it stood"
+    again = run_command(*line, "--stop-after", 3)
+    assert again.returncode == EXIT_SAVED_ON_SIGNAL, again.stderr
+    runs = list((output / "wandb").glob("offline-run-*"))
+    identities = {path.name.split("-", 3)[-1] for path in runs}
+    assert len(runs) == len(identities) == 2, "runs of their own"
+    assert len({identity.split("-")[0] for identity in identities}) == 1, "of one group"
+
+
+def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        tracker = Tracker(TrackingConfig(wandb="off"), disk, "run", {}, start=0)
+        tracker.log(0, {"loss": 1.0})
+        ballast = disk / "ballast"
+        with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+        room = 4096 - (disk / "metrics.jsonl").stat().st_size  # of the page that the log has already
+        tracker.log(1, {f"value {index}": index for index in range(room // 8)})
+        ballast.unlink()
+        tracker.log(2, {"loss": 3.0})
+        tracker.close()
+        lines = [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()]
+        assert lines == [0, 2], "no half line"
+        printed = capsys.readouterr().out
+        assert "training goes on" in printed and "lacks 1 lines" in printed
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_wandb_that_fails_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(TrackingConfig(wandb="offline"), tmp_path, "run", {}, start=0)
+
+    def gone(*_: object, **__: object) -> None:
+        raise ConnectionResetError("the service is gone")
+
+    run = tracker._run
+    monkeypatch.setattr(run, "log", gone)
+    for step in range(3):
+        tracker.log(step, {"loss": 1.0})
+    tracker.close()
+    run.finish()
+    assert capsys.readouterr().err.count("WARNING: wandb takes no numbers (ConnectionResetError") == 1
+    assert len(losses(tmp_path)) == 3
+
+
+def test_trained_values_are_checked_even_where_the_file_is_readable(
+    preset: Path, output: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = output / "checkpoints" / "step-00000004" / "student" / "rank-00000.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + torch.finfo(torch.float32).eps
+    save_file(tensors, path)
+    go_on(preset, output, world)
+    assert "another SHA-256 than was written" in capsys.readouterr().out
