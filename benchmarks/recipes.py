@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRESET = ROOT / "configs" / "wan-1.3b.yaml"
 DOCUMENT = ROOT / "docs" / "recipes.md"
 
-GPUS = (1, 2, 4, 8, 16, 32)
+GPUS = (1, 2, 4, 8, 16, 32, 64)
 MEMORY_GIB = (24, 48, 80, 141)
 #: (frames, height, width)
 CLIPS = [
@@ -130,10 +130,28 @@ checkpointing at ZeRO 1, 2, 3; with it; clips shared by 2 or 4 GPUs; the optimiz
 | `×b` | clips per micro-batch; `trainer.engine.gradient_accumulation` = global batch / (GPUs / s · b) |
 | – | does not fit |
 
+The preset is at ZeRO-1 with compiled blocks. Where the table says `Z3`, add
+`--set trainer.engine.zero_stage=3 --set trainer.compile_blocks=false`: ZeRO-3's hooks break blocks into dozens of graphs, so
+the combination is refused.
+
+## Attention kernels
+
+`trainer.attention: auto` takes the first that is there, and the log says which and why not the others:
+
+| kernel | GPU | what it needs |
+|---|---|---|
+| `flash3` | Hopper | FlashAttention-3's `flash_attn_interface`, built from source |
+| `cudnn` | Hopper | nothing: PyTorch's own cuDNN kernels |
+| `flash` | Ampere and later | `flash-attn`, built from source against the installed torch (`--no-build-isolation`) |
+| `xformers` | any | `xformers`; 0.0.35 needs torch 2.10 or later |
+| `native` | any, and the CPU | nothing: PyTorch's scaled_dot_product_attention |
+
+All have a backward pass. None of them has run on a GPU here.
+
 ## dual_stream
 
 Three networks; the student's graph waits while both score models' are built and walked. Global batch
-{preset.schedules.dual_stream.global_batch_size}.
+{preset.schedules["dual_stream"].global_batch_size}.
 
 {table(STAGES["dual_stream"], model, preset)}
 
@@ -145,7 +163,7 @@ Three networks; the student's graph waits while both score models' are built and
 
 ## base
 
-One network. Global batch {preset.schedules.base.global_batch_size}.
+One network. Global batch {preset.schedules["base"].global_batch_size}.
 
 {table(STAGES["base"], model, preset)}
 

@@ -66,9 +66,9 @@ def test_a_stage_of_another_project_trains_resumes_and_exports(project: Path, tm
 @pytest.mark.distributed
 def test_a_stage_of_another_project_is_checked_and_planned(project: Path) -> None:
     line = ["--config", project / "fidelity.yaml", "--stage", "my_project.fidelity:SPEC"]
-    plan = run_command(*line, "--dry-run")
+    plan = run_command(*line, "--dry-run", "--gpus", 2)
     assert plan.returncode == 0 and "weight: 2.0" in plan.stdout and "student" in plan.stdout, plan.stderr
-    wrong = run_command(*line, "--dry-run", "--set", "trainer.fidelity.weight=-1")
+    wrong = run_command(*line, "--dry-run", "--gpus", 2, "--set", "trainer.fidelity.weight=-1")
     assert wrong.returncode == 2 and "trainer.fidelity.weight = -1" in wrong.stderr
     alone = run_command(*line, "--data", project / "clips", "--output", project / "none")
     assert alone.returncode == 2 and "starts from a one-step student: give its folder with --init" in alone.stderr

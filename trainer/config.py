@@ -154,6 +154,18 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiles_what_can_be_compiled(self) -> TrainerConfig:
+        engines = {"engine": self.engine} | {name: self.engine_of(name) for name in self.engine_overrides}
+        for name, engine in engines.items():
+            if self.compile_blocks and engine.zero_stage == 3:
+                where = "engine" if name == "engine" else f"engine_overrides.{name}"
+                raise ValueError(
+                    f"compile_blocks: true and {where}.zero_stage = 3: ZeRO-3's hooks break a block into dozens of "
+                    "graphs; set compile_blocks to false, or zero_stage to 1 or 2"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _engines_fit_together(self) -> TrainerConfig:
         for spec in self.specs.values():
             trained = [network for network in spec.networks if network.optimizer is not None]

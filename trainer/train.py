@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.storage import StorageConfig
 from datagen.dataset.loader import ShardReader
-from pipeline.model.attention import set_attention
+from pipeline.model.attention import explained, set_attention
 from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import build_transformer, load_transformer
 from pipeline.model.prompts import PromptCache, load_prompts
@@ -125,6 +125,7 @@ def _train(job: TrainingJob, world: World) -> bool:
         keep_model=lambda name, state: exporter.export(name, state, job.model.base_steps),
         sequence=sequence,
     )
+    training_reader.read_ahead(stage.batches_per_step + 1)
     validation = None
     if schedule.validate_every:
         validation = _validation(job, vae, world, sequence)
@@ -186,12 +187,14 @@ def build_stage(
     folders, section = {"init": init, "teacher": teacher}, config.section_of(spec)
     #: of each folder, the networks that still want its weights: the last one takes them without a copy
     waiting = Counter(folders[n.weights] for n in spec.networks if n.has_transformer(section))
-    load = spec.load or initial_transformer
+    load, chosen, dtype = spec.load or initial_transformer, None, config.engine_of("student").dtype
     loaded = {folder: load(folder, model, config.seed) for folder in waiting}
     for module in loaded.values():
         if isinstance(module, VSRTransformer):
-            set_attention(module, config.attention, config.engine_of("student").dtype)
+            chosen = set_attention(module, config.attention, dtype)
             module.share_sequence(sequence)
+    if chosen is not None and world.rank == 0:
+        print(explained(chosen, dtype == torch.bfloat16), flush=True)
     shape = next(iter(loaded.values())).config
 
     def transformer_of(network: NetworkSpec) -> nn.Module:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: how many samples a damaged one may be followed by, damaged as well, before the reader gives up [ours]
 REPLACEMENT_ATTEMPTS = 64
+#: threads that read ahead at most [ours]
+LARGEST_POOL = 8
 
 
 @dataclass
@@ -117,6 +119,10 @@ class ShardReader:
         """Samples per epoch."""
         return len(self._dataset)
 
+    def read_ahead(self, batches: int) -> None:
+        """Read at least so many batches ahead: those of one training step. Before iteration."""
+        self._read_ahead = max(self._read_ahead, batches)
+
     @property
     def epoch(self) -> float:
         """Epochs consumed so far, by all ranks together."""
@@ -125,7 +131,7 @@ class ShardReader:
     def __iter__(self) -> Iterator[Batch]:
         ahead: deque[Future[Batch]] = deque()
         following = self._consumed
-        with ThreadPoolExecutor(self._read_ahead, thread_name_prefix="shard-reader") as pool:
+        with ThreadPoolExecutor(min(self._read_ahead, LARGEST_POOL), thread_name_prefix="shard-reader") as pool:
             try:
                 while True:
                     while len(ahead) < self._read_ahead:

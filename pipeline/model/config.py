@@ -14,7 +14,7 @@ DEFAULT_PROMPT = "high quality video"
 #: what classifier-free guidance subtracts
 NULL_PROMPT = ""
 #: attention kernels of the DiT (pipeline/model/attention.py)
-Attention = Literal["auto", "flash", "flash3", "xformers", "native"]
+Attention = Literal["auto", "flash3", "cudnn", "flash", "xformers", "native"]
 
 
 class TransformerConfig(Section):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from pipeline.model.attention import BACKENDS, set_attention
+from pipeline.model.attention import BACKENDS, explained, reasons, set_attention
 from pipeline.model.transformer import VSRTransformer
 
 
@@ -47,3 +47,32 @@ def test_automatic_choice_works_here(transformer):
     assert set_attention(transformer, "auto") in BACKENDS
     if not torch.cuda.is_available():
         assert set_attention(transformer, "auto") == "native"
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        (9, ["flash_attn_interface", "flash_attn"], "flash3"),
+        (9, ["flash_attn", "xformers"], "cudnn"),
+        (8, ["flash_attn", "flash_attn_interface"], "flash"),
+        (8, ["xformers"], "xformers"),
+        (8, [], "native"),
+    ],
+)
+def test_order_of_the_automatic_choice(monkeypatch, capability, installed, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    found = reasons(half=True)
+    assert next(name for name, fault in found.items() if fault is None) == expected
+    line = explained(expected, half=True)
+    assert line.startswith(f"attention: {expected}")
+    assert [name for name in BACKENDS if f"{name}: " in line] == list(BACKENDS)[: list(BACKENDS).index(expected)]
+    assert next(name for name, fault in reasons(half=False).items() if fault is None) == "native"
+
+
+def test_cudnn_without_a_gpu_is_refused(transformer):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="cudnn needs a GPU"):
+        set_attention(transformer, "cudnn")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from common.config import load_section
+from common.errors import UserError
 from pipeline.model.config import ModelConfig
 from trainer import run as command
 from trainer.config import TrainerConfig
@@ -37,7 +38,7 @@ def test_the_papers_preset(stage: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "# memory of each of 4 GPUs" in rest
     engines = rest.split("# DeepSpeed configuration\n")[1]
     student = json.JSONDecoder().raw_decode(engines.removeprefix("student: "))[0]
-    assert student["zero_optimization"]["stage"] == 3 and student["bf16"]["enabled"]
+    assert student["zero_optimization"]["stage"] == 1 and student["bf16"]["enabled"]
 
 
 def test_heads_count_with_the_critic() -> None:
@@ -59,7 +60,7 @@ def test_heads_count_with_the_critic() -> None:
 def test_every_preset_resolves(path: Path) -> None:
     model, trainer = load_section(path, "model", ModelConfig), load_section(path, "trainer", TrainerConfig)
     for stage in STAGES.values():
-        assert "# DeepSpeed configuration" in describe(stage, model, trainer, gpus=8)
+        assert "# DeepSpeed configuration" in describe(stage, model, trainer, gpus=4)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,22 @@ def test_the_codec_has_a_dry_run_of_its_own_size(
     command.main()
     parameters = capsys.readouterr().out.split("# parameters")[1].splitlines()[1]
     assert parameters.split() == ["codec", "2.12", "M"]
+
+
+def test_64_gpus_share_the_papers_batches_and_fit_at_zero_1() -> None:
+    model = load_section(CONFIGS / "wan-1.3b.yaml", "model", ModelConfig)
+    config = load_section(CONFIGS / "wan-1.3b.yaml", "trainer", TrainerConfig)
+    stages = [stage for stage in STAGES.values() if not stage.pixels]
+    for ranks in (8, 16, 32, 64):
+        assert [config.micro_batch_of(stage, ranks) for stage in stages] == [64 // ranks] * 4
+    printed = describe(STAGES["dual_stream"], model, config, gpus=64)
+    static = float(next(line for line in printed.splitlines() if line.startswith("static")).split()[1])
+    assert static < 30, "GiB of each GPU"
+    assert "per node of 8" in printed
+    with pytest.raises(UserError, match=r"global_batch_size = 64 is not a multiple of 48 ranks.*set it to 48"):
+        describe(STAGES["dual_stream"], model, config, gpus=48)
+
+
+def test_compiled_blocks_are_refused_at_zero_3() -> None:
+    with pytest.raises(UserError, match=r"compile_blocks: true and engine.zero_stage = 3.*set compile_blocks to false"):
+        load_section(CONFIGS / "wan-1.3b.yaml", "trainer", TrainerConfig, ["trainer.engine.zero_stage=3"])

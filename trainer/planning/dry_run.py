@@ -13,11 +13,14 @@ from pipeline.model.transformer import VSRTransformer
 from trainer.config import TrainerConfig
 from trainer.engine.deepspeed_internals import deepspeed_config
 from trainer.engine.lora import add_adapter
+from trainer.planning.memory import GIB
 from trainer.planning.stage_memory import stage_memory
 from trainer.stages.stage import NetworkSpec, StageSpec
 
 #: clips that memory is reckoned for: (frames, height, width), and their latents (T, h, w)
 CLIPS = {"21 x 704 x 1280": (6, 88, 160), "21 x 1088 x 1920": (6, 136, 240)}
+
+GPUS_PER_NODE = 8
 
 
 def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: int) -> str:
@@ -99,6 +102,10 @@ def memory_table(
         )
     lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {first.static:8.2f}")
     lines.append(f"buckets and gathered parameters {first.buffers:.2f}")
+    ranks = min(gpus, GPUS_PER_NODE)
+    loading = sum(counts.values()) * 4 / GIB
+    node = f"{ranks * loading:.0f} per node of {ranks}"
+    lines.append(f"host memory while weights are loaded, float32: {loading:.1f} per rank, {node}")
     shared = f" on {config.sequence_parallel} GPUs" if config.sequence_parallel > 1 else ""
     for clip, stage_found in found.items():
         activations, together = f"{stage_found.activations:.2f}", f"{stage_found.peak:.2f}"

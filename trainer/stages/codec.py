@@ -172,7 +172,7 @@ SPEC = StageSpec(
     config=CodecConfig,
     networks=(NetworkSpec("codec", optimizer="optimizer", ema=True),),
     build=Codec,
-    schedule=ScheduleConfig(steps=20_000, global_batch_size=4, learning_rate_schedule="cosine"),  # [ours]
+    schedule=ScheduleConfig(steps=20_000, global_batch_size=8, learning_rate_schedule="cosine"),  # [ours]
     init="a VAE of tools/initialise_small_vae.py",
     member="hr",
     pixels=True,
