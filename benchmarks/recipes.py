@@ -131,8 +131,8 @@ checkpointing at ZeRO 1, 2, 3; with it; clips shared by 2 or 4 GPUs; the optimiz
 | – | does not fit |
 
 The preset is at ZeRO-1 with compiled blocks. Where the table says `Z3`, add
-`--set trainer.engine.zero_stage=3 --set trainer.compile_blocks=false`: ZeRO-3's hooks break blocks into dozens of graphs, so
-the combination is refused.
+`--set trainer.engine.zero_stage=3 --set trainer.compile_blocks=false`: ZeRO-3's hooks break blocks into dozens of
+graphs, so the combination is refused.
 
 ## Attention kernels
 
