@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import save
 
+from common.lossless_clip import encode_bytes
 from common.seeding import seeded_noise
 from common.storage import open_folder
 from datagen.dataset.shard_format import Sample, write_manifest, write_shard
@@ -46,11 +47,13 @@ TRAINER: dict[str, Any] = {
     "validation_clips": 2,
     "tracking": {"wandb": "off", "log_every": 1},
     "schedules": {
+        "codec": SCHEDULE | {"steps": 5},
         "base": SCHEDULE | {"steps": 5},
         "progressive": SCHEDULE,
         "dual_stream": SCHEDULE | {"steps": 5},
         "preference": SCHEDULE | {"steps": 5},
     },
+    "codec": {"frames": 5, "side": 16, "optimizer": ADAM},
     "base": {"optimizer": ADAM | {"warmup_updates": 3}, "ema_decay": 0.9},
     "progressive": {"guidance_iterations": 2, "schedule": [2, 1], "iterations_per_halving": 2, "optimizer": ADAM},
     "dual_stream": {
@@ -149,7 +152,9 @@ def _latent(*parts: object) -> torch.Tensor:
 def clip(index: int) -> Sample:
     z_hr = _latent("hr", index)
     tensors = {"z_hr": z_hr, "z_lr": z_hr + 0.3 * _latent("lr", index)}
-    return _sample(f"clip-{index:03d}", "latents", tensors, {"caption": DEFAULT_PROMPT})
+    sample = _sample(f"clip-{index:03d}", "latents", tensors, {"caption": DEFAULT_PROMPT})
+    pixels = (60 * seeded_noise((5, 16, 16, 3), "pixels", index) + 128).clamp(0, 255).to(torch.uint8)
+    return Sample(sample.key, {"hr.mkv": encode_bytes(pixels.numpy())} | sample.members)
 
 
 def _pair(index: int) -> Sample:

@@ -147,7 +147,9 @@ class Codec(TrainingStage):
 def load_codec(folder: Path | None, model: ModelConfig, seed: int) -> SmallVideoVAE:
     """The VAE of `folder`, else an untrained one of the preset's channels."""
     if folder is None:
-        return SmallVideoVAE(z_dim=model.transformer.latent_channels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return SmallVideoVAE(z_dim=model.transformer.latent_channels)
     vae = load_vae(folder)
     if not isinstance(vae, SmallVideoVAE):
         raise UserError(f"--init {folder} holds a {type(vae).__name__}; --stage codec trains a SmallVideoVAE")
