@@ -160,6 +160,7 @@ def export_codec(folder: Path, module: Any, state: dict[str, Tensor]) -> None:
     """Write a VAE folder with the trained weights."""
     vae = SmallVideoVAE.from_config(module.config)
     vae.load_state_dict(state, strict=True)
+    vae.register_to_config(_name_or_path="")  # diffusers notes the folder it was loaded from
     vae.save_pretrained(folder)
 
 
