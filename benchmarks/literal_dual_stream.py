@@ -80,7 +80,7 @@ class LiteralDualStream:
             h_s = self._features(z_t, s)
         with torch.no_grad():
             h_hr = self._features(z_t_hr, s)
-        loss_fm = losses.feature_matching_loss((*h_s[0], *h_s[1]), (*h_hr[0], *h_hr[1]))
+        loss_fm = losses.feature_matching_loss((*h_s[0], *h_s[1]), (*h_hr[0], *h_hr[1]), normalised=True)
         return loss + self.config.feature_matching_weight * loss_fm
 
     def _features(self, z: Tensor, s: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
