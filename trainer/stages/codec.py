@@ -20,8 +20,6 @@ from torch import Tensor
 from common.config import Section
 from common.errors import UserError
 from pipeline.model.config import ModelConfig
-from pipeline.model.small_vae import SmallVideoVAE
-from pipeline.model.vae import latent_shape, load_vae, to_pixels
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
 from trainer.stages.random_draws import Draws
@@ -29,6 +27,7 @@ from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup,
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
+    from pipeline.model.small_vae import SmallVideoVAE
     from trainer.planning.memory import ActivationSizes
 
 #: float32 activations between forward and backward, bytes per pixel of a clip; counted from the saved tensors
@@ -112,11 +111,15 @@ class Codec(TrainingStage):
 
     def tokens_per_sample(self, batch: Batch) -> int:
         """Positions of a crop's latent."""
+        from pipeline.model.vae import latent_shape
+
         _, *grid = latent_shape(self.codec.module, self.config.frames, self.config.side, self.config.side)
         return int(torch.tensor(grid).prod())
 
     def _crop(self, batch: Batch, step: int | None) -> Tensor:
         """`frames` x `side` x `side` of each stored clip, where `step` draws it; None: in the middle."""
+        from pipeline.model.vae import to_pixels
+
         clips = batch.tensors["hr"]
         wanted = (self.config.frames, self.config.side, self.config.side)
         if any(have < want for have, want in zip(clips.shape[1:4], wanted, strict=True)):
@@ -140,12 +143,17 @@ class Codec(TrainingStage):
         return torch.stack(crops).to(self._device)
 
     def _noise(self, draws: Draws, x: Tensor, strength: Tensor) -> Tensor:
+        from pipeline.model.vae import latent_shape
+
         shape = latent_shape(self.codec.module, *x.shape[2:])
         return strength.view(-1, 1, 1, 1, 1) * draws.noise("latent", torch.empty((len(x), *shape)))
 
 
 def load_codec(folder: Path | None, model: ModelConfig, seed: int) -> SmallVideoVAE:
     """The VAE of `folder`, else an untrained one of the preset's channels."""
+    from pipeline.model.small_vae import SmallVideoVAE
+    from pipeline.model.vae import load_vae
+
     if folder is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -158,6 +166,8 @@ def load_codec(folder: Path | None, model: ModelConfig, seed: int) -> SmallVideo
 
 def export_codec(folder: Path, module: Any, state: dict[str, Tensor]) -> None:
     """Write a VAE folder with the trained weights."""
+    from pipeline.model.small_vae import SmallVideoVAE
+
     vae = SmallVideoVAE.from_config(module.config)
     vae.load_state_dict(state, strict=True)
     vae.register_to_config(_name_or_path="")  # diffusers notes the folder it was loaded from
