@@ -22,7 +22,6 @@ from safetensors.torch import load
 
 from common.errors import UserError
 from common.fingerprint import fingerprint
-from common.lossless_clip import decode_bytes
 from common.storage import Folder, StorageConfig, open_folder
 from datagen.dataset.shard_format import (
     DamagedShard,
@@ -65,6 +64,8 @@ class StoredSample:
 
     def frames(self, name: str) -> np.ndarray:
         """Frames of the member `<name>.mkv`, uint8 (F, H, W, 3) RGB."""
+        from common.lossless_clip import decode_bytes  # training reads latents: it goes without FFmpeg's libraries
+
         return decode_bytes(self.read(f"{name}.mkv"))
 
 

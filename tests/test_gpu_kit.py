@@ -1,0 +1,49 @@
+"""The GPU kit at toy size on the CPU: every row is run or says why not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "checks"]
+
+
+@pytest.mark.distributed
+def test_checks_at_toy_size(tmp_path: Path) -> None:
+    line = [*COMMAND, "--device", "cpu", "--size", "toy", "--minutes", "30", "--output", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    outcomes = {row["row"]: row["outcome"] for row in report["rows"]}
+    assert report["failed"] == [] and len(outcomes) == 23
+    unavailable = [name for name, outcome in outcomes.items() if outcome != "passed"]
+    assert all(name.startswith("attention ") and outcomes[name] == "not here" for name in unavailable)
+    assert outcomes["attention native, fp32"] == "passed"
+    written = json.loads((tmp_path / "gpu_checks_cpu.json").read_text())
+    assert written["rows"] == report["rows"] and (tmp_path / "gpu_checks_cpu.md").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so() -> None:
+    done = subprocess.run(COMMAND, capture_output=True, text=True)
+    assert done.returncode == 2 and "PyTorch sees no GPU here; choose --device cpu" in done.stderr
+
+
+def test_a_failing_row_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from benchmarks.gpu.table import Table;"
+        "table = Table(Path(sys.argv[2]), 'checks', {'device': 'cpu'}, 1.0);"
+        "table.attempt('broken', lambda: 1 / 0); table.attempt('wide', lambda: {'deviation': 2.0, 'limit': 1.0});"
+        "table.attempt('not a number', lambda: {'deviation': float('nan'), 'limit': 1.0});"
+        "table.attempt('fine', lambda: {'deviation': 0.5, 'limit': 1.0}); print(table.failed)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "['broken', 'wide', 'not a number']", done.stderr
+    rows = json.loads((tmp_path / "gpu_checks_cpu.json").read_text())["rows"]
+    assert rows[0]["reason"].startswith("ZeroDivisionError") and rows[-1]["outcome"] == "passed"
