@@ -23,6 +23,7 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from common.video_io import VIDEO_SUFFIXES, read_video
 from metrics.psnr import psnr_db
+from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import load_vae
 
@@ -110,8 +111,12 @@ def initialise(vae: TinyVideoVAE, clips: Tensor) -> None:
 
 @torch.no_grad()
 def normalise(vae: TinyVideoVAE, clips: Tensor) -> None:
-    """Record latents_mean and latents_std so that the normalised latents have mean square 1 over all channels."""
-    latents = torch.cat([vae.encode(to_pixels(batch)).latent_dist.mode() for batch in clips.split(64)])
+    """Record latents_mean and latents_std of the latents of `clips`."""
+    normalise_by(vae, torch.cat([vae.encode(to_pixels(batch)).latent_dist.mode() for batch in clips.split(64)]))
+
+
+def normalise_by(vae: TinyVideoVAE | SmallVideoVAE, latents: Tensor) -> None:
+    """Record latents_mean and latents_std so that these latents (N, C, T, h, w) have mean square 1 over channels."""
     mean = latents.mean((0, 2, 3, 4))
     deviation = latents.std((0, 2, 3, 4))
     scale = (deviation ** (2 - 2 * EXPONENT)).mean().sqrt()

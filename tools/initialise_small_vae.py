@@ -24,10 +24,7 @@ from common.progress import progress
 from datagen.dataset.loader import ShardReader
 from pipeline.model.small_vae import GROUP, OVERLAP, STRIDE, WINDOW, SmallVideoVAE
 from pipeline.model.vae import to_pixels
-
-#: latents_std = deviation ** EXPONENT (times a constant): 1 would whiten, and give detail nobody sees the weight of
-#: what everybody sees; 0 would let the noise of flow matching drown the detail [ours, as for the tiny VAE]
-EXPONENT = 0.25
+from tools.fit_tiny_vae import normalise_by
 
 
 def cosines(size: int, kind: int) -> Tensor:
@@ -88,10 +85,7 @@ def initialise(vae: SmallVideoVAE, clips: list[Tensor]) -> None:
     for layer in (vae.linear_encode, vae.linear_decode):
         layer.weight.copy_(kernel)
         layer.bias.zero_()
-    latents = torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in clips])
-    mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
-    scale = (deviation ** (2 - 2 * EXPONENT)).mean().sqrt()
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=(scale * deviation**EXPONENT).tolist())
+    normalise_by(vae, torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in clips]))
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from common.atomic import fsync, publish_folder, write_atomic
 from common.errors import UserError
 from common.fingerprint import file_sha256
+from trainer.engine.process_group import from_rank_0, gathered
 from trainer.stages.stage import TrainingStage
 
 
@@ -53,26 +54,24 @@ def save_checkpoint(folder: Path, step: int, stage: TrainingStage, state: dict[s
                 mine[f"{name}/{written.name}"] = file_sha256(written)
     except (OSError, SafetensorError) as error:
         failure = str(error)
-    files = dict(sorted(pair for part in _gathered(mine) for pair in part.items()))
-    if dist.get_rank() == 0 and failure is None:
+    files = dict(sorted(pair for part in gathered(mine) for pair in part.items()))
+    failure = next((fault for fault in gathered(failure) if fault is not None), None)
+    if failure is None and dist.get_rank() == 0:
         frozen = {name: network.constants for name, network in stage.networks.items() if not network.fragments}
         document = {"step": step, "stage": stage.name, **state, "frozen": frozen, "files": files}
         try:
             partial.mkdir(parents=True, exist_ok=True)
             (partial / "state.json").write_text(json.dumps(document, indent=2) + "\n")
+            publish_folder(partial, final)
         except OSError as error:
             failure = str(error)
-    if any(_gathered(failure is not None)):
+    if (failure := from_rank_0(failure)) is not None:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        reason = failure or "another rank could not write"
         raise UserError(
-            f"cannot save {final}: {reason}; free space and run the same command again, it goes on from "
+            f"cannot save {final}: {failure}; free space and run the same command again, it goes on from "
             f"{latest_checkpoint(folder) or 'the beginning'}"
         )
-    if dist.get_rank() == 0:
-        publish_folder(partial, final)
-    dist.barrier()
     return final
 
 
@@ -90,7 +89,7 @@ def choose_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: there are checkpoints, but all of them are damaged.
     """
-    names = _gathered([path.name for path in list_checkpoints(folder)])[0]
+    names = from_rank_0([path.name for path in list_checkpoints(folder)])
     for name in reversed(names):
         checkpoint = folder / name
         fault = damage(checkpoint)
@@ -100,7 +99,7 @@ def choose_checkpoint(folder: Path) -> Path | None:
             kept = checkpoint.with_name(f"{name}.damaged")
             shutil.rmtree(kept, ignore_errors=True)
             os.replace(checkpoint, kept)
-            print(f"WARNING: {fault}; set aside as {kept.name}, going on from the checkpoint before it", flush=True)
+            print(f"WARNING: {fault}; set aside as {kept.name}", flush=True)
     if names:
         raise UserError(f"{folder}: no intact checkpoint is left, see above; begin again at step 0 with --restart")
     return None
@@ -109,21 +108,23 @@ def choose_checkpoint(folder: Path) -> Path | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, one line; None if they are as they were written. Collective.
 
-    Every rank compares its share of the files.
+    Every rank compares its share of the files; rank 0's state.json says what was written.
     """
-    try:
-        files = sorted(read_state(checkpoint).get("files", {}).items())
-    except UserError as error:
-        return str(error)
+    files: dict[str, str] = {}
     fault = None
-    for name, expected in files[dist.get_rank() :: dist.get_world_size()]:
+    if dist.get_rank() == 0:
+        try:
+            files = read_state(checkpoint).get("files", {})
+        except UserError as error:
+            fault = str(error)
+    for name, expected in sorted(from_rank_0(files).items())[dist.get_rank() :: dist.get_world_size()]:
         path = checkpoint / name
         try:
             if file_sha256(path) != expected:
                 fault = f"{path} is damaged: {path.stat().st_size} bytes with another SHA-256 than was written"
         except OSError as error:
             fault = f"{path} cannot be read: {error.strerror}"
-    return next((found for found in _gathered(fault) if found is not None), None)
+    return next((found for found in gathered(fault) if found is not None), None)
 
 
 def load_checkpoint(checkpoint: Path, stage: TrainingStage, settings: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def load_checkpoint(checkpoint: Path, stage: TrainingStage, settings: dict[str, 
     document = read_state(checkpoint)
     if document["stage"] != stage.name:
         raise UserError(f"{checkpoint} is of stage {document['stage']}, not {stage.name}; choose another --output")
-    if (fault := _gathered(_other_frozen_network(checkpoint, document, stage, settings))[0]) is not None:
+    if (fault := from_rank_0(_other_frozen_network(checkpoint, document, stage, settings))) is not None:
         raise UserError(fault)
     for name, network in stage.networks.items():
         if network.fragments:
@@ -169,9 +170,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((checkpoint / "state.json").read_text()))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint} is not a complete checkpoint ({error}); delete it to resume from the one before"
-        ) from None
+        raise UserError(f"{checkpoint} is not a complete checkpoint ({error})") from None
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
@@ -260,10 +259,3 @@ def load_best(checkpoints: Path, stage: TrainingStage) -> dict[str, float]:
     (name,) = [name for name, network in stage.networks.items() if network is stage.exported]
     stage.exported.load(checkpoint / name)
     return dict(read_state(checkpoint)["metrics"])
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The JSON-able `value` of each rank, rank 0's first. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -60,7 +60,8 @@ class TrainerConfig(Section):
     seed: int = 0
     #: how networks are sharded and computed
     engine: DeepSpeedConfig = DeepSpeedConfig()
-    #: by network name (student, critic, real_score, teacher, reference): fields of `engine` that differ for it
+    #: by network name (student, teacher, critic, real_score, reference, fake_score, codec): fields of `engine` that
+    #: differ for it
     engine_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     #: LoRA by network name: student, critic (its fake score); a network not named is trained in full
     lora: dict[str, LoRAConfig] = Field(default_factory=dict)
@@ -208,7 +209,7 @@ class TrainerConfig(Section):
                 f"trainer.sequence_parallel = {self.sequence_parallel} does not divide {ranks} ranks; change one"
             )
         total = self.schedules[stage.name].global_batch_size
-        accumulation = self.engine_of("student").gradient_accumulation
+        accumulation = self.engine_of(stage.networks[0].name).gradient_accumulation
         micro_batch, left = divmod(total, accumulation * readers)
         if left or micro_batch == 0:
             step = accumulation * readers

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -20,6 +19,7 @@ from common.atomic import write_atomic
 from common.errors import UserError
 from common.locking import only_writer
 from trainer.checkpoint import list_checkpoints
+from trainer.engine.process_group import from_rank_0
 
 #: what `--restart` sets aside
 KEPT = ("checkpoints", "metrics.jsonl", "previews", "model", "teacher", "adapter", "run.json", "wandb-id")
@@ -47,13 +47,6 @@ def owned(output: Path, *, restart: bool = False) -> Iterator[None]:
         if (fault := from_rank_0(fault)) is not None:
             raise UserError(fault)
         yield
-
-
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's JSON-able `value`, on every rank. Collective."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def record_checkpoint(output: Path, stage: str, checkpoint: Path) -> None:

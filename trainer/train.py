@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.storage import StorageConfig
 from datagen.dataset.loader import ShardReader
-from pipeline.model.attention import explained, set_attention
+from pipeline.model.attention import automatic_choice, set_attention
 from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import build_transformer, load_transformer
 from pipeline.model.prompts import PromptCache, load_prompts
@@ -113,6 +113,8 @@ def _train(job: TrainingJob, world: World) -> bool:
         "parents": {name: str(folder) for name in ("init", "teacher") if (folder := getattr(job, name))},
         "code": code_version(),
     }
+    if config.attention == "auto" and job.stage.load is None and world.rank == 0:
+        print(automatic_choice(config.engine_of("student").precision == "bf16"), flush=True)
     exporter = _Exporter(job, vae, prompts, settings, first=world.rank == 0)
     stage = build_stage(
         job.stage,
@@ -187,14 +189,12 @@ def build_stage(
     folders, section = {"init": init, "teacher": teacher}, config.section_of(spec)
     #: of each folder, the networks that still want its weights: the last one takes them without a copy
     waiting = Counter(folders[n.weights] for n in spec.networks if n.has_transformer(section))
-    load, chosen, dtype = spec.load or initial_transformer, None, config.engine_of("student").dtype
+    load = spec.load or initial_transformer
     loaded = {folder: load(folder, model, config.seed) for folder in waiting}
     for module in loaded.values():
         if isinstance(module, VSRTransformer):
-            chosen = set_attention(module, config.attention, dtype)
+            set_attention(module, config.attention, config.engine_of("student").dtype)
             module.share_sequence(sequence)
-    if chosen is not None and world.rank == 0:
-        print(explained(chosen, dtype == torch.bfloat16), flush=True)
     shape = next(iter(loaded.values())).config
 
     def transformer_of(network: NetworkSpec) -> nn.Module:

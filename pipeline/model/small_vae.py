@@ -1,4 +1,4 @@
-"""The small preset's video VAE: a lapped linear transform plus convolutions, without block borders.
+"""A video VAE for small models: a lapped linear transform plus convolutions, without block borders.
 
 It stands where `AutoencoderKLWan` stands and has its surface, like `TinyVideoVAE`: 8x in space, 4x in time, the first
 frame on its own. Windows of 16 x 16 pixels overlap by half, so that a change of one latent fades out instead of ending

@@ -1,4 +1,4 @@
-"""Pixels to latents and back, the same for Wan's VAE and those of the small and the tiny preset.
+"""Pixels to latents and back, the same for Wan's VAE and the small ones.
 
 Latents are normalised per channel, (z - mean) / std, with the constants in the VAE's own configuration; nothing outside
 this file sees raw ones.

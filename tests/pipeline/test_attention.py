@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from pipeline.model.attention import BACKENDS, explained, reasons, set_attention
+from pipeline.model.attention import BACKENDS, automatic_choice, set_attention, usable
 from pipeline.model.transformer import VSRTransformer
 
 
@@ -63,12 +63,11 @@ def test_order_of_the_automatic_choice(monkeypatch, capability, installed, expec
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    found = reasons(half=True)
-    assert next(name for name, fault in found.items() if fault is None) == expected
-    line = explained(expected, half=True)
+    assert usable(half=True)[0] == expected
+    line = automatic_choice(half=True)
     assert line.startswith(f"attention: {expected}")
-    assert [name for name in BACKENDS if f"{name}: " in line] == list(BACKENDS)[: list(BACKENDS).index(expected)]
-    assert next(name for name, fault in reasons(half=False).items() if fault is None) == "native"
+    assert [name for name in BACKENDS if f"{name} needs" in line] == list(BACKENDS)[: list(BACKENDS).index(expected)]
+    assert not {"flash", "flash3", "cudnn"} & set(usable(half=False))
 
 
 def test_cudnn_without_a_gpu_is_refused(transformer):

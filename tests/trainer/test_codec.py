@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 
 from common.errors import UserError
 from common.seeding import seeded_noise
@@ -20,7 +21,7 @@ from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.vae import load_vae, to_pixels
 from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.process_group import World
-from trainer.stages.codec import SPEC, Codec, CodecConfig, export_codec, load_codec
+from trainer.stages.codec import BYTES_PER_PIXEL, SPEC, Codec, CodecConfig, export_codec, load_codec
 from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
 from trainer.stages.stage import StageSetup
 
@@ -124,3 +125,25 @@ def test_only_a_small_vae_is_taken_and_given(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["z_dim"] == 6
     loaded = load_vae(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), made.parameters(), strict=True))
+
+
+def test_bytes_per_pixel_are_those_of_the_saved_tensors() -> None:
+    model = SmallVideoVAE()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    clip = torch.zeros(1, 3, 5, 128, 128)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        decoded, z = model(clip, torch.zeros(1, 48, 2, 16, 16))
+        alive = (decoded - clip).square().mean() + z.square().mean()
+    measured = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    assert alive.isfinite() and measured == pytest.approx(BYTES_PER_PIXEL * 5 * 128**2, rel=0.02)
+
+
+def test_frames_are_4k_plus_1() -> None:
+    with pytest.raises(ValidationError, match=r"4k \+ 1.*5 is"):
+        CodecConfig(frames=6)

@@ -233,3 +233,10 @@ def test_dmd_needs_the_students_operating_point_and_a_teacher() -> None:
     with pytest.raises(ValidationError, match="one_step"):
         PreferenceTrainingConfig(dmd_weight=1.0, operating_point="random")
     assert [SPEC.takes_teacher(PreferenceTrainingConfig(dmd_weight=weight)) for weight in (0.0, 1.0)] == [False, True]
+
+
+def test_previews_are_those_of_student_and_reference_with_dmd_too(world: World) -> None:
+    reference = toys.transformer(4)
+    config = PreferenceTrainingConfig(dmd_weight=1.0)
+    stage = Preference(toys.setup(SPEC, config, {"student": toys.moved(reference), "reference": reference}))
+    assert tuple(stage.previews(pairs())) == ("student", "reference")

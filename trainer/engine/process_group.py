@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -35,3 +36,17 @@ def start_distributed() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The JSON-able `value` of each rank, rank 0's first. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's JSON-able `value`, on every rank. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

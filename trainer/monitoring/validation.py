@@ -1,4 +1,4 @@
-"""Validation: fixed held-out clips with fixed noise, through the EMA that will be exported; numbers and pictures.
+"""Validation: fixed clips with fixed noise, through the EMA that will be exported; numbers and pictures.
 
 In distillation the loss curves say little; these pictures show a drift first. The clips are the first of the validation
 set's order, spread over the ranks, so that the numbers are means over the same clips whatever the number of ranks.
@@ -50,15 +50,15 @@ class Validation:
 
         Every rank returns the same.
         """
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, float] = {}
         with stage.exported.averaged():
             previews = [stage.previews(clip) for clip in self._clips]
         self._decode_constants(stage)
         for index, shown in enumerate(previews):
-            counted = float(index < self._count)
-            values, frames = self._measured(stage, index, shown, counted=bool(counted))
+            counted = index < self._count
+            values, frames = self._measured(stage, index, shown, counted=counted)
             for name, value in values.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + counted * value
+                sums[name] = sums.get(name, 0.0) + counted * value
             if index == 0 and tracker is not None:
                 tracker.picture(step, "previews", picture(frames))
         self._make_room()
@@ -125,9 +125,9 @@ def _one(batch: Batch, index: int) -> Batch:
     return Batch(batch.keys[part], {k: t[part] for k, t in batch.tensors.items()}, batch.metadata[part])
 
 
-def _means(sums: dict[str, Tensor], count: int, device: torch.device) -> dict[str, float]:
+def _means(sums: dict[str, float], count: int, device: torch.device) -> dict[str, float]:
     """Over the clips of all ranks. Collective."""
-    totals = torch.stack([*sums.values(), torch.tensor(float(count), dtype=torch.float64)]).to(device)
+    totals = torch.tensor([*sums.values(), float(count)], dtype=torch.float64, device=device)
     dist.all_reduce(totals)
     return dict(zip(sums, (totals[:-1] / totals[-1]).tolist(), strict=True))
 

@@ -83,7 +83,10 @@ class Pair(NamedTuple):
 
 
 class Preference(TrainingStage):
-    """Student and frozen reference, two copies of the Stage-II student; its batches hold the member `pair`."""
+    """Student and frozen reference, two copies of the Stage-II student; its batches hold the member `pair`.
+
+    With `dmd_weight` a fake and a real score as well.
+    """
 
     preview_names = ("student", "reference")
 
@@ -193,8 +196,8 @@ class Preference(TrainingStage):
         z_lr, prompt = self.latents(batch, "z_lr"), self.prompts(batch)
         noise = self.draws(-1, batch).noise("generator", z_lr)
         return {
-            name: one_step(lambda *x, call=network.frozen: call(*x).velocity, noise, z_lr, prompt)
-            for name, network in self.networks.items()
+            name: one_step(lambda *x, call=self.networks[name].frozen: call(*x).velocity, noise, z_lr, prompt)
+            for name in self.preview_names
         }
 
 

@@ -93,7 +93,7 @@ class StageSpec:
     summary: str
     #: class of the section `trainer.<name>`
     config: type[Section]
-    #: every network, in the order in which they are built on every rank
+    #: every network, in the order in which they are built on every rank; the exported one first
     networks: tuple[NetworkSpec, ...]
     #: the stage itself
     build: Callable[[StageSetup], TrainingStage]
