@@ -27,15 +27,13 @@ from trainer.stages.dual_stream.auxiliary_networks import (
     repeated,
     velocity_and_features,
 )
+from trainer.stages.dual_stream.switches import data_forcing, decoupled_guidance, penalties, with_perturbed
 from trainer.stages.losses import (
-    data_forcing_gradient,
     discriminator_loss,
     dmd_gradient,
     dmd_loss,
     feature_matching_loss,
     generator_loss,
-    guidance_gradient,
-    perturbation_penalty,
     velocity_loss,
 )
 from trainer.stages.stage import Meter, StageSetup, TrainingStage
@@ -110,7 +108,9 @@ class DualStream(TrainingStage):
                 z_t = q_t(z0, s.noise, s.t)  # line 5
                 discriminator_hr, clean = self._discriminator_hr(s), self._clean(z0)
                 discriminator_s = z_t if clean is None else clean
-                discriminator_hr = self._with_perturbed(discriminator_hr, discriminator_s, step, update, batch)
+                if discriminator_hr is not None:
+                    draws = self.draws(step, batch, update)
+                    discriminator_hr = with_perturbed(self.config, draws, discriminator_hr, discriminator_s)
 
                 with torch.no_grad():  # line 8, "stop_grad backbones": θ_R only gives features here
                     real_s, real_hr = self._real_features(discriminator_s, discriminator_hr, s)
@@ -137,36 +137,13 @@ class DualStream(TrainingStage):
                     # line 13
                     logits_hr, *perturbed = zip(*(d.split(len(z0)) for d in out.logits_hr), strict=True)
                     loss_d = discriminator_loss(logits_hr, out.logits_s, self.config.gan_loss)
-                    loss = loss + loss_d + self._penalties(logits_hr, out.logits_s, perturbed, meter)
+                    loss = loss + loss_d
+                    for name, penalty in penalties(self.config, logits_hr, out.logits_s, perturbed).items():
+                        loss = loss + getattr(self.config, f"{name}_weight") * penalty
+                        meter.add(**{f"loss_{name}": penalty})
                     meter.add(loss_discriminator=loss_d, d_hr=_mean(logits_hr), d_s=_mean(out.logits_s))
                 self.critic.backward(loss)
             self._critic_step(meter)  # lines 14, 15
-
-    def _with_perturbed(
-        self, discriminator_hr: Tensor | None, discriminator_s: Tensor, step: int, update: int, batch: Batch
-    ) -> Tensor | None:
-        """The discriminator's real input, followed by x + σ·ε of each penalty: HR for R1, S for R2; (n·B, …)."""
-        if discriminator_hr is None:
-            return None
-        draws, sigma = self.draws(step, batch, update), self.config.perturbation_sigma
-        inputs = [discriminator_hr]
-        if self.config.r1_weight:
-            inputs.append(discriminator_hr + sigma * draws.noise("r1", discriminator_hr))
-        if self.config.r2_weight:
-            inputs.append(discriminator_s + sigma * draws.noise("r2", discriminator_s))
-        return torch.cat(inputs)
-
-    def _penalties(
-        self, logits_hr: Sequence[Tensor], logits_s: Sequence[Tensor], perturbed: list[Any], meter: Meter
-    ) -> Tensor:
-        """Weighted R1 and R2; `perturbed` holds their logits in that order."""
-        total, rest = logits_s[0].new_zeros(()), iter(perturbed)
-        for name, plain in (("r1", logits_hr), ("r2", logits_s)):
-            if weight := getattr(self.config, f"{name}_weight"):
-                penalty = perturbation_penalty(plain, next(rest))
-                total = total + weight * penalty
-                meter.add(**{f"loss_{name}": penalty})
-        return total
 
     def _critic_step(self, meter: Meter) -> None:
         meter.add(gradient_norm_critic=self.critic.step())
@@ -253,22 +230,14 @@ class DualStream(TrainingStage):
 
     def _switched_gradients(self, step: int, z0: Tensor, s: Sample, normaliser: Tensor) -> Tensor:
         """What decoupled guidance and data forcing add to DMD's gradient; zero where both are off."""
-        total = torch.zeros_like(z0)
+        config, real_score, total = self.config, self.real_score.frozen, torch.zeros_like(z0)
         if s.guidance is not None:
-            t, noise = s.guidance
-            z_t, null = q_t(z0.detach(), noise, t), self.embedded([NULL_PROMPT] * len(z0))
-            with torch.no_grad():
-                conditional, unconditional = (
-                    x0_from_velocity(z_t, self.real_score.frozen(z_t, t, s.z_lr, prompt).velocity, t)
-                    for prompt in (s.prompt, null)
-                )
-            total = total + guidance_gradient(z0, conditional, unconditional, self.config.real_score_guidance)
+            prompts = s.prompt, self.embedded([NULL_PROMPT] * len(z0))
+            weight = config.real_score_guidance
+            total = total + decoupled_guidance(real_score, z0, *s.guidance, s.z_lr, prompts, weight)
         if self.forces_data(step):
-            z_t = q_t(s.z_hr, s.noise_hr, s.t)
-            with torch.no_grad():
-                v = self.real_score.frozen(z_t, s.t, s.z_lr, s.prompt).velocity
-            forcing = data_forcing_gradient(s.z_hr, x0_from_velocity(z_t, v, s.t), normaliser)
-            total = total + self.config.data_forcing_weight * forcing
+            forcing = data_forcing(real_score, s.z_hr, s.t, s.noise_hr, s.z_lr, s.prompt, normaliser)
+            total = total + config.data_forcing_weight * forcing
         return total
 
     def forces_data(self, step: int) -> bool:
