@@ -28,7 +28,7 @@ def degrade_clip(hr: np.ndarray, recipe: Recipe | Mixture | str, seed: int) -> t
 
     Args:
         hr: uint8 (F, H, W, 3) RGB, sides multiples of 4.
-        recipe: a recipe, a mixture to draw one from, or a preset's name (`realbasicvsr`, `mild`, `static`, `mixture`).
+        recipe: a recipe, a mixture to draw one from, or a preset's name (`realbasicvsr`, `mild`, `light`, `static`, `mixture`).
         seed: fixes everything.
 
     Returns:
@@ -125,7 +125,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("input", type=Path, help="HR video")
     parser.add_argument("output", type=Path, help="LR video, lossless; the draws go beside it as JSON")
-    parser.add_argument("--preset", default="realbasicvsr", help="realbasicvsr, mild, static or mixture")
+    parser.add_argument("--preset", default="realbasicvsr", help="realbasicvsr, mild, light, static or mixture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="first frame")
     parser.add_argument("--frames", type=int, help="number of frames; default: to the end")

@@ -18,7 +18,7 @@ from common.video_io import read_video
 from datagen.degradation.degrade import apply_operations, degrade_clip, draw_operations
 from datagen.degradation.kernels import TOLERANCE, apply_kernel, gaussian_kernels, sinc_kernels
 from datagen.degradation.noise import add_gaussian, add_poisson
-from datagen.degradation.recipe import Mixture, Recipe, mild, static
+from datagen.degradation.recipe import Mixture, Recipe, light, mild, static
 from datagen.degradation.sharpen import sharpen_frame
 from datagen.degradation.video_compression import through_codec
 from tests.datagen.conftest import moving_picture
@@ -111,6 +111,21 @@ def test_static_walks_in_jpeg_only_and_mild_is_milder() -> None:
             assert max(operation.get("sigma", [0])) <= 15
             assert min(operation.get("quality", [100])) >= 60
             assert min(operation.get("factor", [1])) >= 0.3
+
+
+def test_light_is_a_web_video() -> None:
+    blurred = 0
+    for seed in range(200):
+        operations = draw_operations(light(), (8, 64, 64, 3), seed)
+        names = [operation["op"] for operation in operations]
+        blurred += "blur" in names
+        assert "sharpen" not in names and names.count("resize_to_target") == 1
+        for operation in operations:
+            assert max(operation.get("sigma", [0])) <= 5
+            assert min(operation.get("quality", [100])) >= 75
+            assert set(operation.get("factor", [1])) == {1}
+    # half of 200, five standard deviations
+    assert abs(blurred - 100) < 36
 
 
 def test_bits_scale_with_the_pixels() -> None:
