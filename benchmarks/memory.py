@@ -96,17 +96,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def held_by_a_block(
-    shape: TransformerConfig, latent: tuple[int, int, int], precision: str, *, learns: bool, checkpointing: bool
+    shape: TransformerConfig, latent: tuple[int, int, int], precision: str, *, trainable: bool, checkpointing: bool
 ) -> float:
     """Bytes that one more block holds from forward to backward."""
     return (
-        _held(shape, latent, precision, learns, checkpointing, 3)
-        - _held(shape, latent, precision, learns, checkpointing, 1)
+        _held(shape, latent, precision, trainable, checkpointing, 3)
+        - _held(shape, latent, precision, trainable, checkpointing, 1)
     ) / 2
 
 
-def _held(shape: TransformerConfig, latent: Any, precision: str, learns: bool, checkpointing: bool, layers: int) -> int:
-    model = VSRTransformer(**(shape.model_dump() | {"num_layers": layers})).requires_grad_(learns)
+def _held(
+    shape: TransformerConfig, latent: Any, precision: str, trainable: bool, checkpointing: bool, layers: int
+) -> int:
+    model = VSRTransformer(**(shape.model_dump() | {"num_layers": layers})).requires_grad_(trainable)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if checkpointing:

@@ -1,4 +1,4 @@
-"""One picture of a result: whole frames above, the same detail of each enlarged below. The README shows it."""
+"""One image of a result: full frames above, the same detail of each enlarged below. The README shows it."""
 
 from __future__ import annotations
 

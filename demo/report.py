@@ -36,7 +36,7 @@ SUMMARY = (
     "Everything on this page was made by one run of `make demo` on this machine's CPU: real video clips were cut, "
     "degraded and encoded into shards, a small base model was trained on, distilled to one step in the three stages of "
     "DUO-VSR, and then shown a clip that none of its training has seen.",
-    "What this is: the whole system at small size, each part the real one (Ray Data, DeepSpeed, the three-engine step "
+    "What this is: the full system at small size, each part the real one (Ray Data, DeepSpeed, the three-engine step "
     "of stage II, preference pairs). What it is not: the paper's model. The transformer has four million parameters "
     "instead of 1.3 billion, its base was pre-trained on photographs, and its VAE is a small block transform "
     "(docs/tiny.md). Expect somewhat less noise than bicubic leaves, and no new texture.",
@@ -61,7 +61,7 @@ def describe(output: Path, metrics: dict[str, Any]) -> dict[str, Any]:
                 frames,
                 f"A clip it has never seen ({metrics['held_out']['clip']})",
                 f"Degraded once with seed {SHOWN_SEED}; frame {SHOWN_FRAME + 1} of 17. One step means one "
-                "evaluation of the transformer for the whole clip.",
+                "evaluation of the transformer per clip.",
             ),
             scene(
                 output,

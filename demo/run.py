@@ -1,4 +1,4 @@
-"""`make demo`: the whole way on a CPU, from raw videos to a one-step model and an upscaled clip it has never seen.
+"""`make demo`: every step on a CPU, from raw videos to a one-step model and an upscaled held-out clip.
 
     python -m demo.run --output runs/demo
 
@@ -68,7 +68,7 @@ BLIND = HeldOut(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run the whole method on a CPU.")
+    parser = argparse.ArgumentParser(description="Run every step of the method on a CPU.")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--config", default=CONFIG)
     arguments = parser.parse_args()
@@ -147,7 +147,7 @@ def training_steps(output: Path, config: str) -> list[Step]:
     """From clips to the four models."""
     shards, pairs = output / "shards", output / "pairs"
     built = python("datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards)
-    judge = python(
+    fit_niqe = python(
         "metrics.fit_niqe", "--input", output / "clips/train", "--output", output / "niqe.safetensors",
         "--block", 32, "--frame-step", 8,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def training_steps(output: Path, config: str) -> list[Step]:
     )  # fmt: skip
     return [
         Step("shards", "videos to shards", built),
-        Step("niqe", "NIQE model of the training clips", judge),
+        Step("niqe", "NIQE model of the training clips", fit_niqe),
         train(output, config, "base", shards),
         train(output, config, "progressive", shards, "--init", output / "base/model"),
         train(

@@ -19,7 +19,7 @@ class Step:
     """One command."""
 
     name: str
-    #: what a person is told while it runs
+    #: what is printed while it runs
     description: str
     command: tuple[str, ...]
 
@@ -95,7 +95,7 @@ def _finished(stamp: Path, identity: str) -> float | None:
 def _failure(step: Step, line: str, log: Path, status: int) -> str:
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     shown = "\n".join(f"    {row}" for row in tail)
-    return f"{step.name} failed with status {status}:\n  {line}\n{shown}\n  whole log: {log}"
+    return f"{step.name} failed with status {status}:\n  {line}\n{shown}\n  full log: {log}"
 
 
 def _quoted(command: tuple[str, ...]) -> list[str]:

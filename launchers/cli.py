@@ -43,7 +43,7 @@ def command_line(arguments: list[str]) -> list[str]:
 
 
 def _launcher_options() -> list[str]:
-    """DeepSpeed counts GPUs by itself; where there is none it must be told to start one process."""
+    """DeepSpeed counts GPUs by itself; where there is none its number of processes is given as one."""
     import torch
 
     return [] if torch.cuda.is_available() else ["--num_gpus", "1"]

@@ -12,7 +12,7 @@ def spans(length: int, window: int | None, overlap: int) -> Iterator[range]:
     """Cover 0…length with windows of equal size that overlap by at least `overlap`.
 
     One window if `window` is None or large enough. Windows start on multiples of 16 (pixels) where `window` and
-    `overlap` are such, because the last one is moved back by whole strides of the rest.
+    `overlap` are such, because the last one is moved back by a multiple of the rest's stride.
     """
     if window is None or window >= length:
         yield range(0, length)

@@ -10,7 +10,7 @@ else with the decoded z_HR. The output is a dataset folder (datagen/dataset/shar
     <key>.json               caption, noise_win and noise_lose (the parts of common.seeding.seeded_noise),
                              all candidates' scores by metric, their combined scores, best, worst, gap
 
-A shard is the unit of restart: the same command goes on after the last whole one. `--part 0/4` makes every
+A shard is the unit of restart: the same command goes on after the last complete one. `--part 0/4` makes every
 fourth shard, so several machines share a job; whoever finishes the last shard writes the manifest.
 """
 
@@ -144,7 +144,7 @@ def shard_span(index: int, clips_per_shard: int, count: int) -> range:
 
 
 def committed_shards(folder: Folder, shards: int, plan: str) -> dict[int, Sidecar]:
-    """Sidecars of whole shards by index.
+    """Sidecars of complete shards by index.
 
     Raises:
         UserError: the folder holds pairs of another plan.

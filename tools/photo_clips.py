@@ -1,4 +1,4 @@
-"""Turn photographs into clips: a window that pans, zooms and turns over a picture, as a lossless video.
+"""Turn photographs into clips: a window that pans, zooms and turns over an image, as a lossless video.
 
     python -m tools.photo_clips --input DIR_OR_PICTURE … --output DIR [--clips-per-photo 6] [--seed 0]
 

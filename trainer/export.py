@@ -32,7 +32,7 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     card: dict[str, Any],
 ) -> None:
-    """Write a model folder, whole or not at all; an older one under the same name is replaced.
+    """Write a model folder atomically; an older one under the same name is replaced.
 
     Args:
         state: the transformer's weights, float32.
@@ -54,7 +54,7 @@ def export_model(
 
 
 def export_folder(folder: Path, write: Callable[[Path], None], card: dict[str, Any]) -> None:
-    """What `write` puts into a folder, and a card, whole or not at all; an older one under the same name is replaced.
+    """What `write` puts into a folder, and a card, atomically; an older one under the same name is replaced.
 
     Raises:
         UserError: it cannot be written (a full disk); an older one is untouched.

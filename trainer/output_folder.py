@@ -1,6 +1,6 @@
 """The output folder of a run: one owner, nothing begun again in silence, no leftovers.
 
-OUTPUT/run.json        the stage, and the last checkpoint that was saved: tells a lost one from none so far
+OUTPUT/run.json        the stage, and the last checkpoint that was saved: distinguishes a lost one from none so far
 OUTPUT/.lock           held by rank 0 while it trains; .lock.json says by which host, process and job
 """
 

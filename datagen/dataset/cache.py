@@ -1,4 +1,4 @@
-"""Whole shards of a remote dataset kept on a local disk, shared by the processes of a machine."""
+"""Complete shards of a remote dataset kept on a local disk, shared by the processes of a machine."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ PICTURE_SIDE = 320
 
 
 def write_report(folder: Folder, manifest: Manifest, quarantine: list[dict[str, Any]]) -> None:
-    """Write `report.html` into the dataset folder, whole or not at all."""
+    """Write `report.html` into the dataset folder, atomically."""
     reasons = Counter((line["kind"], _kind_of(line["reason"])) for line in quarantine)
     histogram = manifest.extra["statistics"]["lr_psnr_db"]
     page = jinja2.Environment(

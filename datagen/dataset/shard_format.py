@@ -73,7 +73,7 @@ class Sidecar(ShardEntry):
 
 
 class Manifest(BaseModel):
-    """The whole dataset. `kind` is `clips` or `pairs`; `extra` holds recipe, versions, counts, statistics."""
+    """One dataset. `kind` is `clips` or `pairs`; `extra` holds recipe, versions, counts, statistics."""
 
     model_config = ConfigDict(extra="forbid")
 

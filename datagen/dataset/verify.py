@@ -102,7 +102,7 @@ def _tar_faults(content: bytes, sidecar: Sidecar) -> list[str]:
         with tarfile.open(fileobj=BytesIO(content)) as tar:
             names = tar.getnames()
     except tarfile.TarError as error:
-        return [f"{sidecar.name}: not a whole tar ({error})"]
+        return [f"{sidecar.name}: not a complete tar ({error})"]
     return [] if names == expected else [f"{sidecar.name}: members differ from the sidecar's"]
 
 

@@ -28,7 +28,7 @@ def degrade_clip(hr: np.ndarray, recipe: Recipe | Mixture | str, seed: int) -> t
 
     Args:
         hr: uint8 (F, H, W, 3) RGB, sides multiples of 4.
-        recipe: a recipe, a mixture to draw one from, or a preset's name (`realbasicvsr`, `mild`, `light`, `static`, `mixture`).
+        recipe: a recipe, a mixture to draw one from, or a name of `recipe.PRESETS` or `mixture`.
         seed: fixes everything.
 
     Returns:

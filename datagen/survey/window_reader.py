@@ -41,7 +41,7 @@ class WindowReader:
         """The window whose first frame has index `start` and time stamp `pts`, uint8 (F, H, W, 3) RGB.
 
         Args:
-            path: what tells one video from another.
+            path: what distinguishes one video from another.
             open_path: gives what PyAV opens, a path or a binary file.
             name: of the video, for errors.
             pts: None where frames have no time stamps; then, and where the container cannot seek to it, everything

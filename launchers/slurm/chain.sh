@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit the whole way, each job waiting for the one before: videos -> shards -> base -> Stage I -> Stage II -> pairs -> Stage III,
+# Submit all steps, each job waiting for the one before: videos -> shards -> base -> Stage I -> Stage II -> pairs -> Stage III,
 # and, where a test set is given, its upscaling and scoring. Submit it again after a failure: finished work is not repeated.
 #
 #   launchers/slurm/chain.sh CONFIG VIDEOS OUTPUT [LOW_RESOLUTION REFERENCE]

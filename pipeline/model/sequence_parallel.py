@@ -1,8 +1,8 @@
 """Sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): several ranks share the tokens of one clip.
 
 Every rank of a group calls the DiT with the same inputs. Its tokens are shared out after the patch embedding; each
-rank runs the blocks on its own share, and self-attention exchanges it by all-to-all for the whole sequence of some of
-the heads. Outputs are gathered: every rank returns the whole velocity and whole features, computed alike.
+rank runs the blocks on its own share, and self-attention exchanges it by all-to-all for the full sequence of some of
+the heads. Outputs are gathered: every rank returns the full velocity and full features, computed alike.
 
 Gradients obey one rule: **their mean over the ranks of a group is the gradient of the clip**. What is computed alike on
 every rank has it anyway. Before a gather, a rank's gradient knows only its own tokens, so the gather multiplies it by
@@ -49,7 +49,7 @@ class SequenceGroup:
         return self
 
     def enter(self, x: Tensor) -> Tensor:
-        """An input that is equal on all ranks; its gradient will be whole and equal on all ranks, too."""
+        """An input that is equal on all ranks; its gradient will be complete and equal on all ranks, too."""
         return x if self.size == 1 else _Enter.apply(x, self)
 
     def share(self, tokens: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class SequenceGroup:
         cos, sin = rotary
         return RotaryShare(self.share(cos), self.share(sin), cos.shape[1])
 
-    def whole(self, own: Tensor, tokens: int) -> Tensor:
+    def gather_tokens(self, own: Tensor, tokens: int) -> Tensor:
         """(B, ⌈S/N⌉, D) of every rank -> (B, S, D) on every rank, S being `tokens`."""
         return own if self.size == 1 else _Whole.apply(own, tokens, self)
 
@@ -76,9 +76,9 @@ class SequenceGroup:
         """Attention of the own tokens, (B, ⌈S/N⌉, heads, head_dim), to all S tokens; same shape."""
         from deepspeed.sequence.layer import DistributedAttention  # training only: it takes seconds to import
 
-        def attention(*whole: Tensor) -> Tensor:
-            q, k, v = (part[:, :tokens] for part in whole)
-            return _pad(dispatch_attention_fn(q, k, v, backend=backend), whole[0].shape[1])
+        def attention(*full: Tensor) -> Tensor:
+            q, k, v = (part[:, :tokens] for part in full)
+            return _pad(dispatch_attention_fn(q, k, v, backend=backend), full[0].shape[1])
 
         exchange = DistributedAttention(attention, self.group, scatter_idx=2, gather_idx=1)
         return exchange(query, key, value, 0)
@@ -106,7 +106,7 @@ def form_sequence_groups(size: int) -> SequenceGroup:
 
 
 def check_heads(heads: int, size: int) -> None:
-    """Attention gives every rank whole heads.
+    """Attention gives every rank complete heads.
 
     Raises:
         UserError: `heads` cannot be divided among `size` ranks.

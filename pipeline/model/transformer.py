@@ -128,13 +128,13 @@ class VSRTransformer(WanTransformer3DModel):
             else:
                 x = block(x, text, time_projection, rotary)
             if number in feature_layers:
-                features.append(self.sequence.whole(x, tokens))
+                features.append(self.sequence.gather_tokens(x, tokens))
         if features_only:
             return VSROutput(None, tuple(features))
 
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         x = (self.norm_out(x.float()) * (1 + scale) + shift).to(dtype)
-        v = self._unpatchify(self.sequence.whole(self.proj_out(x), tokens), z_t.shape)
+        v = self._unpatchify(self.sequence.gather_tokens(self.proj_out(x), tokens), z_t.shape)
         if self.config.low_resolution_skip:
             v = v + (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR).view(-1, 1, 1, 1, 1)
         return VSROutput(v, tuple(features))

@@ -80,7 +80,7 @@ def test_a_schedule_refines_the_stages_own_default() -> None:
         ("trainer.schedules.dualstream.steps=3", "unknown stage 'dualstream'; known: codec, base, progressive"),
         ("trainer.schedules.base.stepz=3", "unknown key trainer.schedules.base.stepz; did you mean 'steps'?"),
         ("trainer.schedules.progressive.steps=9", "progressive.steps = 9: the number of updates follows from"),
-        ("trainer.dual_stream={dmd_weight: 0, gan_weight: 0, feature_matching_weight: 0}", "nothing to learn"),
+        ("trainer.dual_stream={dmd_weight: 0, gan_weight: 0, feature_matching_weight: 0}", "there is no loss"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

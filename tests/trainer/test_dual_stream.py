@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(world: World) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dmd_weight": 0.0, "gan_weight": 0.0, "feature_matching_weight": 0.0}, "nothing to learn"),
+        ({"dmd_weight": 0.0, "gan_weight": 0.0, "feature_matching_weight": 0.0}, "there is no loss"),
         ({"schedule": "sequential"}, "sequential_dmd_steps"),
         ({"time_range": (0.9, 0.1)}, "time_range"),
         ({"tap_fractions": ()}, "tap_fractions"),

@@ -73,7 +73,7 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 
 
 def by_hand(base: VSRTransformer, learned: dict[str, Tensor]) -> dict[str, Tensor]:
-    """W + (alpha/rank)·B·A for every pair of thin matrices, and the modules that learn whole, as they are."""
+    """W + (alpha/rank)·B·A for every pair of thin matrices, and the fully trainable modules, as they are."""
     weights = {name: value.double() for name, value in base.state_dict().items()}
     for name, value in learned.items():
         if ".lora_A." in name:
@@ -322,7 +322,10 @@ def test_operations_are_those_of_the_real_step(preset: Path, tmp_path: Path, wor
         ),
         ({"target_modules": ["attn1"]}, r"'attn1': blocks\.0\.attn1 is not a linear layer"),
         ({"trained_modules": ["head"]}, r"trained_modules: 'head' names no module with weights; .*patch_embedding"),
-        ({"trained_modules": ["blocks.1.ffn"]}, r"'blocks\.1\.ffn' learns whole, but blocks\.1\.ffn\.net\.0\.proj"),
+        (
+            {"trained_modules": ["blocks.1.ffn"]},
+            r"'blocks\.1\.ffn' is fully trainable, but blocks\.1\.ffn\.net\.0\.proj",
+        ),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
@@ -351,7 +354,7 @@ def test_the_dry_run_tells_what_learns_and_what_it_saves() -> None:
     d, f, rank, depth = 1536, 8960, 64, 30
     thin = depth * rank * (8 * 2 * d + 2 * (d + f))
     patch, projection = (32 * 4 + 1) * d, (d + 1) * 64
-    assert f", of which {(thin + patch + projection) / 1e6:.2f} M learn" in adapter
+    assert f", of which {(thin + patch + projection) / 1e6:.2f} M trainable" in adapter
     assert " learn\n" not in plain
 
     def optimizer_gib(text: str, network: str) -> float:

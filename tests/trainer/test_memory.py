@@ -22,22 +22,22 @@ TOKENS = 256
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize(("heads", "ffn_dim"), [(2, 768), (4, 512)])
 @pytest.mark.parametrize("zero_3", [False, True])
 def test_what_a_block_holds(
-    precision: str, learns: bool, heads: int, ffn_dim: int, zero_3: bool, monkeypatch: pytest.MonkeyPatch
+    precision: str, trainable: bool, heads: int, ffn_dim: int, zero_3: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if zero_3:
         monkeypatch.setattr(torch.nn.functional, "linear", linear)
     shape = measured.SMALL.model_copy(update={"num_attention_heads": heads, "ffn_dim": ffn_dim})
-    held = measured.held_by_a_block(shape, LATENT, precision, learns=learns, checkpointing=False)
-    formula = TOKENS * block_bytes(64 * heads, ffn_dim, precision, learns=learns)
+    held = measured.held_by_a_block(shape, LATENT, precision, trainable=trainable, checkpointing=False)
+    formula = TOKENS * block_bytes(64 * heads, ffn_dim, precision, trainable=trainable)
     assert held == pytest.approx(formula, rel=0.02)
 
 
 def test_what_a_checkpointed_block_holds() -> None:
-    held = measured.held_by_a_block(measured.SMALL, LATENT, "bf16", learns=True, checkpointing=True)
+    held = measured.held_by_a_block(measured.SMALL, LATENT, "bf16", trainable=True, checkpointing=True)
     assert held == TOKENS * 2 * 128
 
 

@@ -88,7 +88,7 @@ def test_one_rank_goes_on_with_what_two_began(tmp_path: Path, world: World) -> N
 
 def test_alone_nothing_is_touched() -> None:
     x = torch.zeros(1, 3, 2, requires_grad=True)
-    assert ALONE.enter(x) is ALONE.share(x) is ALONE.whole(x, 3) is x
+    assert ALONE.enter(x) is ALONE.share(x) is ALONE.gather_tokens(x, 3) is x
     assert form_sequence_groups(1) is ALONE
 
 

@@ -78,7 +78,7 @@ class Previewed:
         self.spec = STAGES["base"]
 
 
-def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:
+def test_validation_numbers_and_image(tmp_path: Path, world: World) -> None:
     batch: Batch = toys.batch(KEYS)
     z_hr = batch.tensors["z_hr"]
     torch.manual_seed(0)
@@ -92,8 +92,8 @@ def test_validation_numbers_and_picture(tmp_path: Path, world: World) -> None:
     pixels = [((decode_latents(vae, z).double().numpy() + 1) / 2) for z in (z_hr, shown["off"])]
     errors = ((pixels[0] - pixels[1]) ** 2).mean(axis=(1, 2, 3, 4))
     assert values["validation/off/psnr"] == pytest.approx(np.mean(-10 * np.log10(errors)), abs=1e-3)
-    picture = Image.open(tmp_path / "previews" / "previews-00000007.png")
-    assert picture.size == (4 * 48, 32 + 14), "z_lr, two previews and the target, each 48 x 32 px under its name"
+    preview = Image.open(tmp_path / "previews" / "previews-00000007.png")
+    assert preview.size == (4 * 48, 32 + 14), "z_lr, two previews and the target, each 48 x 32 px under its name"
 
 
 def test_psnr_of_a_known_error() -> None:

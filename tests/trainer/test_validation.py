@@ -83,11 +83,11 @@ def test_constants_are_decoded_once(world: World, monkeypatch: pytest.MonkeyPatc
 
 def test_the_picture_shows_the_first_clip(world: World, tmp_path: Path) -> None:
     class Pictures:
-        def picture(self, step: int, name: str, image: Any) -> None:
-            image.save(tmp_path / "picture.png")
+        def image(self, step: int, name: str, image: Any) -> None:
+            image.save(tmp_path / "image.png")
 
         def log(self, step: int, values: dict[str, float]) -> None:
             assert "validation/student/psnr" in values and "validation/z_lr/psnr" in values
 
     Validation(toys.batch(KEYS), small_vae()).look(trained(1, 1, 0), 0, Pictures())  # type: ignore[arg-type]
-    assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "image.png").exists()

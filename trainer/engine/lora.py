@@ -1,9 +1,9 @@
-"""LoRA by peft: a network's large matrices stay as they are, each with two thin ones that learn beside it.
+"""LoRA by peft: a network's large matrices stay as they are, each with two thin trainable ones beside it.
 
     y = W·x + (alpha/rank)·B·A·x        W (out, in) frozen; A (rank, in) random; B (out, rank), zero to begin with
 
 The adapter's parameters, and those of `trained_modules`, are all that has gradients, masters, moments, an EMA and a
-place in checkpoints. What a stage leaves behind is merged: a whole model, for which nobody needs
+place in checkpoints. What a stage leaves behind is merged: a complete model, for which nobody needs
 peft. The adapter lies beside it in peft's own format.
 
 peft is imported where it is used: it takes seconds, and most runs have no adapter.
@@ -95,7 +95,7 @@ def restore_adapter(
 
 
 def save_adapter(folder: Path, model: PeftModel) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, whole or not at all.
+    """Write adapter_config.json and adapter_model.safetensors, atomically.
 
     Raises:
         UserError: they cannot be written (a full disk); an older adapter is untouched.
@@ -129,12 +129,12 @@ def _check(transformer: VSRTransformer, config: LoRAConfig, network: str) -> Non
         if trained not in modules or not any(True for _ in modules[trained].parameters()):
             known = [name for name, child in transformer.named_children() if any(True for _ in child.parameters())]
             raise UserError(
-                f"{field}: {trained!r} names no module with weights; give whole names: {', '.join(known)}, "
+                f"{field}: {trained!r} names no module with weights; give full names: {', '.join(known)}, "
                 "or of parts of them (blocks.0.norm2)"
             )
         inside = [name for name in adapted if f"{name}.".startswith(f"{trained}.")]
         if inside:
             raise UserError(
-                f"{field}: {trained!r} learns whole, but {inside[0]} in it has an adapter; name it in one of "
+                f"{field}: {trained!r} is fully trainable, but {inside[0]} in it has an adapter; name it in one of "
                 "target_modules and trained_modules"
             )

@@ -1,6 +1,6 @@
 """One network = one DeepSpeed engine, and the only two ways it may be called.
 
-    with network.updating():             # it learns
+    with network.updating():             # its weights get gradients
         out = network(...)
         network.backward(loss)           # once per micro-batch
         gradient_norm = network.step()   # once per update
@@ -59,8 +59,8 @@ class Network:
         Args:
             name: student, critic, real_score, …; used in logs, errors and file names.
             module: its float32 weights are the masters' first value; its dtype and device are changed. With an
-                optimizer, the parameters that ask for a gradient learn, and the others never change (LoRA).
-            optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and whole otherwise.
+                optimizer, the parameters that require gradients are trainable, and the others never change (LoRA).
+            optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and replicated otherwise.
             parameter_groups: torch-style groups over the trainable parameters, each with `params` and, where they
                 differ, `lr`, `gradient_clip` and `name`; default: one group.
             ema_decay: keep an EMA of the masters, updated by every `step()` that is not skipped.
@@ -172,12 +172,12 @@ class Network:
 
     @property
     def trained(self) -> frozenset[str]:
-        """Names of the parameters that learn; none of a network without an optimizer."""
+        """Names of the trainable parameters; none of a network without an optimizer."""
         return frozenset(self._shapes) if self._trainable else frozenset()
 
     @property
     def trained_parameter_count(self) -> int:
-        """Elements that learn."""
+        """Number of trainable elements."""
         return sum(shape.numel() for shape in self._shapes.values()) if self._trainable else 0
 
     @contextmanager
@@ -225,7 +225,7 @@ class Network:
     def save(self, folder: Path) -> Path:
         """Write this rank's masters, moments and EMA to `folder`/rank-NNNNN.safetensors; returns that path.
 
-        All ranks call it; the caller makes the folder and decides when it is whole.
+        All ranks call it; the caller makes the folder and decides when it is complete.
         """
         step, moments = written_moments(self._engine, self.fragments)
         columns: dict[str, Sequence[Tensor]] = {"master": [fragment.master for fragment in self.fragments]}

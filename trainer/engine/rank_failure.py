@@ -1,6 +1,6 @@
-"""How several ranks end when one of them fails: an error is told once, and nobody waits for a rank that is gone.
+"""How several ranks end when one of them fails: an error is reported once, and nobody waits for a rank that is gone.
 
-A rank that fails leaves a note in the store that the ranks met in, tells its error and ends at once, without Python's
+A rank that fails leaves a note in the store that the ranks met in, reports its error and ends at once, without Python's
 tidying up: its closed connections make the others' collectives fail, and launchers kill ranks that are waiting for a
 GPU. A rank that finds the note, or finds rank 0 and the store with it gone, was only a bystander and ends silently.
 """

@@ -55,14 +55,14 @@ def gather_to_rank_0(
     mine = {fragment.name: (fragment, value) for fragment, value in zip(fragments, values, strict=True)}
     full: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
+        gathered = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
         if name in mine:
             fragment, value = mine[name]
-            whole[fragment.start : fragment.start + fragment.numel] = value.to(device)
+            gathered[fragment.start : fragment.start + fragment.numel] = value.to(device)
         # Every element is held by exactly one rank, so this sum only adds zeros: it is exact.
-        dist.reduce(whole, dst=0)
+        dist.reduce(gathered, dst=0)
         if dist.get_rank() == 0:
-            full[name] = whole.reshape(shape).cpu()
+            full[name] = gathered.reshape(shape).cpu()
     return full
 
 

@@ -32,7 +32,7 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a whole device of that name, None if the table doesn't know it."""
+    """Dense bf16 FLOP/s of one device of that name, None if the table doesn't know it."""
     if "MIG" in device_name:
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(name, device_name)), None)

@@ -47,8 +47,8 @@ class Tracker:
         if self._run is not None:
             self._quietly("takes no numbers", lambda: self._run.log(values, step=step))
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """Save a picture as `previews/<name>-<step>.png`."""
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Save an image as `previews/<name>-<step>.png`."""
         path = self._images / f"{name}-{step:08d}.png"
         try:
             self._images.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ class Tracker:
         if self._run is not None:
             import wandb
 
-            self._quietly("takes no pictures", lambda: self._run.log({name: wandb.Image(str(path))}, step=step))
+            self._quietly("takes no images", lambda: self._run.log({name: wandb.Image(str(path))}, step=step))
 
     def close(self) -> None:
         """End wandb's run; says how many lines of metrics.jsonl were lost."""
@@ -70,7 +70,7 @@ class Tracker:
             self._quietly("does not finish", lambda: self._run.finish())
 
     def _append(self, line: str) -> None:
-        """Whole or not at all: half a line would make the next one unreadable."""
+        """Append one line atomically: half a line would make the next one unreadable."""
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
             with self._path.open("a") as file:

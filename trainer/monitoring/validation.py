@@ -60,7 +60,7 @@ class Validation:
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + counted * value
             if index == 0 and tracker is not None:
-                tracker.picture(step, "previews", picture(frames))
+                tracker.image(step, "previews", preview_image(frames))
         self._make_room()
         means = _means(sums, self._count, next(iter(previews[0].values())).device)
         if tracker is not None:
@@ -141,7 +141,7 @@ def _middle(clip: Tensor) -> Tensor:
     return clip[:, clip.shape[1] // 2]
 
 
-def picture(frames: dict[str, Tensor]) -> Image.Image:
+def preview_image(frames: dict[str, Tensor]) -> Image.Image:
     """Frames (3, H, W) in [-1, 1] side by side under their names."""
     tiles = []
     for name, frame in frames.items():

@@ -40,7 +40,7 @@ def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: 
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
     for name, count in counts.items():
-        learning = f", of which {trained[name] / 1e6:.2f} M learn" if trained.get(name, count) != count else ""
+        learning = f", of which {trained[name] / 1e6:.2f} M trainable" if trained.get(name, count) != count else ""
         lines += [f"{name:<12} {count / 1e6:12.2f} M{learning}"]
     lines += [
         "",
@@ -86,7 +86,7 @@ def memory_table(
     """One line per network, then totals with activations for the usual clips.
 
     Args:
-        trained: how many of the parameters learn, of the networks that have an optimizer.
+        trained: how many of the parameters are trainable, of the networks that have an optimizer.
     """
     found = {
         clip: stage_memory(stage, model, config, gpus, latent, 1, counts, trained) for clip, latent in CLIPS.items()
@@ -108,8 +108,8 @@ def memory_table(
     lines.append(f"host memory while weights are loaded, float32: {loading:.1f} per rank, {node}")
     shared = f" on {config.sequence_parallel} GPUs" if config.sequence_parallel > 1 else ""
     for clip, stage_found in found.items():
-        activations, together = f"{stage_found.activations:.2f}", f"{stage_found.peak:.2f}"
-        lines.append(f"with one clip of {clip}{shared}: activations {activations}, together {together}")
+        activations, peak = f"{stage_found.activations:.2f}", f"{stage_found.peak:.2f}"
+        lines.append(f"with one clip of {clip}{shared}: activations {activations}, peak {peak}")
     return lines
 
 

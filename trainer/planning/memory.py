@@ -8,22 +8,22 @@
     trained, ZeRO-3     2/n        4/n             12/n            4/n    4/n
     frozen              2 (ZeRO-3: 2/n)
 
-of parameters that learn (with LoRA, a few of them); those that don't count as frozen beside them. "Passing" exists
+of trainable parameters (with LoRA, a few of them); the others count as frozen beside them. "Passing" exists
 only from a network's backward to the end of its step: gradients on their way to the optimizer. In float32 weights
 take 4, ZeRO-1 keeps no gradients and passes 8, and ZeRO-2 passes 4 + 4/n. Moments begin with the first step.
 
 **Activations**: bytes that a pass holds for its backward, per token and block of width d and FFN width f, in bf16 with
 an attention that keeps no matrix of scores.
 
-    parameters that learn   68·d + 4·f    48·d of it are float32 copies made around norms and gates
+    trainable parameters    68·d + 4·f    48·d of it are float32 copies made around norms and gates
     constant parameters     36·d + 2·f    gradients only pass through: no input of a linear layer is kept, at ZeRO-3
                                           thanks to trainer/engine/frozen_linear.py
-    checkpointed            2·d           and one block whole while its turn is
+    checkpointed            2·d           and one block's activations during its recomputation
 
 Where ranks share a clip, a token is one of the rank's own; tapped features and discriminator heads have all of them.
 
 tests/trainer/test_memory.py compares all this with the bytes of all live tensors on a CPU, network by network, block by
-block and over whole steps of every stage; benchmarks/memory.py also does it on a GPU.
+block and over full steps of every stage; benchmarks/memory.py also does it on a GPU.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def network_memory(
     trained_parameters: int | None = None,
     moments: bool = True,
 ) -> NetworkMemory:
-    """Of one network, of which `trained_parameters` learn (None: all); without ZeRO's buckets.
+    """Of one network, of which `trained_parameters` are trainable (None: all); without ZeRO's buckets.
 
     Args:
         moments: False for a network that only has masters (Stage I's teacher).
@@ -111,11 +111,11 @@ def buffer_memory(parameters: int, config: DeepSpeedConfig, gpus: int, *, traine
     return elements * width / GIB
 
 
-def block_bytes(dim: int, ffn_dim: int, precision: str, *, learns: bool) -> float:
+def block_bytes(dim: int, ffn_dim: int, precision: str, *, trainable: bool) -> float:
     """What one block holds from forward to backward, per token, without checkpointing."""
     if precision == "bf16":
-        return 68 * dim + 4 * ffn_dim if learns else 36 * dim + 2 * ffn_dim
-    return 88 * dim + 8 * ffn_dim if learns else 48 * dim + 4 * ffn_dim
+        return 68 * dim + 4 * ffn_dim if trainable else 36 * dim + 2 * ffn_dim
+    return 88 * dim + 8 * ffn_dim if trainable else 48 * dim + 4 * ffn_dim
 
 
 @dataclass(frozen=True)
@@ -194,4 +194,4 @@ class ActivationSizes:
         return self.tokens * self.width * self.dim
 
     def _block(self, trained: bool) -> float:
-        return block_bytes(self.dim, self.ffn_dim, self.precision, learns=trained)
+        return block_bytes(self.dim, self.ffn_dim, self.precision, trainable=trained)

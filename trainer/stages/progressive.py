@@ -1,9 +1,9 @@
 """Stage I, progressive guided distillation: first the guidance, then the steps.
 
-1. CFG distillation: one forward learns what guidance needed two for,
+1. CFG distillation: one forward is fitted to the result of guidance's two,
        L = mean‖v_S(z_t, t, z_LR, c) - v_cfg‖²,    v_cfg = v(c) + w·(v(c) - v(∅)).
    Its result is kept as the multi-step teacher: the real score of Stage II.
-2. Halvings 64 → 32 → … → 1: from z_t the teacher takes two Euler steps t → t' → t''; the student learns to reach the
+2. Halvings 64 → 32 → … → 1: from z_t the teacher takes two Euler steps t → t' → t''; the student is fitted to reach the
    same point in one,
        v* = (z_t - z̃_t'') / (t - t'').
    After each halving the teacher becomes the latest student.

@@ -97,7 +97,7 @@ class Critic(nn.Module):
                 velocity and features.
             real_s, real_hr: the tapped features of θ_R for both, empty if it isn't tapped.
             velocity: whether v_F is needed.
-            stop_gradient: sg[h^S]: the heads learn, the fake score learns nothing from them.
+            stop_gradient: sg[h^S]: L_D updates the heads only, never the fake score.
             with_logits_hr: whether the heads look at h^HR too.
         """
         if not self.heads or discriminator_hr is None:

@@ -44,7 +44,7 @@ class DualStreamConfig(Section):
     schedule: Literal["joint", "sequential"] = "joint"
     #: steps of DMD alone, only for schedule: sequential
     sequential_dmd_steps: int = Field(default=0, ge=0)
-    #: first steps in which the heads learn but the student does not use them yet (λ_GAN = λ_FM = 0) [ours]
+    #: first steps in which the heads are updated but the student does not use them yet (λ_GAN = λ_FM = 0) [ours]
     heads_warmup_steps: int = Field(default=0, ge=0)
 
     #: hinge, the default [paper]; softplus: non-saturating logistic as in DMD2; relativistic: paired as in R3GAN
@@ -106,7 +106,7 @@ class DualStreamConfig(Section):
         if (self.r1_weight or self.r2_weight) and not self.gan:
             raise ValueError("r1_weight and r2_weight penalise the discriminator: set gan_weight above 0")
         if self.dmd_weight == self.gan_weight == self.feature_matching_weight == 0:
-            raise ValueError("all of dmd_weight, gan_weight, feature_matching_weight are 0: nothing to learn")
+            raise ValueError("all of dmd_weight, gan_weight, feature_matching_weight are 0: there is no loss")
         if self.schedule == "sequential" and not (self.sequential_dmd_steps and self.dmd_weight and self.gan):
             raise ValueError("schedule: sequential needs sequential_dmd_steps and weights for DMD and GAN")
         if self.gan and not self.tap_fractions:
