@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer.presets import write_preset
+
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py"), "checks"]
+SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py")]
+COMMAND = [*SCRIPT, "checks"]
 
 
 @pytest.mark.distributed
@@ -27,6 +30,40 @@ def test_checks_at_toy_size(tmp_path: Path) -> None:
     assert outcomes["attention native, fp32"] == "passed"
     written = json.loads((tmp_path / "gpu_checks_cpu.json").read_text())
     assert written["rows"] == report["rows"] and (tmp_path / "gpu_checks_cpu.md").exists()
+
+
+@pytest.mark.distributed
+def test_speed_at_toy_size(tmp_path: Path) -> None:
+    line = [*SCRIPT, "speed", "--device", "cpu", "--size", "toy", "--minutes", "30", "--output", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    training, inference = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert training["outcome"] == inference["outcome"] == "measured"
+    assert training["predicted_gib"] > 0 and training["tokens_per_second"] > 0
+    parts = sum(inference[f"{part}_seconds"] for part in ("encode", "transformer", "decode"))
+    assert 0 < parts <= inference["seconds"]
+
+
+@pytest.mark.distributed
+def test_train_trains_and_resumes(tmp_path: Path) -> None:
+    preset = write_preset(tmp_path)
+    line = [*SCRIPT, "train", "--device", "cpu", "--output", str(tmp_path / "results"), "--config", str(preset)]
+    line += ["--data", str(tmp_path / "clips"), "--run", str(tmp_path / "run"), "--minutes", "5", "--more"]
+    for stop, finished in (("2", False), (None, True)):
+        more = ["--stop-after", stop] if stop else []
+        done = subprocess.run([*line, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+        assert row["outcome"] == "measured" and row["finished"] is finished and row["logged_now"] > 0
+    steps = [json.loads(entry)["step"] for entry in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == row["step"] > 1
+
+
+def test_train_without_a_dataset_says_so(tmp_path: Path) -> None:
+    line = [*SCRIPT, "train", "--device", "cpu", "--output", str(tmp_path), "--data", "nowhere", "--run", "x"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["outcome"] == "not here" and "no dataset in nowhere" in row["reason"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
