@@ -113,8 +113,13 @@ def probe(path: str | Path) -> VideoInfo:
         raise UserError(f"{path} is not a readable video ({error.strerror}); convert it or leave it out") from None
 
 
-def read_frames(path: str | Path, start: int = 0, frames: int | None = None) -> Iterator[np.ndarray]:
+def read_frames(
+    path: str | Path, start: int = 0, frames: int | None = None, size: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
     """Stream frames, each uint8 (H, W, 3) RGB, from frame number `start` on.
+
+    Args:
+        size: (width, height) that frames are resized to, by the mean of the pixels that each new one covers.
 
     Raises:
         UserError: not a video, or the file breaks off while it is decoded.
@@ -124,17 +129,20 @@ def read_frames(path: str | Path, start: int = 0, frames: int | None = None) -> 
     if frames is not None:
         trim["end_frame"] = start + frames
     stream = ffmpeg.input(str(path)).video.filter("trim", **trim).filter("setpts", "PTS-STARTPTS")
+    width, height = size or (info.width, info.height)
+    if (width, height) != (info.width, info.height):
+        stream = stream.filter("scale", width, height, flags="area+accurate_rnd")
     stream = stream.output("pipe:", format="rawvideo", pix_fmt="rgb24", fps_mode="passthrough")
     command = stream.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
-    size = info.width * info.height * 3
+    frame_bytes = width * height * 3
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         count = 0
         try:
-            while len(raw := process.stdout.read(size)) == size:
+            while len(raw := process.stdout.read(frame_bytes)) == frame_bytes:
                 count += 1
-                yield np.frombuffer(raw, np.uint8).reshape(info.height, info.width, 3)
+                yield np.frombuffer(raw, np.uint8).reshape(height, width, 3)
             finished = process.wait() == 0
         finally:
             process.kill()
@@ -171,9 +179,13 @@ class VideoWriter:
         sample_aspect_ratio: Fraction = Fraction(1),
         codec: str = "libx264",
         preset: str = "medium",
+        size: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
+            width: of the frames, px.
+            height: of the frames, px.
+            size: (width, height) that is written, by a Lanczos filter; None: the frames' own.
             quality: lossless is x264 RGB at quantiser 0.
             crf: constant rate factor of lossy files; 15 is visually lossless.
             bit_depth: 10 writes yuv420p10 and takes uint16 frames holding 10-bit values as well as uint8.
@@ -192,6 +204,9 @@ class VideoWriter:
             "pipe:", format="rawvideo", pix_fmt="rgb48le" if self._wide else "rgb24",
             s=f"{width}x{height}", r=f"{frame_rate.numerator}/{frame_rate.denominator}",
         )  # fmt: skip
+        written = size or (width, height)
+        if written != (width, height):
+            source = source.filter("scale", *written, flags="lanczos+accurate_rnd+full_chroma_int")
         options: dict[str, Any] = {"preset": preset}
         if quality == "lossless":
             options |= {"vcodec": "libx264rgb", "qp": 0, "pix_fmt": "rgb24"}
@@ -199,8 +214,8 @@ class VideoWriter:
             options |= {"vcodec": codec, "crf": crf, "pix_fmt": "yuv420p10le" if self._wide else "yuv420p"}
             options |= {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709"}
             source = source.filter("scale", out_color_matrix="bt709", out_range="tv")
-            if width % 2 or height % 2:  # 4:2:0 needs even sides
-                source = source.filter("pad", width + width % 2, height + height % 2)
+            if written[0] % 2 or written[1] % 2:  # 4:2:0 needs even sides
+                source = source.filter("pad", written[0] + written[0] % 2, written[1] + written[1] % 2)
         if sample_aspect_ratio != 1:
             source = source.filter("setsar", str(sample_aspect_ratio))
         if self.path.suffix.lower() in (".mp4", ".mov", ".m4v"):

@@ -1,6 +1,6 @@
-"""Upscale a video ×4.
+"""Upscale a video, ×4 or to any size.
 
-    python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR
+    python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR [--scale 2 | --height 2160 | --size 3840x2160]
 
 The video streams through in windows that overlap and are cross-faded, cut at scene changes (pipeline/video_windows.py).
 Sound and frame rate are kept. The output is written atomically. Run the command again to resume a killed job.
@@ -32,6 +32,7 @@ from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
 from pipeline.model.prompts import DEFAULT_PROMPT
 from pipeline.model.vae import to_frames, upsample_low_resolution
+from pipeline.output_size import OutputSize, choose_size, parse_size
 from pipeline.resumable_video import VideoParts
 from pipeline.video_windows import Place, Windows, upscale_video
 from pipeline.vsr_pipeline import Tiling, open_pipeline
@@ -81,6 +82,15 @@ def main() -> None:
         decode_tile_px=arguments.decode_tile,
         overlap_px=arguments.tile_overlap,
     )
+    size = choose_size(
+        info.width,
+        info.height,
+        info.sample_aspect_ratio,
+        scale=arguments.scale,
+        lines=arguments.height,
+        size=arguments.size,
+        max_size=arguments.max_size,
+    )
     if arguments.output.suffix.lower() not in OUTPUT_SUFFIXES:
         raise UserError(f"cannot write {arguments.output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
     began = time.perf_counter()
@@ -92,7 +102,7 @@ def main() -> None:
     try:
         statistics = parts.statistics
         if parts.place is not None:
-            _write_parts(parts, parts.place, info, arguments, statistics)
+            _write_parts(parts, parts.place, info, size, arguments, statistics)
         parts.finish(None if arguments.start or arguments.frames else arguments.input)
     except torch.cuda.OutOfMemoryError:
         raise UserError(
@@ -105,8 +115,8 @@ def main() -> None:
         "model": "bicubic" if arguments.bicubic else str(arguments.model),
         "seed": arguments.seed,
         "frames": parts.frames,
-        "width": info.width * SCALE,
-        "height": info.height * SCALE,
+        "width": size.output[0],
+        "height": size.output[1],
         "seconds": round(time.perf_counter() - began, 3),
         **{name: round(value, 3) for name, value in statistics.items()},
         "device": arguments.device,
@@ -117,7 +127,12 @@ def main() -> None:
 
 
 def _write_parts(
-    parts: VideoParts, place: Place, info: VideoInfo, arguments: argparse.Namespace, statistics: dict[str, float]
+    parts: VideoParts,
+    place: Place,
+    info: VideoInfo,
+    size: OutputSize,
+    arguments: argparse.Namespace,
+    statistics: dict[str, float],
 ) -> None:
     """Upscale what is missing, from `place` on."""
     total = info.estimated_frames and max(info.estimated_frames - arguments.start, 0)
@@ -125,18 +140,20 @@ def _write_parts(
     if arguments.frames is not None:
         total = min(arguments.frames, total or arguments.frames)
     context = min(place.start, CONTEXT)  # frames before it, in which scene cuts are looked for
-    frames = read_frames(arguments.input, arguments.start + place.start - context, wanted and wanted + context)
+    first, count = arguments.start + place.start - context, wanted and wanted + context
+    frames = read_frames(arguments.input, first, count, size.model_input)
     enlarge = with_bicubic if arguments.bicubic else with_model
     clips = enlarge(frames, place.start, arguments, statistics)  # opens the model, so before any file
     open_writer = partial(
         VideoWriter,
-        width=info.width * SCALE,
-        height=info.height * SCALE,
+        width=size.model_input[0] * SCALE,
+        height=size.model_input[1] * SCALE,
+        size=size.output,
         frame_rate=info.frame_rate,
         quality="lossless" if arguments.lossless else "lossy",
         crf=arguments.crf,
         bit_depth=arguments.bit_depth,
-        sample_aspect_ratio=info.sample_aspect_ratio,
+        sample_aspect_ratio=size.sample_aspect_ratio,
     )
     with progress(total, "upscaling", "frame", start=parts.frames) as bar:
         parts.write(clips, open_writer, statistics, bar.advance)
@@ -162,7 +179,7 @@ def _state(path: Path) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.upscale", description="Upscale a video four times with a one-step model."
+        prog="python -m pipeline.upscale", description="Upscale a video with a one-step model, ×4 or to any size."
     )
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
@@ -171,6 +188,11 @@ def _arguments() -> argparse.Namespace:
     model.add_argument(
         "--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on"
     )
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--scale", type=float, help="of both sides; default: 4, which is what the model does")
+    sizes.add_argument("--height", type=int, help="lines of the output; the width follows")
+    sizes.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--max-size", type=int, help="no side of the output is larger, px")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
