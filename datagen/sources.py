@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.storage import StorageConfig, s3_errors, s3_filesystem
-from common.video_io import VIDEO_SUFFIXES
+from common.video_probe import VIDEO_SUFFIXES
 
 #: columns of a table that hold the video's path, in order of preference
 PATH_COLUMNS = ("video", "path", "file", "url")

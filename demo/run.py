@@ -211,7 +211,9 @@ def upscale(output: Path, folder: Path, method: str, seed: int) -> tuple[str, ..
         model = ("--model", output / weights, "--steps", steps)
     return python(
         "pipeline.upscale", folder / f"low/seed-{seed}.mkv", folder / f"{method}/seed-{seed}.mkv", *model,
-        "--lossless", "--window", 17, "--seed", seed, "--stats", folder / f"{method}/seed-{seed}.stats.json",
+        "--lossless", "--window", 17, "--seed", seed, "--overwrite",
+        "--stats", folder / f"{method}/seed-{seed}.stats.json",
+        "--colour-fix", "none",
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
 from common.progress import progress
 from common.storage import StorageConfig, local_copy
-from common.video_io import VIDEO_SUFFIXES
+from common.video_probe import VIDEO_SUFFIXES
 from metrics.clips import find_clips, load_clip
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.published import load_published

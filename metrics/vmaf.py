@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import UserError
-from common.video_io import ffmpeg_binary
+from common.video_probe import ffmpeg_binary
 from metrics.frame_metric import Metric, check_video
 from metrics.luma import luma
 

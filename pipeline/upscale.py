@@ -1,9 +1,11 @@
-"""Upscale a video, ×4 or to any size.
+"""Upscale videos, ×4 or to any size.
 
     python -m pipeline.upscale in.mp4 out.mp4 --model MODEL_DIR [--scale 2 | --height 2160 | --size 3840x2160]
+    python -m pipeline.upscale FOLDER OUTPUT_FOLDER --model MODEL_DIR
 
 The video streams through in windows that overlap and are cross-faded, cut at scene changes (pipeline/video_windows.py).
-Sound and frame rate are kept. The output is written atomically. Run the command again to resume a killed job.
+Every frame keeps its time; sound, subtitles, chapters and titles are kept (pipeline/container.py). The output is
+written atomically. Run the command again to resume a killed job.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,28 +31,56 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from common.scale import SCALE
 from common.scene_cuts import CONTEXT
-from common.video_io import OUTPUT_SUFFIXES, VideoInfo, VideoWriter, probe, read_frames
+from common.video_io import OUTPUT_SUFFIXES, VideoReader, VideoWriter
+from common.video_probe import VIDEO_SUFFIXES, VideoInfo, probe
+from pipeline.container import TrackPlan, plan_tracks
 from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
-from pipeline.model.prompts import DEFAULT_PROMPT
 from pipeline.model.vae import to_frames, upsample_low_resolution
-from pipeline.output_size import OutputSize, choose_size, parse_size
-from pipeline.resumable_video import VideoParts
+from pipeline.output_size import OutputSize, choose_size
+from pipeline.resumable_video import VideoParts, only_job
+from pipeline.upscale_options import check_output, check_writable, job_identity, parse_arguments
 from pipeline.video_windows import Place, Windows, upscale_video
-from pipeline.vsr_pipeline import Tiling, open_pipeline
+from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
+
+#: exit status of a command whose input was damaged, or of a folder with a video that could not be upscaled
+EXIT_DAMAGED = 3
+#: a video that ends so many frames before its header says is no rounding
+MISSING_FRAMES = 3
+
+Clips = Iterator[tuple[np.ndarray, Place | None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video and what is to be made of it, decided before the first frame."""
+
+    source: Path
+    output: Path
+    info: VideoInfo
+    size: OutputSize
+    tracks: TrackPlan
+    #: None: every frame keeps its time
+    frame_rate: Fraction | None
+    bit_depth: Literal[8, 10]
+
+
+@cache
+def _pipeline(model: Path, device: str, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+    pipeline = open_pipeline(model, device, dtype)
+    set_attention(pipeline.transformer, attention)
+    return pipeline
 
 
 def with_model(
-    frames: Iterator[np.ndarray], first: int, arguments: argparse.Namespace, statistics: dict[str, float]
-) -> Iterator[tuple[np.ndarray, Place | None]]:
+    frames: Iterator[np.ndarray], first: int, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]
+) -> Clips:
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    pipeline = open_pipeline(arguments.model, arguments.device, dtype)
-    set_attention(pipeline.transformer, arguments.attention)
     return upscale_video(
-        pipeline,
+        _pipeline(arguments.model, arguments.device, dtype, arguments.attention),
         frames,
-        arguments.windows,
+        Windows(arguments.window, arguments.overlap),
         first=first,
         context=min(first, CONTEXT),
         statistics=statistics,
@@ -57,31 +89,126 @@ def with_model(
         num_inference_steps=arguments.steps,
         guidance_weight=arguments.guidance,
         colour_fix=arguments.colour_fix,
-        bit_depth=arguments.bit_depth,
-        tiling=arguments.tiling,
+        bit_depth=job.bit_depth,
+        tiling=_tiling(arguments),
     )
 
 
 def with_bicubic(
-    frames: Iterator[np.ndarray], first: int, arguments: argparse.Namespace, statistics: dict[str, float]
-) -> Iterator[tuple[np.ndarray, Place | None]]:
+    frames: Iterator[np.ndarray], first: int, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]
+) -> Clips:
     """Frames enlarged as for z_LR, one by one."""
     statistics["dit_evaluations"] = 0
     for number, frame in enumerate(itertools.islice(frames, min(first, CONTEXT), None), first):
-        yield (to_frames(upsample_low_resolution(frame[None]), arguments.bit_depth).numpy(), Place(number + 1, 0))
+        yield (to_frames(upsample_low_resolution(frame[None]), job.bit_depth).numpy(), Place(number + 1, 0))
 
 
 def main() -> None:
     exit_on_sigterm()  # the partial file is removed
-    arguments = _arguments()
-    info = probe(arguments.input)
-    arguments.windows = Windows(arguments.window, arguments.overlap)
-    arguments.tiling = Tiling(
-        transformer_tile_px=arguments.tile,
-        vae_tile_px=arguments.vae_tile,
-        decode_tile_px=arguments.decode_tile,
-        overlap_px=arguments.tile_overlap,
-    )
+    arguments = parse_arguments()
+    if arguments.input.is_dir():
+        bad = upscale_folder(arguments)
+    else:
+        bad = upscale_file(arguments.input, arguments.output, arguments)
+    if bad:
+        raise SystemExit(EXIT_DAMAGED)
+
+
+def upscale_folder(arguments: argparse.Namespace) -> bool:
+    """Every video of the input folder under its name in the output folder; what is there already is left alone.
+
+    Returns:
+        Whether some failed, or are damaged and `--on-error` is warn; they are listed at the end.
+
+    Raises:
+        UserError: no video in the folder, or the output is a file.
+    """
+    if arguments.stats:
+        raise UserError("--stats belongs to one video; leave it out for a folder")
+    sources = sorted(path for path in arguments.input.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+    sources = [path for path in sources if not path.name.startswith("._")]
+    if not sources:
+        raise UserError(f"no video in {arguments.input} ({', '.join(VIDEO_SUFFIXES)})")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"{arguments.output} is a file; a folder's videos need a folder")
+    failed = []
+    for number, source in enumerate(sources, 1):
+        suffix = source.suffix if source.suffix.lower() in OUTPUT_SUFFIXES else ".mkv"
+        output = arguments.output / f"{source.stem}{suffix}"
+        if output.exists() and not arguments.overwrite:
+            print(f"{number} of {len(sources)}: {output} is there already", file=sys.stderr)
+            continue
+        print(f"{number} of {len(sources)}: {source.name}", file=sys.stderr)
+        try:
+            if upscale_file(source, output, arguments):
+                failed.append(f"damaged: {source}")
+        except UserError as error:
+            failed.append(f"failed: {error}")
+    for line in failed:
+        print(line, file=sys.stderr)
+    return bool(failed)
+
+
+def upscale_file(source: Path, output: Path, arguments: argparse.Namespace) -> bool:
+    """One video; returns whether it is damaged and `--on-error` is warn."""
+    job = plan(source, output, arguments)
+    began = time.perf_counter()
+    with only_job(output):
+        parts = VideoParts(output, job_identity(arguments, source), arguments.part_frames, restart=arguments.restart)
+        if parts.complete:
+            print(f"resuming after {parts.frames} frames", file=sys.stderr)
+        done, statistics = False, parts.statistics
+        try:
+            if parts.place is not None:
+                write_parts(parts, parts.place, job, arguments, statistics)
+            part_of_it = arguments.start or arguments.frames
+            rate = job.frame_rate or job.info.frame_rate
+            times = parts.finish(None if part_of_it else source, job.tracks, rate, job.info.start_s)
+            done = True
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory is full; try --decode-tile 512, then --vae-tile 768 or a smaller --window"
+            ) from None
+        except KeyboardInterrupt:
+            if parts.complete:
+                print(f"interrupted after {parts.frames} frames; the same command resumes", file=sys.stderr)
+            raise
+        finally:
+            parts.leave(done=done)
+    damage = _damage(parts, times, job, arguments)
+    for line in damage:
+        print(f"warning: {source}: {line}", file=sys.stderr)
+    seconds = round(time.perf_counter() - began, 3)
+    if arguments.stats:
+        record = {
+            "input": str(source),
+            "model": "bicubic" if arguments.bicubic else str(arguments.model),
+            "seed": arguments.seed,
+            "frames": parts.frames,
+            "width": job.size.output[0],
+            "height": job.size.output[1],
+            "seconds": seconds,
+            **{name: round(value, 3) for name, value in statistics.items()},
+            "device": arguments.device,
+            "damage": damage,
+        }
+        write_atomic(arguments.stats, json.dumps(record, indent=2) + "\n")
+    print(f"{output}: {parts.frames} frames of {job.size.output[0]}x{job.size.output[1]} in {seconds} s")
+    return bool(damage) and arguments.on_error == "warn"
+
+
+def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
+    """Check everything that can be checked before the first frame, and say what the output will not hold.
+
+    Raises:
+        UserError: the input is no video, or the output could not be written.
+    """
+    Windows(arguments.window, arguments.overlap)
+    _tiling(arguments)
+    info = probe(source)
+    check_output(source, output, overwrite=arguments.overwrite)
+    if arguments.stats:
+        check_writable(arguments.stats)
     size = choose_size(
         info.width,
         info.height,
@@ -91,132 +218,100 @@ def main() -> None:
         size=arguments.size,
         max_size=arguments.max_size,
     )
-    if arguments.output.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise UserError(f"cannot write {arguments.output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
-    began = time.perf_counter()
-    parts = VideoParts(arguments.output, _job(arguments), arguments.part_frames)
-    if parts.refused:
-        print(f"starting over: {parts.refused[0]}", file=sys.stderr)
-    elif parts.complete:
-        print(f"resuming after {parts.frames} frames", file=sys.stderr)
-    try:
-        statistics = parts.statistics
-        if parts.place is not None:
-            _write_parts(parts, parts.place, info, size, arguments, statistics)
-        parts.finish(None if arguments.start or arguments.frames else arguments.input)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(
-            "the GPU's memory is full; try --decode-tile 512, then --vae-tile 768 or a smaller --window"
-        ) from None
-    finally:
-        parts.leave()
-    record = {
-        "input": str(arguments.input),
-        "model": "bicubic" if arguments.bicubic else str(arguments.model),
-        "seed": arguments.seed,
-        "frames": parts.frames,
-        "width": size.output[0],
-        "height": size.output[1],
-        "seconds": round(time.perf_counter() - began, 3),
-        **{name: round(value, 3) for name, value in statistics.items()},
-        "device": arguments.device,
-    }
-    if arguments.stats:
-        write_atomic(arguments.stats, json.dumps(record, indent=2) + "\n")
-    print(f"{arguments.output}: {parts.frames} frames of {record['width']}x{record['height']} in {record['seconds']} s")
+    tracks = plan_tracks(source, output.suffix.lower())
+    frame_rate = None if arguments.fps is None else Fraction(arguments.fps).limit_denominator(1001)
+    said = list(tracks.dropped)
+    if output.suffix.lower() == ".avi" and frame_rate is None:
+        frame_rate = info.frame_rate  # the container has no time stamps
+    bit_depth: Literal[8, 10] = arguments.bit_depth or (10 if info.colour.hdr and not arguments.lossless else 8)
+    if info.colour.hdr:
+        said.append("HDR: its transfer function and primaries are kept, mastering data is left out")
+        if bit_depth == 8:
+            said.append("HDR in 8 bits shows bands")
+    elif info.bits > bit_depth:
+        said.append(f"{info.bits} bits become {bit_depth}; --bit-depth 10 keeps 10")
+    if info.alpha:
+        said.append("its transparency is left out")
+    if info.interlaced and arguments.deinterlace == "auto":
+        said.append("interlaced: deinterlaced by bwdif, one frame of two fields")
+    for line in said:
+        print(f"{source.name}: {line}", file=sys.stderr)
+    return Job(source, output, info, size, tracks, frame_rate, bit_depth)
 
 
-def _write_parts(
-    parts: VideoParts,
-    place: Place,
-    info: VideoInfo,
-    size: OutputSize,
-    arguments: argparse.Namespace,
-    statistics: dict[str, float],
+def write_parts(
+    parts: VideoParts, place: Place, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]
 ) -> None:
-    """Upscale what is missing, from `place` on."""
-    total = info.estimated_frames and max(info.estimated_frames - arguments.start, 0)
+    """Upscale what is missing, from `place` on.
+
+    Raises:
+        UserError: the input is damaged and `--on-error stop` was given, or a part cannot be written.
+    """
+    total = job.info.estimated_frames and max(job.info.estimated_frames - arguments.start, 0)
     wanted = None if arguments.frames is None else arguments.frames - place.start
     if arguments.frames is not None:
         total = min(arguments.frames, total or arguments.frames)
     context = min(place.start, CONTEXT)  # frames before it, in which scene cuts are looked for
-    first, count = arguments.start + place.start - context, wanted and wanted + context
-    frames = read_frames(arguments.input, first, count, size.model_input)
+    reader = VideoReader(
+        job.source,
+        arguments.start + place.start - context,
+        wanted and wanted + context,
+        size=job.size.model_input,
+        frame_rate=job.frame_rate,
+        deinterlace=arguments.deinterlace,
+        bits=16 if job.bit_depth == 10 and job.info.bits > 8 else 8,
+    )
+    frames = _until_damaged(reader) if arguments.on_error == "stop" else iter(reader)
     enlarge = with_bicubic if arguments.bicubic else with_model
-    clips = enlarge(frames, place.start, arguments, statistics)  # opens the model, so before any file
+    clips = enlarge(frames, place.start, job, arguments, statistics)  # opens the model, so before any file
     open_writer = partial(
         VideoWriter,
-        width=size.model_input[0] * SCALE,
-        height=size.model_input[1] * SCALE,
-        size=size.output,
-        frame_rate=info.frame_rate,
+        width=job.size.model_input[0] * SCALE,
+        height=job.size.model_input[1] * SCALE,
+        size=job.size.output,
+        frame_rate=job.frame_rate or job.info.frame_rate,
         quality="lossless" if arguments.lossless else "lossy",
         crf=arguments.crf,
-        bit_depth=arguments.bit_depth,
-        sample_aspect_ratio=size.sample_aspect_ratio,
+        bit_depth=job.bit_depth,
+        sample_aspect_ratio=job.size.sample_aspect_ratio,
+        colour=job.info.colour,
+        b_frames=job.output.suffix.lower() != ".avi",
     )
     with progress(total, "upscaling", "frame", start=parts.frames) as bar:
-        parts.write(clips, open_writer, statistics, bar.advance)
+        parts.write(clips, reader, context, open_writer, statistics, bar.advance)
 
 
-def _job(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All that decides the pixels of the output, for people to read where it has changed."""
-    job = {name: str(value) for name, value in vars(arguments).items() if name not in ("output", "stats")}
-    return job | {
-        "input": _state(arguments.input),
-        "model": "bicubic" if arguments.bicubic else " ".join(map(_state, _files(arguments.model))),
-    }
+def _until_damaged(reader: VideoReader) -> Iterator[np.ndarray]:
+    for frame in reader:
+        if reader.errors:
+            break
+        yield frame
+    if reader.errors:
+        raise UserError(
+            f"{reader.path} is damaged after {reader.count} frames ({reader.errors[0]}); --on-error keep goes on"
+        )
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
+def _damage(parts: VideoParts, times: list[Fraction], job: Job, arguments: argparse.Namespace) -> list[str]:
+    """What is wrong with the input, one line each."""
+    damage = []
+    if parts.errors:
+        damage.append(f"damaged, {len(parts.errors)} errors; the first: {parts.errors[0]}")
+    end_s, period_s = job.info.end_s, float(1 / job.info.frame_rate)
+    if arguments.frames is None and end_s is not None:
+        missing = round((end_s - float(times[-1]) - period_s) / period_s)
+        if missing >= MISSING_FRAMES:
+            damage.append(f"it ends {missing} frames earlier than its header says")
+    return damage
 
 
-def _state(path: Path) -> str:
-    state = path.stat()
-    return f"{path.resolve()} of {state.st_size} bytes at {state.st_mtime_ns}"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.upscale", description="Upscale a video with a one-step model, ×4 or to any size."
+def _tiling(arguments: argparse.Namespace) -> Tiling:
+    return Tiling(
+        transformer_tile_px=arguments.tile,
+        vae_tile_px=arguments.vae_tile,
+        decode_tile_px=arguments.decode_tile,
+        overlap_px=arguments.tile_overlap,
     )
-    parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="model folder (what training exports)")
-    model.add_argument(
-        "--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on"
-    )
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--scale", type=float, help="of both sides; default: 4, which is what the model does")
-    sizes.add_argument("--height", type=int, help="lines of the output; the width follows")
-    sizes.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
-    parser.add_argument("--max-size", type=int, help="no side of the output is larger, px")
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
-    parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
-    parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
-    parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
-    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided")
-    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: undivided")
-    parser.add_argument("--decode-tile", type=int, help="VAE decoder tile; default: as --vae-tile")
-    parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
-    parser.add_argument("--colour-fix", choices=("none", "wavelet", "adain"), default="none")
-    parser.add_argument("--start", type=int, default=0, help="first frame")
-    parser.add_argument("--frames", type=int, help="how many frames; default: all")
-    parser.add_argument("--crf", type=int, default=15, help="x264 quality; 15 is visually lossless")
-    parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
-    parser.add_argument("--bit-depth", type=int, choices=(8, 10), default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
-    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
-    parser.add_argument(
-        "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"
-    )
-    parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

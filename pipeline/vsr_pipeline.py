@@ -123,16 +123,17 @@ class VSRPipeline(DiffusionPipeline):
         """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.
 
         Args:
-            low_resolution: uint8 (F, h, w, 3) RGB, any F and size.
+            low_resolution: uint8, or uint16 in 0…65535, (F, h, w, 3) RGB, any F and size.
             seed: of the noise; the result is a function of the clip and this.
             first_frame: number of the clip's first frame in its video; the noise depends on it.
 
         Raises:
-            ValueError: not uint8 (F, h, w, 3).
+            ValueError: another dtype or shape.
         """
         frames = torch.as_tensor(np.ascontiguousarray(low_resolution))
-        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8 or len(frames) == 0:
-            raise ValueError(f"expected uint8 (F, h, w, 3), got {frames.dtype} {tuple(frames.shape)}")
+        known = frames.dtype in (torch.uint8, torch.uint16)
+        if frames.ndim != 4 or frames.shape[3] != 3 or not known or len(frames) == 0:
+            raise ValueError(f"expected uint8 or uint16 (F, h, w, 3), got {frames.dtype} {tuple(frames.shape)}")
         run = _Run(
             self,
             prompt,
@@ -162,7 +163,7 @@ class _Run:
         self.seconds = {"encode": 0.0, "transformer": 0.0, "decode": 0.0}
 
     def clip(self, frames: Tensor, first_frame: int) -> Tensor:
-        """uint8 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
+        """uint8 or uint16 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
         count = len(frames)
         pixels = upsample_low_resolution(_repeat_last(frames))
         height, width = pixels.shape[2:]

@@ -93,7 +93,7 @@ def upsample_low_resolution(frames: np.ndarray | Tensor) -> Tensor:
     """LR frames enlarged ×4 in pixels, as the model is conditioned on them [note].
 
     Args:
-        frames: uint8 (F, h, w, 3).
+        frames: uint8 or uint16 (F, h, w, 3).
 
     Returns:
         float32 (3, F, 4h, 4w) in [-1, 1]; bicubic, clamped.
@@ -104,9 +104,10 @@ def upsample_low_resolution(frames: np.ndarray | Tensor) -> Tensor:
 
 
 def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
-    """uint8 (F, H, W, 3) to float32 (3, F, H, W) in [-1, 1]."""
+    """uint8, or uint16 in 0…65535, (F, H, W, 3) to float32 (3, F, H, W) in [-1, 1]."""
     tensor = torch.from_numpy(np.ascontiguousarray(frames)) if isinstance(frames, np.ndarray) else frames
-    return tensor.permute(3, 0, 1, 2).float() / 127.5 - 1
+    half = 127.5 if tensor.dtype == torch.uint8 else 32767.5
+    return tensor.permute(3, 0, 1, 2).float() / half - 1
 
 
 def to_frames(pixels: Tensor, bit_depth: Literal[8, 10] = 8) -> Tensor:

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from common.errors import UserError
-from common.video_io import ffmpeg_binary
+from common.video_probe import ffmpeg_binary
 from metrics.luma import luma
 from metrics.registry import create
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.video_io import VideoWriter, probe, read_video
+from common.video_io import VideoWriter, read_video
+from common.video_probe import probe
 from metrics.psnr import psnr_db
 from pipeline.output_size import choose_size, parse_size
 from pipeline.upscale import main
@@ -65,7 +66,7 @@ def test_the_command_writes_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (("--size", "100x96"), (100, 96)),
         (("--max-size", "80"), (80, 60)),
     ):
-        command = ["upscale", str(source), str(output), "--bicubic", "--lossless", *option]
+        command = ["upscale", str(source), str(output), "--bicubic", "--lossless", "--overwrite", *option]
         monkeypatch.setattr(sys, "argv", command)
         main()
         info, frames = probe(output), read_video(output)

@@ -14,28 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import run_command
 from common.scene_cuts import CONTEXT
-from common.video_io import VideoWriter, ffmpeg_binary, probe, read_video
-from pipeline.model.prompts import PromptCache, load_prompts, placeholder_cache
-from pipeline.model.tiny_vae import TinyVideoVAE
-from pipeline.model.transformer import VSRTransformer
+from common.video_io import VideoWriter, read_video
+from common.video_probe import ffmpeg_binary, probe
+from pipeline.model.prompts import PromptCache, load_prompts
+from pipeline.resumable_video import only_job
 from pipeline.tiling import blend_windows, spans
-from pipeline.upscale import main
 from pipeline.video_windows import Windows, split_video, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    transformer = VSRTransformer(
-        latent_channels=8, num_attention_heads=2, attention_head_dim=24, text_dim=8, ffn_dim=64, num_layers=2,
-        freq_dim=32, low_resolution_skip=True,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
-    VSRPipeline(transformer, TinyVideoVAE(z_dim=8), placeholder_cache(8, 4)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +41,6 @@ def film(tmp_path_factory):
 
 def frames(count: int, height: int = 24, width: int = 40, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def upscale(monkeypatch, capsys):
-    """The command without the seconds that a new process takes to import PyTorch."""
-
-    def run(*arguments: object) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", ["upscale", *map(str, arguments)])
-        handler, status = signal.getsignal(signal.SIGTERM), 0
-        try:
-            run_command(main)
-        except SystemExit as left:
-            status = left.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
-
-    return run
 
 
 def test_saved_and_opened_pipeline_gives_the_same_frames(pipeline, model_folder):
@@ -244,16 +212,47 @@ def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, numb
     assert len(read_video(output)) == 120
 
 
-def test_parts_of_another_job_are_not_used(upscale, model_folder, film, tmp_path):
+def test_parts_of_another_job_are_kept_until_restart(upscale, film, tmp_path):
     output = tmp_path / "out.mp4"
     parts = tmp_path / ".out.mp4.parts"
     parts.mkdir()
-    (parts / "job.json").write_text('{"seed": "0"}')
+    (parts / "job.json").write_text('{"seed": "7"}')
     (parts / "part-00000.mp4").write_text("of another film")
-    (parts / "part-00000.json").write_text('{"frames": 3, "place": [3, 0], "statistics": {}}')
+    (parts / "part-00000.json").write_text("{}")
     done = upscale(film, output, "--bicubic")
-    assert done.returncode == 0 and "starting over: " in done.stderr
+    assert done.returncode == 2 and "seed: 7 -> 0" in done.stderr and "--restart" in done.stderr
+    assert (parts / "part-00000.mp4").read_text() == "of another film" and not output.exists()
+    assert upscale(film, output, "--bicubic", "--restart").returncode == 0
     assert len(read_video(output)) == 30 and not parts.exists()
+
+
+def test_an_output_has_one_writer(upscale, film, tmp_path):
+    output = tmp_path / "out.mp4"
+    with only_job(output):
+        done = upscale(film, output, "--bicubic")
+    assert done.returncode == 2 and "another job is writing here" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_change_no_pixel_resume(upscale, model_folder, film, tmp_path, monkeypatch):
+    """An interrupted job goes on with another size of its parts, and says how."""
+    output = tmp_path / "out.mp4"
+    write, calls = VideoWriter.write, []
+
+    def interrupted(self, clip):
+        calls.append(len(clip))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        write(self, clip)
+
+    options = ("--model", model_folder, "--window", 9, "--overlap", 2)
+    monkeypatch.setattr(VideoWriter, "write", interrupted)
+    done = upscale(film, output, *options, "--part-frames", 5)
+    assert done.returncode == 130 and "the same command resumes" in done.stderr
+    monkeypatch.setattr(VideoWriter, "write", write)
+    done = upscale(film, output, *options, "--part-frames", 500, "--stats", tmp_path / "stats.json")
+    assert done.returncode == 0 and "resuming after" in done.stderr
+    assert len(read_video(output)) == 30
 
 
 def test_prompt_cache_round_trip_and_unknown_prompt(tmp_path):

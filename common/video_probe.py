@@ -1,0 +1,196 @@
+"""What a video file holds, before its frames are decoded; and the FFmpeg program that decodes them.
+
+The FFmpeg program is the one in the wheel `imageio-ffmpeg`, the same version everywhere; another one is chosen by the
+environment variable DUO_VSR_FFMPEG.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import imageio_ffmpeg
+from av.error import FFmpegError
+
+from common.errors import UserError
+
+#: files that are looked for as videos
+VIDEO_SUFFIXES = (*(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),)
+#: the variable that names another FFmpeg program than the bundled one
+FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
+#: a frame rate above it is a container's clock rather than a rate (webm as browsers record it: 1000)
+LARGEST_RATE = 240
+#: width or height from which untagged video is high definition, hence BT.709
+HD_WIDTH, HD_HEIGHT = 1280, 720
+
+#: ITU-T H.273 codes, as FFmpeg numbers them
+BT709, UNSPECIFIED, BT601, BT2020, BT2020_NCL, BT2020_CL, PQ, HLG = 1, 2, 6, 9, 9, 10, 16, 18
+
+_DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Colour:
+    """Codes of ITU-T H.273; UNSPECIFIED where the file does not say."""
+
+    matrix: int = UNSPECIFIED
+    primaries: int = UNSPECIFIED
+    transfer: int = UNSPECIFIED
+
+    @property
+    def hdr(self) -> bool:
+        """Whether the transfer function is PQ or HLG."""
+        return self.transfer in (PQ, HLG)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known before the second frame is decoded."""
+
+    #: of the frame turned upright
+    width: int
+    height: int
+    #: the average one; 25 where the container has none
+    frame_rate: Fraction
+    #: None where the container does not say
+    frames: int | None
+    #: None where the container does not say
+    duration_s: float | None
+    #: of one pixel; not 1 for most DVDs
+    sample_aspect_ratio: Fraction
+    #: codec of each sound track; None: nothing here decodes it
+    audio_codecs: tuple[str | None, ...]
+    colour: Colour = Colour()
+    #: its first frame holds two fields of different times
+    interlaced: bool = False
+    #: it has a transparency channel
+    alpha: bool = False
+    #: of the video among the file's streams
+    stream_index: int = 0
+    #: of one component of a pixel
+    bits: int = 8
+    #: time stamp at which the file's first stream starts
+    start_s: Fraction = Fraction(0)
+    #: seconds from there to the end of the video; None where the container does not say
+    end_s: float | None = None
+
+    @property
+    def estimated_frames(self) -> int | None:
+        """For progress bars: what the header says, or duration times rate."""
+        if self.frames or self.duration_s is None:
+            return self.frames
+        return round(self.duration_s * self.frame_rate)
+
+    @property
+    def matrix(self) -> int:
+        """The matrix to decode with: the file's, else BT.709 for high definition and BT.601 below."""
+        if self.colour.matrix not in (UNSPECIFIED, 3):
+            return self.colour.matrix
+        return BT709 if self.width >= HD_WIDTH or self.height >= HD_HEIGHT else BT601
+
+
+def ffmpeg_binary() -> str:
+    """Path of the FFmpeg program.
+
+    Raises:
+        UserError: DUO_VSR_FFMPEG names no program.
+    """
+    chosen = os.environ.get(FFMPEG_VARIABLE)
+    if not chosen:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    found = shutil.which(chosen)
+    if found is None:
+        raise UserError(f"{FFMPEG_VARIABLE}={chosen}: no such program; unset it to use the bundled FFmpeg")
+    return found
+
+
+def url(path: str | Path) -> str:
+    """The path as FFmpeg takes it: without this, `12:30.mp4` names a protocol and `a#b` a part.
+
+    Raises:
+        UserError: the name is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{str(path).encode(errors='backslashreplace').decode()}: rename it to UTF-8") from None
+    return f"file:{path}"
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Read the header and the first frame; width and height are those of the frame turned upright.
+
+    Raises:
+        UserError: no such file, or not a video.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no video file {path}")
+    try:
+        with av.open(url(path)) as container:
+            return _read(container, path)
+    except FFmpegError as error:
+        raise UserError(f"{path} is not a readable video ({error.strerror}); convert it or leave it out") from None
+
+
+def first_video(container: Any) -> Any:
+    """The stream that FFmpeg's `0:v:0` is, without a song's cover; None without any."""
+    attached = av.stream.Disposition.attached_pic
+    return next((stream for stream in container.streams.video if not stream.disposition & attached), None)
+
+
+def _read(container: Any, path: str | Path) -> VideoInfo:
+    stream = first_video(container)
+    if stream is None:
+        raise UserError(f"{path} holds no video stream")
+    rate = stream.average_rate or stream.base_rate
+    if rate is None or rate > LARGEST_RATE:
+        rate = Fraction(25)
+    first = _first_frame(container, stream)
+    if first is None:
+        raise UserError(f"{path} holds no frame that can be decoded; convert it or leave it out")
+    if first.rotation % 90:
+        raise UserError(f"{path} is to be shown turned by {first.rotation} degrees; only quarter turns are read")
+    # FFmpeg turns what a phone recorded on its side, and swaps the sides with it.
+    width, height = (first.width, first.height) if first.rotation % 180 == 0 else (first.height, first.width)
+    return VideoInfo(
+        width,
+        height,
+        Fraction(rate),
+        stream.frames or None,
+        container.duration / av.time_base if container.duration else None,
+        Fraction(stream.sample_aspect_ratio or 1),
+        tuple(track.codec_context.name if track.codec_context else None for track in container.streams.audio),
+        Colour(int(first.colorspace), int(first.color_primaries), int(first.color_trc)),
+        bool(first.interlaced_frame),
+        any(component.is_alpha for component in first.format.components),
+        stream.index,
+        max(component.bits for component in first.format.components),
+        Fraction(container.start_time or 0, av.time_base),
+        _end_s(container, stream),
+    )
+
+
+def _first_frame(container: Any, stream: Any) -> Any:
+    """The first frame that can be decoded: a capture may begin in the middle of a group of pictures."""
+    for packet in container.demux(stream):
+        try:
+            if frames := packet.decode():
+                return frames[0]
+        except FFmpegError:
+            continue
+    return None
+
+
+def _end_s(container: Any, stream: Any) -> float | None:
+    start = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / av.time_base
+    if stream.duration:
+        return start + float(stream.duration * stream.time_base)
+    if match := _DURATION.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska's; its end, not its length
+        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+    return None

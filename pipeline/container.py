@@ -1,0 +1,233 @@
+"""The output file: parts put one after the other with the source's times, beside the source's other tracks.
+
+`plan_tracks` says before the first frame what becomes of each track; `join` gives every frame its time; `write_output`
+puts video, sound, subtitles, chapters and titles into one file.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+from av.error import FFmpegError
+
+from common.atomic import atomic_file
+from common.errors import UserError
+from common.video_io import ffmpeg_reason
+from common.video_probe import ffmpeg_binary, url
+
+_MP4_AUDIO = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"})
+_PCM = frozenset(f"pcm_{kind}" for kind in ("s16le", "s16be", "s24le", "s24be", "s32le", "s32be", "f32le", "f32be"))
+#: sound that a container takes unchanged; any other is encoded anew
+COPIED_AUDIO: dict[str, frozenset[str]] = {
+    ".mp4": _MP4_AUDIO,
+    ".m4v": frozenset({"aac", "alac", "ac3"}),
+    ".mov": frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac"}) | _PCM,
+    ".mkv": _MP4_AUDIO | _PCM | {"vorbis", "dca", "truehd", "mp2"},
+    ".avi": frozenset({"mp3", "mp3float", "ac3", "mp2", "pcm_s16le"}),
+}
+#: what other sound becomes
+NEW_AUDIO = {".avi": "libmp3lame"}
+TEXT_SUBTITLES = frozenset({"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"})
+#: what text subtitles become, where a container does not take each as it is
+NEW_SUBTITLES = {".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text"}
+#: times that are so close to a constant rate have it: Matroska rounds to milliseconds
+REGULAR_S = Fraction(3, 2000)
+
+
+@dataclass(frozen=True)
+class Track:
+    """One kept track of the source."""
+
+    index: int
+    kind: str
+    #: FFmpeg's encoder, or copy
+    codec: str
+
+
+@dataclass(frozen=True)
+class TrackPlan:
+    """What becomes of the source's tracks."""
+
+    kept: tuple[Track, ...] = ()
+    #: one line for each track that the output lacks
+    dropped: tuple[str, ...] = ()
+
+
+def plan_tracks(source: Path, suffix: str) -> TrackPlan:
+    """Sound, subtitles and attachments of `source` in a container of this suffix.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    kept: list[Track] = []
+    dropped: list[str] = []
+    try:
+        with av.open(url(source)) as container:
+            for stream in container.streams:
+                codec = stream.codec_context.name if stream.codec_context else None
+                name = f"track {stream.index} ({stream.type}, {codec or 'a codec that FFmpeg does not know'})"
+                if stream.type == "audio":
+                    if codec is None:
+                        dropped.append(f"{name} is left out: nothing here decodes it")
+                    elif codec in COPIED_AUDIO[suffix]:
+                        kept.append(Track(stream.index, "audio", "copy"))
+                    else:
+                        kept.append(Track(stream.index, "audio", NEW_AUDIO.get(suffix, "aac")))
+                elif stream.type == "subtitle":
+                    if suffix == ".mkv" and codec not in ("mov_text", None):
+                        kept.append(Track(stream.index, "subtitle", "copy"))
+                    elif suffix == ".mkv" and codec == "mov_text":
+                        kept.append(Track(stream.index, "subtitle", "srt"))
+                    elif suffix in NEW_SUBTITLES and codec in TEXT_SUBTITLES:
+                        kept.append(Track(stream.index, "subtitle", NEW_SUBTITLES[suffix]))
+                    else:
+                        dropped.append(f"{name} is left out: {suffix} does not take it")
+                elif stream.type == "attachment":
+                    if suffix == ".mkv":
+                        kept.append(Track(stream.index, "attachment", "copy"))
+                    else:
+                        dropped.append(f"{name} is left out: only .mkv takes it")
+                elif stream.type == "data":
+                    dropped.append(f"{name} is left out")
+    except FFmpegError as error:
+        raise UserError(f"{source} is not a readable video ({error})") from None
+    return TrackPlan(tuple(kept), tuple(dropped))
+
+
+def frame_times(stamps: Sequence[Fraction | None], rate: Fraction) -> list[Fraction]:
+    """Seconds of each frame, rising: the time stamps, or a constant `rate` where they are that rate, rounded.
+
+    A frame without a time stamp, or with one that does not follow the last, comes one period after it.
+    """
+    times: list[Fraction] = []
+    for stamp in stamps:
+        following = times[-1] + 1 / rate if times else Fraction(0)
+        time = following if stamp is None else stamp
+        times.append(time if not times or time > times[-1] else following)
+    if times and all(abs(time - times[0] - number / rate) <= REGULAR_S for number, time in enumerate(times)):
+        return [times[0] + number / rate for number in range(len(times))]
+    return times
+
+
+def join(parts: Sequence[Path], path: Path, times: Sequence[Fraction] | None = None) -> None:
+    """Put the frames of `parts`, encoded alike, one after the other into `path`, without encoding them again.
+
+    Args:
+        times: seconds of each frame, rising; the file starts with the first one at zero. None: as in the parts.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    try:
+        with atomic_file(path) as temporary, av.open(url(temporary), "w") as output:
+            _copy(parts, output, times)
+    except (FFmpegError, OSError) as error:
+        raise UserError(f"cannot write {path}: {ffmpeg_reason(str(error).encode())}") from None
+
+
+def _copy(parts: Sequence[Path], output: Any, times: Sequence[Fraction] | None) -> None:
+    counts, delay, rate = _measure(parts)
+    number = sum(counts)
+    base = _time_base(times, rate)
+    seconds = [time - times[0] for time in times] if times else [place / rate for place in range(number)]
+    stamps = [round(time / base) for time in seconds]
+    if len(stamps) != number:
+        raise UserError(f"{number} frames were written, {len(stamps)} times are known; run with --restart")
+    period = stamps[-1] - stamps[-2] if number > 1 else round(1 / rate / base)
+    durations = [b - a for a, b in pairwise([*stamps, stamps[-1] + period])]
+    stream: Any = None
+    place = before = 0
+    for part, count in zip(parts, counts, strict=True):
+        with av.open(url(part)) as container:
+            source = container.streams.video[0]
+            if stream is None:
+                stream = output.add_stream_from_template(source)
+                stream.time_base = base
+            for packet, shown in _numbered(container):
+                number = before + shown
+                copy = av.Packet(bytes(packet))
+                copy.stream, copy.time_base, copy.is_keyframe = stream, base, packet.is_keyframe
+                copy.pts, copy.duration = stamps[number], durations[number]
+                copy.dts = stamps[place - delay] if place >= delay else stamps[0] - (delay - place) * period
+                output.mux(copy)
+                place += 1
+        before += count
+
+
+def _measure(parts: Sequence[Path]) -> tuple[list[int], int, Fraction]:
+    """Frames of each part; how many places a frame is shown after it is decoded, at most; frames per second."""
+    counts, delay = [], 0
+    for part in parts:
+        with av.open(url(part)) as container:
+            rate = Fraction(container.streams.video[0].average_rate)
+            shown = [number for _, number in _numbered(container)]
+        counts.append(len(shown))
+        delay = max(delay, *(place - number for place, number in enumerate(shown)))
+    return counts, delay, rate
+
+
+def _numbered(container: Any) -> Iterator[tuple[Any, int]]:
+    """Packets in the order of decoding, each with the number of its frame in the order of showing."""
+    stream = container.streams.video[0]
+    rate = Fraction(stream.average_rate)
+    start = stream.start_time or 0
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            yield packet, round((packet.pts - start) * stream.time_base * rate)
+
+
+def _time_base(times: Sequence[Fraction] | None, rate: Fraction) -> Fraction:
+    """A unit that every time is a multiple of, if there is one of at least a microsecond."""
+    if times is None or all(b - a == 1 / rate for a, b in pairwise(times)):
+        return 1 / rate
+    denominator = math.lcm(*(time.denominator for time in times))
+    return Fraction(1, denominator if denominator <= 1_000_000 else 90_000)
+
+
+def write_output(
+    video: Path, output: Path, source: Path | None, tracks: TrackPlan, offset: Fraction, frame_rate: Fraction
+) -> None:
+    """The joined `video` and the kept tracks of `source` in a file of the output's kind, with chapters and titles.
+
+    Args:
+        offset: seconds from the start of the source's first stream to the first frame.
+        frame_rate: of a container without time stamps.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    command = [ffmpeg_binary(), "-loglevel", "error", "-nostdin", "-y", "-copyts"]
+    start_s = 0.0
+    if source is not None:
+        with av.open(url(source)) as container:
+            start_s = (container.start_time or 0) / av.time_base
+    if output.suffix.lower() == ".avi":
+        command += ["-r", str(frame_rate)]
+    command += ["-itsoffset", f"{float(offset) + start_s:.6f}", "-i", url(video)]
+    maps = ["-map", "0:v:0"]
+    if source is not None:
+        # Shifted together at the end: FFmpeg 5 forgets an -itsoffset of MPEG-TS whose first stream is not mapped.
+        command += ["-i", url(source)]
+        maps += ["-map_metadata", "1", "-map_chapters", "1", "-output_ts_offset", f"{-start_s:.6f}"]
+        counts: dict[str, int] = {}
+        for track in tracks.kept:
+            letter = {"audio": "a", "subtitle": "s", "attachment": "t"}[track.kind]
+            place = counts[letter] = counts.get(letter, -1) + 1
+            maps += ["-map", f"1:{track.index}", f"-c:{letter}:{place}", track.codec]
+            if letter == "a" and track.codec != "copy":
+                maps += [f"-b:{letter}:{place}", "256k"]
+    maps += ["-c:v", "copy", "-max_interleave_delta", "0"]
+    if output.suffix.lower() in (".mp4", ".mov", ".m4v"):
+        maps += ["-movflags", "+faststart"]
+    with atomic_file(output) as temporary:
+        done = subprocess.run([*command, *maps, url(temporary)], stderr=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise UserError(f"cannot write {output}: {ffmpeg_reason(done.stderr)}")

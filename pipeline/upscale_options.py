@@ -1,0 +1,152 @@
+"""Options of `python -m pipeline.upscale`: checked before a frame is read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from common.errors import UserError
+from common.video_io import OUTPUT_SUFFIXES, Deinterlace
+from pipeline.colour_fix import ColourFix
+from pipeline.model.config import Attention
+from pipeline.model.prompts import DEFAULT_PROMPT
+from pipeline.output_size import parse_size
+
+#: options that do not decide pixels
+_INCIDENTAL = frozenset({"output", "stats", "part_frames", "restart", "overwrite", "on_error", "attention", "device"})
+#: the smallest and largest value of each number
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "scale": (0, 32), "height": (8, None), "max_size": (8, None), "seed": (0, 2**63 - 1), "steps": (1, 1000),
+    "guidance": (0, None), "window": (5, None), "overlap": (0, None), "tile": (16, None), "vae_tile": (16, None),
+    "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 51),
+    "part_frames": (1, None), "fps": (0.01, 1000),
+}  # fmt: skip
+#: x264's quality where --crf is not given: visually lossless
+DEFAULT_CRF = 15
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: a value outside its range, two options that exclude each other, a device that is not there.
+    """
+    arguments = _parser().parse_args()
+    for name, (low, high) in _RANGES.items():
+        value = getattr(arguments, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            limits = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be {limits}")
+    if arguments.lossless and arguments.crf is not None:
+        raise UserError(f"--crf {arguments.crf} means nothing with --lossless; leave one of them out")
+    if arguments.lossless and arguments.bit_depth == 10:
+        raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
+    arguments.crf = DEFAULT_CRF if arguments.crf is None else arguments.crf
+    try:
+        kind = torch.device(arguments.device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {arguments.device}: choose cpu, cuda, cuda:1, … or mps")
+    return arguments
+
+
+def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that could not be written hours later, or that would destroy the input.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if output.suffix.lower() not in OUTPUT_SUFFIXES:
+        raise UserError(f"cannot write {output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
+    if output.is_dir():
+        raise UserError(f"cannot write {output}: it is a folder; name a file in it")
+    if output.exists() and os.path.samefile(source, output):
+        raise UserError(f"cannot write {output}: it is the input; choose another name")
+    if output.exists() and not overwrite:
+        raise UserError(f"cannot write {output}: it exists; choose another name, or --overwrite")
+    check_writable(output)
+
+
+def check_writable(path: Path) -> None:
+    """
+    Raises:
+        UserError: the file cannot be made there.
+    """
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise UserError(f"cannot write {path}: {path if path.is_dir() else folder} is not a folder to write in")
+
+
+def job_identity(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
+    """All that decides the pixels of the output, for people to read where it has changed."""
+    job = {name: str(value) for name, value in vars(arguments).items() if name not in _INCIDENTAL}
+    model = "bicubic" if arguments.bicubic else " ".join(map(_state, _files(arguments.model)))
+    return job | {"input": _state(source), "model": model}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
+
+
+def _state(path: Path) -> str:
+    state = path.stat()
+    return f"{path.resolve()} of {state.st_size} bytes at {state.st_mtime_ns}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.upscale", description="Upscale videos with a one-step model, ×4 or to any size."
+    )
+    parser.add_argument("input", type=Path, help="a video, or a folder of them")
+    parser.add_argument("output", type=Path, help="a file, or a folder where the input is one")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", type=Path, help="model folder (what training exports)")
+    model.add_argument(
+        "--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on"
+    )
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--scale", type=float, help="of both sides; default: 4, which is what the model does")
+    sizes.add_argument("--height", type=int, help="lines of the output; the width follows")
+    sizes.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT")
+    parser.add_argument("--max-size", type=int, help="no side of the output is larger, px")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
+    parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
+    parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
+    parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
+    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided")
+    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: undivided")
+    parser.add_argument("--decode-tile", type=int, help="VAE decoder tile; default: as --vae-tile")
+    parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
+    parser.add_argument("--colour-fix", choices=get_args(ColourFix), default="wavelet")
+    parser.add_argument("--start", type=int, default=0, help="first frame")
+    parser.add_argument("--frames", type=int, help="how many frames; default: all")
+    parser.add_argument("--fps", type=float, help="a constant frame rate; default: every frame keeps its time")
+    parser.add_argument(
+        "--deinterlace", choices=get_args(Deinterlace), default="auto", help="auto: frames marked as interlaced"
+    )
+    parser.add_argument(
+        "--on-error", choices=("warn", "keep", "stop"), default="warn",
+        help="a damaged input: write what can be read and end with status 3 (warn) or 0 (keep), or stop",
+    )  # fmt: skip
+    parser.add_argument("--crf", type=float, help="x264 quality; default: 15, visually lossless")
+    parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
+    parser.add_argument("--bit-depth", type=int, choices=(8, 10), help="default: 10 for HDR, else 8")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
+    parser.add_argument(
+        "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--restart", action="store_true", help="delete the parts that an earlier run left")
+    parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")
+    return parser

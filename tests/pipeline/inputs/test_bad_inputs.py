@@ -1,0 +1,125 @@
+"""Damaged files, wrong options, odd names: nothing is lost in silence, and nothing fails at the last step."""
+
+import os
+import shutil
+
+import av
+import pytest
+
+from common.video_io import read_video
+from common.video_probe import probe
+from tests.pipeline.inputs.conftest import frame_times, picture
+
+
+@pytest.fixture
+def damaged(make, tmp_path):
+    """One packet of 100 zeroed."""
+    whole = make("d0.mp4", *picture(4), "-c:v", "libx264", "-g", "25", "-bf", "0")
+    packets = [(packet.pos, packet.size) for packet in av.open(str(whole)).demux(video=0) if packet.pos]
+    content = bytearray(whole.read_bytes())
+    place, size = packets[50]
+    content[place : place + size] = bytes(size)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_packet(damaged, upscale, tmp_path):
+    output = tmp_path / "out.mp4"
+    done = upscale(damaged, output, "--bicubic")
+    assert done.returncode == 3 and "damaged.mp4: damaged, " in done.stderr
+    times = frame_times(output)
+    assert 70 <= len(times) <= 100 and abs(times[-1] - 3.96) < 0.02, "what follows the damage keeps its time"
+    assert upscale(damaged, output, "--bicubic", "--on-error", "keep", "--overwrite").returncode == 0
+    stopped = tmp_path / "stopped.mp4"
+    done = upscale(damaged, stopped, "--bicubic", "--on-error", "stop")
+    assert done.returncode == 2 and "--on-error keep goes on" in done.stderr and not stopped.exists()
+
+
+def test_half_a_file(make, upscale, tmp_path):
+    whole = make("full.mkv", *picture(8), "-c:v", "libx264", "-g", "25")
+    half = tmp_path / "half.mkv"
+    half.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * 0.55)])
+    output = tmp_path / "out.mp4"
+    done = upscale(half, output, "--bicubic")
+    assert done.returncode == 3 and "frames earlier than its header says" in done.stderr
+    assert 0 < probe(output).frames < 200
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--frames", 0), "--frames 0: it must be at least 1"),
+        (("--steps", 0), "--steps 0: it must be 1 to 1000"),
+        (("--start", -5), "--start -5: it must be at least 0"),
+        (("--device", "tpu"), "--device tpu: choose cpu, cuda"),
+        (("--crf", -1), "--crf -1.0: it must be 0 to 51"),
+        (("--lossless", "--crf", 10), "means nothing with --lossless"),
+        (("--start", 500), "no frame to write"),
+    ],
+)
+def test_wrong_options_are_one_line(base, upscale, tmp_path, options, words):
+    done = upscale(base, tmp_path / "out" / "out.mp4", "--bicubic", *options)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "upscaling:" not in line]
+    assert len(lines) == 1 and words in lines[0]
+
+
+@pytest.mark.parametrize("name", ["2026-01-02T12:30:00.mp4", "a:b.mp4", "Season #1/what?.mp4", "50 %d [x].mp4"])
+def test_odd_names_in_and_out(base, upscale, tmp_path, name):
+    source, output = tmp_path / "in" / name, tmp_path / "out" / name
+    source.parent.mkdir(parents=True)
+    shutil.copy(base, source)
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 0, done.stderr
+    assert len(read_video(output)) == 50
+
+
+def test_a_name_that_is_no_utf8_is_one_line(base, upscale, tmp_path):
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    shutil.copy(base, source)
+    done = upscale(source, tmp_path / "out.mp4", "--bicubic")
+    assert done.returncode == 2 and done.stderr.strip().endswith("caf\\udce9.mp4: rename it to UTF-8")
+
+
+def test_outputs_that_are_refused_before_the_first_frame(base, upscale, tmp_path):
+    linked, existing, folder = tmp_path / "linked.mp4", tmp_path / "existing.mp4", tmp_path / "folder.mp4"
+    os.link(base, linked)
+    existing.write_bytes(b"another film")
+    folder.mkdir()
+    content = base.read_bytes()
+    for output, words in (
+        (base, "it is the input"),
+        (linked, "it is the input"),
+        (existing, "--overwrite"),
+        (folder, "it is a folder"),
+        (tmp_path / "out.gif", "choose one of"),
+        (base / "out.mp4", "is not a folder to write in"),
+    ):
+        done = upscale(base, output, "--bicubic")
+        assert done.returncode == 2 and words in done.stderr, output
+    done = upscale(base, tmp_path / "out.mp4", "--bicubic", "--stats", folder)
+    assert done.returncode == 2 and "cannot write" in done.stderr and not (tmp_path / "out.mp4").exists()
+    assert base.read_bytes() == content and existing.read_bytes() == b"another film"
+    assert upscale(base, existing, "--bicubic", "--overwrite").returncode == 0
+    assert len(read_video(existing)) == 50
+
+
+def test_only_quarter_turns_are_read(base, make, upscale, tmp_path):
+    turned = make("rot45.mp4", "-display_rotation", "45", "-i", "base.mp4", "-c", "copy")
+    done = upscale(turned, tmp_path / "out.mp4", "--bicubic")
+    assert done.returncode == 2 and "only quarter turns are read" in done.stderr
+
+
+def test_a_folder_goes_on_past_a_bad_file(base, upscale, tmp_path):
+    folder, output = tmp_path / "films", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.mp4", "c.webm.mkv"):
+        shutil.copy(base, folder / name)
+    (folder / "b.mp4").write_text("not a video")
+    (folder / "._a.mp4").write_bytes(bytes(4096))
+    (folder / "notes.txt").write_text("")
+    done = upscale(folder, output, "--bicubic", "--frames", 3)
+    assert done.returncode == 3
+    assert done.stderr.strip().splitlines()[-1].startswith("failed: ") and "b.mp4" in done.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "c.webm.mkv"]

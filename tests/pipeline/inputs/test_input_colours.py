@@ -1,0 +1,120 @@
+"""Colours of the output are those of the source, whatever its tags say or leave out."""
+
+import subprocess
+
+import av
+import numpy as np
+import pytest
+
+from common.video_io import EXACT, VideoReader, read_video
+from common.video_probe import ffmpeg_binary
+
+GREEN = (0x20, 0xC0, 0x40)
+
+
+def flat(matrix: str, scale: str = "tv", tags: str = "") -> tuple[str, ...]:
+    """The colour GREEN, converted by this matrix; `tags` are setparams' values."""
+    colour = "format=gbrp,geq=r={}:g={}:b={}".format(*GREEN)
+    converted = f"scale=out_color_matrix={matrix}:out_range={scale}:flags={EXACT},format=yuv420p"
+    return ("-vf", f"{colour},{converted},setparams={tags}")
+
+
+def exact_rgb(path, matrix: str) -> np.ndarray:
+    """The first frame by FFmpeg alone, with the matrix named."""
+    command = [
+        ffmpeg_binary(),
+        "-v",
+        "error",
+        "-i",
+        path,
+        "-vf",
+        f"scale=in_color_matrix={matrix}:flags={EXACT}",
+        "-frames:v",
+        "1",
+    ]
+    raw = subprocess.run([*command, "-pix_fmt", "rgb24", "-f", "rawvideo", "-"], check=True, stdout=subprocess.PIPE)
+    return np.frombuffer(raw.stdout, np.uint8).reshape(-1, 3)
+
+
+UNTAGGED = "colorspace=unknown:color_primaries=unknown:color_trc=unknown"
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ("1280x720", flat("bt709", tags=UNTAGGED)),
+        ("320x240", flat("smpte170m", tags=UNTAGGED)),
+        ("320x240", flat("bt709", tags="colorspace=bt709")),
+        ("1280x720", flat("smpte170m", tags="colorspace=smpte170m")),
+        ("320x240", flat("bt709", "pc", tags="colorspace=bt709:range=pc")),
+    ],
+    ids=["untagged HD", "untagged SD", "709 SD", "601 HD", "full range"],
+)
+def test_a_colour_stays(make, upscale, tmp_path, size, options):
+    source = make(
+        "in.mp4", "-f", "lavfi", "-i", f"nullsrc=s={size}:r=25:d=0.08", *options,
+        "-c:v", "libx264", "-qp", "0",
+    )  # fmt: skip
+    assert np.abs(read_video(source)[0].reshape(-1, 3).astype(int) - GREEN).max() <= 2
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic", "--size", "320x240", "--frames", 1).returncode == 0
+    assert np.abs(exact_rgb(output, "bt709").astype(int) - GREEN).max() <= 2
+    with av.open(str(output)) as container:
+        frame = next(container.decode(video=0))
+    assert (int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc)) == (1, 1, 1)
+
+
+def test_chroma_is_enlarged_smoothly_and_without_bias(make):
+    """A 4:2:0 ramp of chroma, against the same ramp computed in float64."""
+    source = make(
+        "chroma.mkv", "-f", "lavfi", "-i", "nullsrc=s=256x64:d=0.04:r=25",
+        "-vf", "geq=lum=128:cb='64+X':cr=128,format=yuv420p,setparams=colorspace=bt709:range=tv", "-c:v", "ffv1",
+    )  # fmt: skip
+    blue = read_video(source)[0, 32, :, 2].astype(float)
+    x = np.arange(256)
+    # Chroma of a 4:2:0 sample stands on the left pixel of its pair (H.264's default place).
+    wanted = np.clip((128 - 16) * 255 / 219 + 1.8556 * 255 / 224 * (64 + x / 2 - 128), 0, 255)
+    inner = (x > 4) & (x < 252) & (wanted > 8) & (wanted < 247)
+    error = (blue - wanted)[inner]
+    assert abs(error.mean()) < 1.0 and np.abs(error).max() < 2.5
+    assert np.abs(np.diff(blue[inner], 2)).max() <= 2, "steps of a block"
+
+
+@pytest.mark.parametrize(("name", "transfer"), [("arib-std-b67", 18), ("smpte2084", 16)])
+def test_hdr_keeps_its_tags_and_ten_bits(make, upscale, tmp_path, name, transfer):
+    tags = f"setparams=colorspace=bt2020nc:color_primaries=bt2020:color_trc={name}:range=tv"
+    ramp = "geq=lum='64+X*876/192':cb=512:cr=512"
+    source = make(
+        "hdr.mkv", "-f", "lavfi", "-i", "nullsrc=s=192x144:r=25:d=0.2,format=yuv420p10le",
+        "-vf", f"{ramp},{tags}", "-c:v", "ffv1",
+    )  # fmt: skip
+    output = tmp_path / "out.mkv"
+    done = upscale(source, output, "--bicubic", "--crf", 1)
+    assert done.returncode == 0 and "HDR" in done.stderr
+    with av.open(str(output)) as container:
+        frame = next(container.decode(video=0))
+    assert (int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc)) == (9, 9, transfer)
+    assert frame.format.name == "yuv420p10le"
+    luma = frame.to_ndarray()[:576].astype(float)
+    wanted = 64 + ((np.arange(768) + 0.5) / 4 - 0.5) * 876 / 192
+    assert np.abs(luma[288] - wanted)[16:-16].max() < 6
+    assert len(np.unique(luma[288])) > 500, "read as 8 bits"
+
+
+def test_transparency_and_depth_are_said_to_be_left_out(make, upscale, tmp_path):
+    source = make(
+        "alpha.mov", "-f", "lavfi", "-i", "color=c=red@0.0:s=64x48:d=0.2,format=yuva444p10le",
+        "-c:v", "prores_ks", "-profile:v", "4444",
+    )  # fmt: skip
+    done = upscale(source, tmp_path / "out.mov", "--bicubic")
+    assert done.returncode == 0 and "its transparency is left out" in done.stderr and "become 8" in done.stderr
+
+
+def test_sixteen_bits_are_read(make):
+    source = make(
+        "deep.mkv", "-f", "lavfi", "-i", "nullsrc=s=64x16:d=0.04:r=25,format=gbrp10le",
+        "-vf", "geq=g='X*16':b='X*16':r='X*16'", "-c:v", "ffv1",
+    )  # fmt: skip
+    frame = next(iter(VideoReader(source, bits=16)))
+    assert frame.dtype == np.uint16
+    assert np.abs(frame[8, :, 0] - np.arange(64) * 16 / 1023 * 65535).max() < 70

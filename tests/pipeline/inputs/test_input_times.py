@@ -1,0 +1,119 @@
+"""Every frame keeps its time, and sound its distance from the picture."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from common.scene_cuts import SceneCuts, small_frame
+from common.video_io import read_video
+from common.video_probe import probe
+from tests.pipeline.inputs.conftest import frame_times, picture, sound_start, tone
+
+#: of a frame at 25 frames/s
+HALF_FRAME_S = 0.02
+#: an AAC frame at 48 kHz
+AAC_FRAME_S = 0.0214
+
+
+def test_variable_frame_rate(make, upscale, tmp_path):
+    """50 frames/s for two seconds, then 5."""
+    source = make(
+        "vfr.mp4", *picture(4, rate=50), *tone(4), "-vf", "select='lt(t,2)+not(mod(n,10))'", "-fps_mode", "vfr",
+        "-c:v", "libx264", "-c:a", "aac",
+    )  # fmt: skip
+    for suffix in ("mp4", "mkv"):
+        output = tmp_path / f"out.{suffix}"
+        assert upscale(source, output, "--bicubic").returncode == 0
+        times = frame_times(output)
+        assert len(times) == 110 and abs(times[100] - times[0] - 2.0) < HALF_FRAME_S / 2
+        assert np.allclose(np.diff(times[100:]), 0.2, atol=0.002)
+
+
+def test_a_recording_whose_header_has_no_rate(make, upscale, tmp_path):
+    source = make("recorder.webm", *picture(3), "-c:v", "libvpx", "-b:v", "200k", "-f", "webm", "-live", "1")
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic").returncode == 0
+    times = frame_times(output)
+    assert len(times) == 75 and np.allclose(times, np.arange(75) / 25, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts"])
+@pytest.mark.parametrize("late", ["picture", "sound"])
+def test_one_track_starts_later(base, make, upscale, tmp_path, suffix, late):
+    first, second = ("-itsoffset", "1.0", "-i", "base.mp4"), ("-i", "base.mp4")
+    inputs = (*first, *second) if late == "picture" else (*second, *first)
+    source = make(f"late.{suffix}", *inputs, "-map", "0:v", "-map", "1:a", "-c", "copy")
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic").returncode == 0
+    before, after = (frame_times(path)[0] - sound_start(path) for path in (source, output))
+    assert abs(after - (1.0 if late == "picture" else -1.0)) < 0.06
+    assert abs(after - before) < AAC_FRAME_S
+
+
+def test_parts_do_not_drift(make, upscale, model_folder, tmp_path):
+    source = make("ntsc.mp4", *picture(4, "32x24", "30000/1001"), "-c:v", "libx264")
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic", "--part-frames", 7).returncode == 0
+    assert np.allclose(frame_times(output), np.arange(120) * 1001 / 30000, atol=1e-5)
+
+
+def test_a_constant_rate_on_demand(make, upscale, tmp_path):
+    source = make(
+        "vfr.mp4", *picture(2, rate=50), "-vf", "select='not(mod(n,3))'", "-fps_mode", "vfr", "-c:v", "libx264"
+    )
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic", "--fps", 25).returncode == 0
+    times = frame_times(output)
+    assert probe(output).frame_rate == 25 and np.allclose(times, np.arange(len(times)) / 25, atol=1e-4)
+    assert abs(len(times) - 50) <= 1
+
+
+def test_avi_has_a_constant_rate_and_the_right_duration(make, upscale, tmp_path):
+    source = make("vfr.mp4", *picture(4, rate=50), "-vf", "select='lt(t,2)+not(mod(n,10))'", "-fps_mode", "vfr")
+    output = tmp_path / "out.avi"
+    assert upscale(source, output, "--bicubic").returncode == 0
+    assert abs(probe(output).duration_s - 3.8) < 0.25
+    period_s = float(1 / probe(output).frame_rate)
+    assert np.allclose(np.diff(frame_times(output)), period_s, atol=1e-4)
+
+
+def test_interlaced_video_has_no_combs(make, upscale, tmp_path):
+    """A vertical edge that moves 6 px a field: woven, every other line of the frame is displaced."""
+    source = make(
+        "interlaced.mpg", "-f", "lavfi", "-i", "color=white:s=200x576:r=50:d=1",
+        "-vf", "pad=720:576:'100':0,scroll=h=-0.01,tinterlace=interleave_top,setfield=tff",
+        "-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", "2",
+    )  # fmt: skip
+    output = tmp_path / "out.mp4"
+    done = upscale(source, output, "--bicubic", "--scale", 1, "--frames", 8)
+    assert done.returncode == 0 and "bwdif" in done.stderr
+    woven = tmp_path / "woven.mp4"
+    assert upscale(source, woven, "--bicubic", "--scale", 1, "--frames", 8, "--deinterlace", "off").returncode == 0
+
+    def combs(path):
+        luma = read_video(path)[3:6].astype(float).mean(-1)
+        return np.abs(np.diff(luma, axis=1)).mean()
+
+    assert combs(output) < 0.2 * combs(woven)
+
+
+@pytest.mark.parametrize("every", [10, 2])
+def test_flashes_are_no_cuts(every):
+    """White frames, single or every other one, in a video that moves."""
+    rng = np.random.default_rng(0)
+    scene = rng.integers(0, 200, (80, 160, 3), dtype=np.uint8)
+    cuts, finder = [], SceneCuts()
+    for number in range(60):
+        frame = np.full_like(scene, 255) if number % every == every // 2 else np.roll(scene, number, axis=1)
+        cuts += finder.add(small_frame(frame))
+    assert cuts + finder.finish() == []
+
+
+def test_a_cut_beside_flashes_is_found():
+    rng = np.random.default_rng(0)
+    scenes = [rng.integers(0, 200, (80, 160, 3), dtype=np.uint8) for _ in range(2)]
+    cuts, finder = [], SceneCuts()
+    for number, scene in enumerate(itertools.chain([scenes[0]] * 20, [scenes[1]] * 20)):
+        cuts += finder.add(small_frame(np.full_like(scene, 255) if number in (8, 30) else scene))
+    assert cuts + finder.finish() == [20]

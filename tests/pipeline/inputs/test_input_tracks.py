@@ -1,0 +1,96 @@
+"""Sound, subtitles, chapters and titles arrive, or it is said before the first frame that they do not."""
+
+import av
+import pytest
+
+from common.video_probe import ffmpeg_binary, probe
+from tests.pipeline.inputs.conftest import picture, tone, tracks
+
+
+def test_everything_that_matroska_takes(base, make, upscale, tmp_path):
+    (tmp_path / "s.srt").write_text("1\n00:00:00,100 --> 00:00:01,000\nline\n")
+    (tmp_path / "m.txt").write_text(";FFMETADATA1\ntitle=T\n[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND=1000\ntitle=one\n")
+    (tmp_path / "font.ttf").write_bytes(b"font")
+    source = make(
+        "tracks.mkv", "-i", "base.mp4", "-i", "s.srt", "-i", "m.txt", "-map", "0:v", "-map", "0:a",
+        "-map", "0:a", "-map", "1",
+        "-map_metadata", "2", "-c:v", "copy", "-c:a", "aac", "-c:s", "srt",
+        "-disposition:a:0", "0", "-disposition:a:1", "default",
+        "-attach", "font.ttf", "-metadata:s:t", "mimetype=font/ttf", "-metadata:s:a:1", "language=deu",
+    )  # fmt: skip
+    output = tmp_path / "out.mkv"
+    assert upscale(source, output, "--bicubic").returncode == 0
+    with av.open(str(output)) as container:
+        kinds = [(stream.type, stream.metadata.get("language")) for stream in container.streams]
+        default = [bool(stream.disposition & av.stream.Disposition.default) for stream in container.streams.audio]
+        assert (container.metadata.get("title"), [c["metadata"]["title"] for c in container.chapters()]) == (
+            "T",
+            ["one"],
+        )
+    assert [kind for kind, _ in kinds] == ["video", "audio", "audio", "subtitle", "attachment"]
+    assert kinds[2][1] == "deu" and default == [False, True]
+
+    mp4 = tmp_path / "out.mp4"
+    done = upscale(source, mp4, "--bicubic")
+    assert done.returncode == 0 and "only .mkv takes it" in done.stderr
+    assert tracks(mp4) == [("video", "h264"), ("audio", "aac"), ("audio", "aac"), ("subtitle", "mov_text")]
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "becomes"),
+    [
+        ("libopus", "avi", "mp3float"), ("pcm_s16le", "mov", "pcm_s16le"), ("pcm_s16le", "mp4", "aac"),
+        ("libmp3lame", "m4v", "aac"), ("eac3", "m4v", "aac"), ("libopus", "m4v", "aac"), ("flac", "m4v", "aac"),
+        ("flac", "mkv", "flac"), ("libopus", "mp4", "opus"), ("libvorbis", "mkv", "vorbis"),
+    ],
+)  # fmt: skip
+def test_sound_is_copied_or_encoded_for_containers_that_refuse_it(make, upscale, tmp_path, codec, suffix, becomes):
+    source = make("in.mkv", *picture(0.4), *tone(0.4), "-c:v", "libx264", "-c:a", codec, "-strict", "-2")
+    output = tmp_path / f"out.{suffix}"
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 0, done.stderr
+    assert probe(output).audio_codecs == (becomes,)
+
+
+def test_blu_ray_sound_is_encoded_anew(make, upscale, tmp_path):
+    source = make(
+        "in.m2ts", *picture(0.4), *tone(0.4), "-c:v", "libx264", "-c:a", "pcm_bluray", "-ar", "48000",
+        "-f", "mpegts", "-mpegts_m2ts_mode", "1",
+    )  # fmt: skip
+    output = tmp_path / "out.mkv"
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 0, done.stderr
+    assert probe(output).audio_codecs == ("aac",)
+
+
+def test_a_track_that_nothing_decodes_is_named(make, upscale, tmp_path):
+    plain = make(
+        "sp.mov", *picture(1), *tone(1), *tone(1), "-map", "0", "-map", "1", "-map", "2", "-c:v", "libx264",
+        "-c:a:0", "aac", "-c:a:1", "pcm_s16le",
+    )  # fmt: skip
+    source = tmp_path / "apac.mov"
+    source.write_bytes(plain.read_bytes().replace(b"sowt", b"apac"))
+    output = tmp_path / "out.mp4"
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 0 and "track 2 (audio, a codec that FFmpeg does not know) is left out" in done.stderr
+    assert tracks(output) == [("video", "h264"), ("audio", "aac")]
+
+
+def test_a_song_with_a_cover_is_no_video(make, upscale, tmp_path):
+    source = make(
+        "song.mp3", *tone(1), "-f", "lavfi", "-i", "color=red:s=32x32:d=0.04", "-map", "0", "-map", "1",
+        "-c:a", "libmp3lame", "-c:v", "png", "-disposition:v", "attached_pic",
+    )  # fmt: skip
+    done = upscale(source, tmp_path / "out.mp4", "--bicubic")
+    assert done.returncode == 2 and "holds no video stream" in done.stderr
+
+
+def test_the_program_that_reads_and_writes_is_the_bundled_one(base, upscale, tmp_path, monkeypatch):
+    """An old FFmpeg first on PATH changes nothing."""
+    old = tmp_path / "bin" / "ffmpeg"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho 'ffmpeg version 4.2' >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{old.parent}:/usr/bin:/bin")
+    assert upscale(base, tmp_path / "out.mp4", "--bicubic").returncode == 0
+    assert str(old) != ffmpeg_binary()
