@@ -66,6 +66,20 @@ def test_loss_at_one_by_hand(world: World, point: str) -> None:
     assert found["loser_error_change"] == pytest.approx(change["l"], rel=1e-3)
 
 
+def test_swapped_labels_are_the_pair_turned_round(world: World) -> None:
+    """The ablation on a pair does what the default does on the pair with its sides exchanged."""
+    z_w, z_l, z_lr = (seeded_noise((2, *toys.LATENT), name) for name in ("w", "l", "lr"))
+    metadata = [{"caption": "a film"}] * 2
+    losses = []
+    for swapped, (win, lose) in ((True, (z_w, z_l)), (False, (z_l, z_w))):
+        transformers = {name: toys.transformer(number) for number, name in enumerate(("student", "reference"))}
+        config = PreferenceTrainingConfig(swap_labels=swapped)
+        stage = Preference(toys.setup(SPEC, config, transformers, seed=0))
+        batch = Batch(["a", "b"], {"z_win": win, "z_lose": lose, "z_lr": z_lr}, metadata)
+        losses.append(stage.train_step(0, [batch])["loss_dpo"])
+    assert losses[0] == losses[1] != pytest.approx(0.6931, abs=1e-3)
+
+
 def linear_score(z0: torch.Tensor) -> torch.Tensor:
     """A judge with a strong preference: the projection on a fixed direction, (B,)."""
     return (z0 * seeded_noise(toys.LATENT, "direction")).flatten(1).mean(1)

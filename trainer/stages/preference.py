@@ -39,6 +39,8 @@ class PreferenceTrainingConfig(Section):
     #: where the loss is evaluated. one_step: t = 1, fresh ε shared by winner and loser [ours]; random: t as in Stage
     #: II, fresh shared ε; candidate_noise: t = 1, the ε that produced each candidate, which prefers nothing (ablation)
     operating_point: Literal["one_step", "random", "candidate_noise"] = "one_step"
+    #: the worse candidate is preferred: what right labels are held against (ablation)
+    swap_labels: bool = False
     #: weight of mean‖v_S - v_ref‖² [ours]
     anchor_weight: float = Field(default=0.1, ge=0)
     #: λ_DMD of a regulariser: Stage II's DMD on the student's samples, with a fake score of its own that starts as the
@@ -136,14 +138,15 @@ class Preference(TrainingStage):
 
     def _pair(self, step: int, batch: Batch) -> Pair:
         """Noise, times and targets of a micro-batch. At t = 1 with one ε, z_t is the same for winner and loser."""
-        z_w, z_l, z_lr = (self.latents(batch, name) for name in ("z_win", "z_lose", "z_lr"))
+        sides = ("lose", "win") if self.config.swap_labels else ("win", "lose")
+        z_w, z_l, z_lr = (self.latents(batch, name) for name in (*(f"z_{side}" for side in sides), "z_lr"))
         prompt, draws = self.prompts(batch), self.draws(step, batch)
         one = torch.ones(len(z_lr), device=self._device)
         if self.config.operating_point == "one_step":
             noise = draws.noise("diffusion", z_w)
             return Pair((noise, one, z_lr, prompt), velocity(z_w, noise), velocity(z_l, noise))
         if self.config.operating_point == "candidate_noise":
-            t, own = one, [[entry[name] for entry in batch.metadata] for name in ("noise_win", "noise_lose")]
+            t, own = one, [[entry[f"noise_{side}"] for entry in batch.metadata] for side in sides]
             noise_w, noise_l = (
                 torch.stack([seeded_noise(z_w.shape[1:], *parts) for parts in side]).to(self._device) for side in own
             )
