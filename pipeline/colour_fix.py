@@ -1,4 +1,4 @@
-"""Give the result the colours of its source: diffusion models drift in tone, and a film must not.
+"""Give the result the colours of its source: diffusion models drift in tone, and a video must not.
 
 `adain` matches mean and deviation per frame and channel; `wavelet` takes the low frequencies from the source and the
 high ones from the result. Both in float32: in bf16 the wavelet's differences turn into stripes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 51),
     "part_frames": (1, None), "fps": (0.01, 1000),
 }  # fmt: skip
+#: what is used without --model: a small model, trained on a CPU (docs/small.md)
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
 #: x264's quality where --crf is not given: visually lossless
 DEFAULT_CRF = 15
 
@@ -46,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.lossless and arguments.bit_depth == 10:
         raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
     arguments.crf = DEFAULT_CRF if arguments.crf is None else arguments.crf
+    if arguments.model is None and not arguments.bicubic:
+        arguments.model = _default_model()
     try:
         kind = torch.device(arguments.device).type
     except RuntimeError:
@@ -53,6 +58,17 @@ def parse_arguments() -> argparse.Namespace:
     if kind not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {arguments.device}: choose cpu, cuda, cuda:1, … or mps")
     return arguments
+
+
+def _default_model() -> Path:
+    """
+    Raises:
+        UserError: it is not there, as in an installation without the repository.
+    """
+    if not (DEFAULT_MODEL / "model_index.json").is_file():
+        raise UserError("--model is needed: the small model lies in the repository's assets/, not in the package")
+    print("no --model: the small model of assets/small, trained on a CPU; see docs/small.md", file=sys.stderr)
+    return DEFAULT_MODEL
 
 
 def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
@@ -106,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("input", type=Path, help="a video, or a folder of them")
     parser.add_argument("output", type=Path, help="a file, or a folder where the input is one")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="model folder (what training exports)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", type=Path, help="model folder (what training exports); default: the small one here")
     model.add_argument(
         "--bicubic", action="store_true", help="no model: the baseline, what the model is conditioned on"
     )

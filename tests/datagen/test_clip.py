@@ -33,10 +33,10 @@ def plans_of(path: Path, config: DatagenConfig, left: int) -> list[SamplePlan]:
 
 
 def test_a_crop_that_shows_nothing_is_left_out_with_its_measure(config_file: Path, tmp_path: Path) -> None:
-    film = moving_picture(9, 64, 192, 0)
-    film[:, :, 64:128] = 0
-    film[:, :, 128:] = 120
-    write_lossless(tmp_path / "a.mkv", film)
+    video = moving_picture(9, 64, 192, 0)
+    video[:, :, 64:128] = 0
+    video[:, :, 128:] = 120
+    write_lossless(tmp_path / "a.mkv", video)
     config = load_section(config_file, "datagen", DatagenConfig)
     assert isinstance(make_clip(plans_of(tmp_path / "a.mkv", config, 0), config, StorageConfig()), Clip)
     for left, reason in ((64, "black crop: luma 0.0 is below 4.0"), (128, "empty crop: contrast 0.0 is below 4.0")):

@@ -225,16 +225,16 @@ def test_bad_clips_and_names_are_refused() -> None:
         Mixture(weights={"milde": 1.0})
 
 
-def test_the_command_degrades_a_film(tmp_path: Path) -> None:
+def test_the_command_degrades_a_video(tmp_path: Path) -> None:
     from common.lossless_clip import write_lossless
 
-    film = moving_picture(12, 96, 128, 2)
-    write_lossless(tmp_path / "in.mkv", film)
+    video = moving_picture(12, 96, 128, 2)
+    write_lossless(tmp_path / "in.mkv", video)
     command = [sys.executable, "-m", "datagen.degradation.degrade", str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4")]
     command += ["--preset", "mild", "--seed", "3", "--start", "2", "--frames", "5", "--crop", "64x96"]
     command += ["--hr-output", str(tmp_path / "hr.mp4")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    hr = film[2:7, 16:80, 16:112]
+    hr = video[2:7, 16:80, 16:112]
     np.testing.assert_array_equal(read_video(tmp_path / "hr.mp4"), hr)
     lr, draws = degrade_clip(hr, "mild", 3)
     np.testing.assert_array_equal(read_video(tmp_path / "out.mp4"), lr)

@@ -67,9 +67,9 @@ def test_bad_inputs_are_named(tmp_path: Path, videos: Path) -> None:
 
 def test_windows_do_not_cross_scenes(tmp_path: Path) -> None:
     soft = [cv2.GaussianBlur(picture, (0, 0), 6) for picture in moving_picture(42, 96, 128, 1)]
-    film = np.stack([*soft[:20], *(picture // 4 for picture in soft[20:])])
-    path = tmp_path / "film.mkv"
-    write_lossless(path, film)
+    video = np.stack([*soft[:20], *(picture // 4 for picture in soft[20:])])
+    path = tmp_path / "video.mkv"
+    write_lossless(path, video)
     source = Source("video.mkv", str(path))
     found = survey(source, str(path), ClipConfig(frames=9, crop=(64, 64)))
     assert found.frames == 42 and found.cuts == (20,)

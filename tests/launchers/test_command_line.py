@@ -50,8 +50,8 @@ def test_progress_in_a_log_is_plain_lines_with_rate_and_estimate(capsys, monkeyp
 
 def test_an_error_for_people_is_one_line_and_status_2(capsys):
     def fails() -> None:
-        raise UserError("no such film")
+        raise UserError("no such video")
 
     with pytest.raises(SystemExit) as left:
         run_command(fails)
-    assert left.value.code == 2 and capsys.readouterr().err == "error: no such film\n"
+    assert left.value.code == 2 and capsys.readouterr().err == "error: no such video\n"

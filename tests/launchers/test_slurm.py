@@ -117,10 +117,10 @@ def test_a_failed_job_ends_the_chain(cluster: SlurmCluster, notes: Path) -> None
 
 
 def test_the_chain_runs_every_command_in_order(cluster: SlurmCluster, notes: Path, command: str) -> None:
-    films, output = notes / "films", notes / "run"
-    films.mkdir()
-    for name in ("one.mp4", "two films.mkv", "three.MOV"):
-        (films / name).touch()
+    videos, output = notes / "videos", notes / "run"
+    videos.mkdir()
+    for name in ("one.mp4", "two videos.mkv", "three.MOV"):
+        (videos / name).touch()
     (output / "upscaled").mkdir(parents=True)
     (output / "upscaled" / "one.mp4").touch()  # done before
     out = cluster.run(
@@ -128,7 +128,7 @@ def test_the_chain_runs_every_command_in_order(cluster: SlurmCluster, notes: Pat
         "config.yaml",
         "videos",
         output,
-        films,
+        videos,
         "high",
         PYTHON=command,
         NOTES=str(notes),
@@ -144,7 +144,7 @@ def test_the_chain_runs_every_command_in_order(cluster: SlurmCluster, notes: Pat
     assert trained == ["base", "progressive", "dual_stream", "preference"]
     assert {line.split()[3] for line in ran if "preference.build" in line} == {"0/2", "1/2"}
     upscaled = sorted(start["arguments"][2] for start in starts(notes) if "pipeline.upscale" in start["arguments"])
-    assert upscaled == [f"{films}/three.MOV", f"{films}/two films.mkv"]
+    assert upscaled == [f"{videos}/three.MOV", f"{videos}/two videos.mkv"]
     assert ran[-1].startswith("-m metrics.evaluate --video")
 
 

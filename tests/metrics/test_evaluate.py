@@ -1,4 +1,4 @@
-"""The commands metrics.evaluate and metrics.fit_niqe as people call them, on arrays, pictures and a film."""
+"""The commands metrics.evaluate and metrics.fit_niqe as people call them, on arrays, pictures and a video."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def write_pictures(folder: Path, video: Tensor) -> None:
 
 
 @pytest.fixture
-def folders(tmp_path: Path, film: Tensor) -> Path:
+def folders(tmp_path: Path, real_clip: Tensor) -> Path:
     """Two clips, one as pictures and one as an array, and a damaged version of each."""
-    noise = 0.05 * torch.randn(film.shape, generator=torch.Generator().manual_seed(0))
-    for name, video in (("hr", film), ("out", (film + noise).clamp(0, 1))):
+    noise = 0.05 * torch.randn(real_clip.shape, generator=torch.Generator().manual_seed(0))
+    for name, video in (("hr", real_clip), ("out", (real_clip + noise).clamp(0, 1))):
         write_pictures(tmp_path / name / "first", video[:2])
         np.save(tmp_path / name / "second.npy", video[2:].permute(0, 2, 3, 1).numpy())
     return tmp_path
@@ -68,23 +68,23 @@ def test_one_clip_pairs_with_one_reference_of_another_name(folders: Path) -> Non
     assert references == {"first": folders / "hr/second.npy"}
 
 
-def test_uint8_pictures_and_arrays_read_alike(folders: Path, film: Tensor) -> None:
-    np.save(folders / "bytes.npy", (film * 255).round().byte().permute(0, 2, 3, 1).numpy())
-    assert torch.equal(load_clip(folders / "bytes.npy"), load_clip(folders / "hr/first").new_tensor(film))
+def test_uint8_pictures_and_arrays_read_alike(folders: Path, real_clip: Tensor) -> None:
+    np.save(folders / "bytes.npy", (real_clip * 255).round().byte().permute(0, 2, 3, 1).numpy())
+    assert torch.equal(load_clip(folders / "bytes.npy"), load_clip(folders / "hr/first").new_tensor(real_clip))
     assert torch.equal(load_clip(folders / "bytes.npy", max_frames=2), load_clip(folders / "hr/first"))
 
 
-def test_a_lossless_video_scores_as_its_pictures(folders: Path, film: Tensor) -> None:
+def test_a_lossless_video_scores_as_its_pictures(folders: Path, real_clip: Tensor) -> None:
     import av
 
-    path = folders / "film.mkv"
+    path = folders / "video.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=25)
-        stream.width, stream.height, stream.pix_fmt = film.shape[3], film.shape[2], "bgr0"
-        for frame in (film * 255).round().byte().permute(0, 2, 3, 1).numpy():
+        stream.width, stream.height, stream.pix_fmt = real_clip.shape[3], real_clip.shape[2], "bgr0"
+        for frame in (real_clip * 255).round().byte().permute(0, 2, 3, 1).numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    assert torch.equal(load_clip(path), film)
+    assert torch.equal(load_clip(path), real_clip)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_lossless_video_scores_as_its_pictures(folders: Path, film: Tensor) ->
 def test_bad_input_is_one_clear_error_and_no_file(
     folders: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
-    (folders / "text.mp4").write_text("not a film")
+    (folders / "text.mp4").write_text("not a video")
     np.save(folders / "small.npy", np.zeros((2, 8, 8, 3), np.uint8))
     np.save(folders / "shape.npy", np.zeros((3, 3)))
     np.save(folders / "range.npy", np.full((2, 8, 8, 3), 200.0))

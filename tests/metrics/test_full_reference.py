@@ -63,9 +63,9 @@ def test_ssim_equals_the_written_formula() -> None:
     assert ssim_plane(x, y) == pytest.approx(np.mean(values), rel=1e-10)
 
 
-def test_ssim_agrees_with_scikit_image(film: Tensor) -> None:
+def test_ssim_agrees_with_scikit_image(real_clip: Tensor) -> None:
     metrics = pytest.importorskip("skimage.metrics")
-    x, y = luma(film[0]), luma(noisy(film, 0.1)[0])
+    x, y = luma(real_clip[0]), luma(noisy(real_clip, 0.1)[0])
     _, full = metrics.structural_similarity(
         x, y, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
     )
@@ -95,11 +95,11 @@ def test_gmsd_equals_the_written_formula() -> None:
 
 
 @pytest.mark.parametrize("name", ["psnr", "ssim", "gmsd"])
-def test_more_damage_scores_worse(name: str, film: Tensor) -> None:
+def test_more_damage_scores_worse(name: str, real_clip: Tensor) -> None:
     metric = create(name)
-    blurred = [torch.from_numpy(gaussian_filter(film.numpy(), (0, 0, sigma, sigma))) for sigma in (0.7, 1.5, 3.0)]
-    for damaged in ([noisy(film, sigma) for sigma in (0.02, 0.05, 0.1)], blurred):
-        scores = [metric(video, film) for video in (film, *damaged)]
+    blurred = [torch.from_numpy(gaussian_filter(real_clip.numpy(), (0, 0, sigma, sigma))) for sigma in (0.7, 1.5, 3.0)]
+    for damaged in ([noisy(real_clip, sigma) for sigma in (0.02, 0.05, 0.1)], blurred):
+        scores = [metric(video, real_clip) for video in (real_clip, *damaged)]
         assert scores == sorted(scores, reverse=not metric.lower_is_better)
         assert len(set(scores)) == 4
 

@@ -26,7 +26,7 @@ def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_lpips_is_the_written_formula(tmp_path: Path, film: Tensor) -> None:
+def test_lpips_is_the_written_formula(tmp_path: Path, real_clip: Tensor) -> None:
     lpips = pytest.importorskip("lpips")
     from torchvision.models import alexnet
 
@@ -35,7 +35,7 @@ def test_lpips_is_the_written_formula(tmp_path: Path, film: Tensor) -> None:
     torch.save(backbone.state_dict(), tmp_path / ALEXNET)
     heads = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).lins
 
-    video, reference = film[:1, :, :128, :128].flip(-1), film[:1, :, :128, :128]
+    video, reference = real_clip[:1, :, :128, :128].flip(-1), real_clip[:1, :, :128, :128]
     mean = torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1)
     deviation = torch.tensor([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1)
     x, y = ((2 * frame - 1 - mean) / deviation for frame in (video, reference))
@@ -53,16 +53,16 @@ def test_lpips_is_the_written_formula(tmp_path: Path, film: Tensor) -> None:
     assert metric(reference, reference) == 0
 
 
-def test_musiq_is_pyiqas_network_with_the_local_weights(tmp_path: Path, film: Tensor) -> None:
+def test_musiq_is_pyiqas_network_with_the_local_weights(tmp_path: Path, real_clip: Tensor) -> None:
     musiq = pytest.importorskip("pyiqa.archs.musiq_arch")
     torch.manual_seed(0)
     network = musiq.MUSIQ(pretrained=False).eval()
     torch.save(network.state_dict(), tmp_path / "musiq_koniq_ckpt-e95806b9.pth")
     metric = create("musiq", MetricSettings(weights=tmp_path))
     with torch.no_grad():
-        expected = [network(frame[None]).item() for frame in film[:2]]
+        expected = [network(frame[None]).item() for frame in real_clip[:2]]
     assert expected[0] != expected[1]
-    assert metric(film[:2]) == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert metric(real_clip[:2]) == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 def test_another_networks_file_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""NIQE: vectorised features against a loop over blocks, its order under blur and noise on a real film."""
+"""NIQE: vectorised features against a loop over blocks, its order under blur and noise on a real video."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ BLOCK = 48
 
 
 @pytest.fixture(scope="module")
-def model(film: Tensor) -> NiqeModel:
-    return fit_niqe([film], block=32, sharpness=0.3)[0]
+def model(real_clip: Tensor) -> NiqeModel:
+    return fit_niqe([real_clip], block=32, sharpness=0.3)[0]
 
 
 def aggd(block: np.ndarray) -> tuple[float, float, float]:
@@ -85,9 +85,9 @@ def features_by_loop(plane: np.ndarray, block: int) -> np.ndarray:
     return np.concatenate(scales, axis=1)
 
 
-def test_features_equal_the_loop_over_blocks(film: Tensor) -> None:
-    # dither: where a film is exactly flat the sign of a difference is rounding noise in any implementation
-    plane = luma(film[0])[100:210, 300:460] + np.random.default_rng(0).uniform(0, 1, (110, 160))
+def test_features_equal_the_loop_over_blocks(real_clip: Tensor) -> None:
+    # dither: where a video is exactly flat the sign of a difference is rounding noise in any implementation
+    plane = luma(real_clip[0])[100:210, 300:460] + np.random.default_rng(0).uniform(0, 1, (110, 160))
     features = block_features(plane, BLOCK)
     assert features.shape == (2 * 3, 36)
     np.testing.assert_allclose(features, features_by_loop(plane, BLOCK), rtol=1e-6, atol=1e-8)
@@ -112,10 +112,10 @@ def under(metric_class: type[Niqe] | type[FittedNiqe], model: NiqeModel) -> Niqe
 
 @pytest.mark.parametrize("metric_class", [Niqe, FittedNiqe])
 def test_blur_and_noise_score_worse(
-    film: Tensor, model: NiqeModel, metric_class: type[Niqe] | type[FittedNiqe]
+    real_clip: Tensor, model: NiqeModel, metric_class: type[Niqe] | type[FittedNiqe]
 ) -> None:
     metric = under(metric_class, model)
-    clip = film[:2]
+    clip = real_clip[:2]
     noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))
     blurred = [torch.from_numpy(gaussian_filter(clip.numpy(), (0, 0, s, s))) for s in (1.0, 2.0)]
     noised = [(clip + s * noise).clamp(0, 1) for s in (0.05, 0.15)]
@@ -125,17 +125,17 @@ def test_blur_and_noise_score_worse(
         assert scores[0] < 0.5 * scores[1]
 
 
-def test_fitted_model_survives_its_file(model: NiqeModel, film: Tensor, tmp_path: Path) -> None:
+def test_fitted_model_survives_its_file(model: NiqeModel, real_clip: Tensor, tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     model.save(first, {"clips": ["bikes"]})
     NiqeModel.load(first).save(second, {"clips": ["bikes"]})
     assert first.read_bytes() == second.read_bytes()
     from_file = create("niqe_fitted", MetricSettings(niqe_model=first))
-    assert from_file(film[:1]) == under(FittedNiqe, model)(film[:1])
+    assert from_file(real_clip[:1]) == under(FittedNiqe, model)(real_clip[:1])
 
 
 def test_official_prior_is_read_from_the_weight_folder(
-    model: NiqeModel, film: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: NiqeModel, real_clip: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, mu_pris_param=model.mean[None], cov_pris_param=model.covariance)
@@ -143,14 +143,14 @@ def test_official_prior_is_read_from_the_weight_folder(
     monkeypatch.setattr("importlib.metadata.files", lambda name: [])
     metric = create("niqe", MetricSettings(weights=tmp_path))
     official = NiqeModel(model.mean, model.covariance, 96)
-    expected = np.mean([official.distance(block_features(np.round(luma(frame)), 96)) for frame in film[:2]])
-    assert metric(film[:2]) == pytest.approx(expected)
+    expected = np.mean([official.distance(block_features(np.round(luma(frame)), 96)) for frame in real_clip[:2]])
+    assert metric(real_clip[:2]) == pytest.approx(expected)
 
 
-def test_what_niqe_cannot_score_is_said(film: Tensor, model: NiqeModel, tmp_path: Path) -> None:
+def test_what_niqe_cannot_score_is_said(real_clip: Tensor, model: NiqeModel, tmp_path: Path) -> None:
     metric = under(FittedNiqe, model)
     with pytest.raises(UserError, match="smaller than the NIQE block"):
-        metric(film[:, :, :16, :16])
+        metric(real_clip[:, :, :16, :16])
     with pytest.raises(UserError, match="0 usable blocks"):
         metric(torch.full((1, 3, 64, 64), 0.5))
     with pytest.raises(UserError, match="niqe_fitted needs --niqe-model"):
@@ -158,4 +158,4 @@ def test_what_niqe_cannot_score_is_said(film: Tensor, model: NiqeModel, tmp_path
     with pytest.raises(UserError, match="fit_niqe"):
         create("niqe_fitted", MetricSettings(niqe_model=tmp_path / "absent.safetensors"))
     with pytest.raises(UserError, match="sharp blocks"):
-        fit_niqe([film[:1, :, :96, :96]], block=48)
+        fit_niqe([real_clip[:1, :, :96, :96]], block=48)

@@ -22,19 +22,19 @@ def blurred(clip: Tensor, sigma: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["vmaf", "vmaf_neg", "cvvdp"])
-def test_identical_is_best_and_blur_is_worse(name: str, film: Tensor) -> None:
+def test_identical_is_best_and_blur_is_worse(name: str, real_clip: Tensor) -> None:
     if name == "cvvdp":
         pytest.importorskip("pycvvdp")
-    clip = film[:2, :, :128, :192]
+    clip = real_clip[:2, :, :128, :192]
     metric = create(name)
     scores = [metric(video, clip) for video in (clip, blurred(clip, 1.0), blurred(clip, 3.0))]
     assert scores[0] > scores[1] > scores[2]
     assert scores[0] == pytest.approx(10) if name == "cvvdp" else scores[0] > 95
 
 
-def test_vmaf_is_ffmpegs_own_on_a_file(film: Tensor, tmp_path: Path) -> None:
+def test_vmaf_is_ffmpegs_own_on_a_file(real_clip: Tensor, tmp_path: Path) -> None:
     """The luma that we compute and hand over, against FFmpeg reading the same luma from y4m files."""
-    clip = film[:2, :, :128, :192]
+    clip = real_clip[:2, :, :128, :192]
     videos = {"reference": clip, "video": blurred(clip, 1.0)}
     for name, frames in videos.items():
         planes = [np.round(luma(frame)).astype(np.uint8).tobytes() + bytes([128]) * (64 * 96 * 2) for frame in frames]
@@ -46,17 +46,19 @@ def test_vmaf_is_ffmpegs_own_on_a_file(film: Tensor, tmp_path: Path) -> None:
     assert create("vmaf")(videos["video"], clip) == pytest.approx(expected, abs=1e-3)
 
 
-def test_neg_does_not_reward_sharpening(film: Tensor) -> None:
-    clip = film[:2, :, :128, :192]
+def test_neg_does_not_reward_sharpening(real_clip: Tensor) -> None:
+    clip = real_clip[:2, :, :128, :192]
     sharpened = (clip + 1.0 * (clip - blurred(clip, 1.5))).clamp(0, 1)
     gain = {name: create(name)(sharpened, clip) - create(name)(clip, clip) for name in ("vmaf", "vmaf_neg")}
     assert gain["vmaf_neg"] < gain["vmaf"]
 
 
-def test_small_frames_and_an_ffmpeg_without_vmaf_are_refused(film: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = film[:2, :, :64, :192]
+def test_small_frames_and_an_ffmpeg_without_vmaf_are_refused(
+    real_clip: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = real_clip[:2, :, :64, :192]
     with pytest.raises(UserError, match="at least 96 px, not 192x64"):
         create("vmaf")(clip, clip)
     monkeypatch.setenv("DUO_VSR_FFMPEG", "false")
     with pytest.raises(UserError, match="needs an FFmpeg with libvmaf"):
-        create("vmaf")(film[:2, :, :128, :192], film[:2, :, :128, :192])
+        create("vmaf")(real_clip[:2, :, :128, :192], real_clip[:2, :, :128, :192])

@@ -18,7 +18,7 @@ DX, DY = 3, -2
 
 
 def known_flow(first: Tensor, second: Tensor) -> Tensor:
-    """The film of `moving` shifts content by (DX, DY) per frame; its flow back is the negative."""
+    """The video of `moving` shifts content by (DX, DY) per frame; its flow back is the negative."""
     sign = 1.0 if first[0, 0, 0, 0] < second[0, 0, 0, 0] else -1.0  # the corner holds the frame's number
     flow = torch.tensor([DX, DY]).float() * sign
     return flow.reshape(1, 2, 1, 1).expand(1, 2, *first.shape[2:])
@@ -80,13 +80,13 @@ def test_masks_equal_the_written_rules() -> None:
     assert not hidden.all()
 
 
-def test_raft_runs_from_a_local_file(tmp_path: Path, film: Tensor) -> None:
+def test_raft_runs_from_a_local_file(tmp_path: Path, real_clip: Tensor) -> None:
     from torchvision.models.optical_flow import raft_large
 
     torch.manual_seed(0)
     torch.save(raft_large(weights=None).state_dict(), tmp_path / "raft_large_C_T_SKHT_V2-ff5fadd5.pth")
     metric = create("warping_error", MetricSettings(weights=tmp_path))
-    clip = film[:2, :, :100, :130]  # neither side a multiple of 8, one below RAFT's smallest
+    clip = real_clip[:2, :, :100, :130]  # neither side a multiple of 8, one below RAFT's smallest
     flow = metric._flow(clip[:1], clip[1:])  # type: ignore[attr-defined]
     assert flow.shape == (1, 2, 100, 130)
     assert torch.isfinite(flow).all()

@@ -1,4 +1,4 @@
-"""From a small film to an upscaled one: sound, frames, windows, tiles, cuts, and what happens on bad days."""
+"""From a small video to an upscaled one: sound, frames, windows, tiles, cuts, and what happens on bad days."""
 
 import itertools
 import json
@@ -30,9 +30,9 @@ def pipeline(model_folder):
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory):
+def whole_video(tmp_path_factory):
     """30 frames of 48x32 at 24000/1001 fps with a tone."""
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
     picture = ffmpeg.input("testsrc=size=48x32:rate=24000/1001:duration=1.2512", f="lavfi")
     tone = ffmpeg.input("sine=duration=1.25", f="lavfi")
     ffmpeg.output(picture, tone, str(path), loglevel="error").run(cmd=ffmpeg_binary())
@@ -88,41 +88,41 @@ def test_spans_cover_everything_and_blending_identical_windows_changes_nothing(l
     assert all(a.stop - b.start >= overlap for a, b in borders)
 
 
-def test_film_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
+def test_video_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
     dark, bright = np.full((7, 24, 40, 3), 20, np.uint8), np.full((8, 24, 40, 3), 220, np.uint8)
-    film = np.concatenate([dark, bright])
-    clips = list(split_video(iter(film), Windows(5, 2)))
+    whole_video = np.concatenate([dark, bright])
+    clips = list(split_video(iter(whole_video), Windows(5, 2)))
     assert [(start, shared, len(clip)) for start, shared, clip in clips] == [
         (0, 0, 5), (3, 2, 4), (7, 0, 5), (10, 2, 5),
     ]  # fmt: skip
     for _, _, clip in clips:
         assert clip.min() == clip.max(), "a clip holds two scenes"
     statistics: dict[str, float] = {}
-    upscaled = upscale_video(pipeline, iter(film), Windows(5, 2), statistics=statistics)
+    upscaled = upscale_video(pipeline, iter(whole_video), Windows(5, 2), statistics=statistics)
     result = np.concatenate([clip for clip, _ in upscaled])
     assert result.shape == (15, 96, 160, 3) and statistics["dit_evaluations"] == 4
 
 
-def test_command_keeps_sound_frame_count_and_rate(upscale, model_folder, film, tmp_path):
+def test_command_keeps_sound_frame_count_and_rate(upscale, model_folder, whole_video, tmp_path):
     output, stats = tmp_path / "out.mp4", tmp_path / "out.json"
-    done = upscale(film, output, "--model", model_folder, "--window", 9, "--overlap", 2, "--stats", stats)
+    done = upscale(whole_video, output, "--model", model_folder, "--window", 9, "--overlap", 2, "--stats", stats)
     assert done.returncode == 0, done.stderr
-    before, after = probe(film), probe(output)
+    before, after = probe(whole_video), probe(output)
     assert (after.width, after.height) == (192, 128)
     assert after.audio_codecs and after.frame_rate == before.frame_rate == Fraction(24000, 1001)
-    assert len(read_video(output)) == len(read_video(film)) == json.loads(stats.read_text())["frames"]
+    assert len(read_video(output)) == len(read_video(whole_video)) == json.loads(stats.read_text())["frames"]
 
 
-def test_command_writes_ten_bits_in_tiles_with_the_colours_of_the_source(upscale, model_folder, film, tmp_path):
+def test_command_writes_ten_bits_in_tiles_with_the_colours_of_the_source(upscale, model_folder, whole_video, tmp_path):
     output = tmp_path / "out.mkv"
     done = upscale(
-        film, output, "--model", model_folder, "--bit-depth", 10, "--frames", 12, "--start", 6, "--tile", 96,
+        whole_video, output, "--model", model_folder, "--bit-depth", 10, "--frames", 12, "--start", 6, "--tile", 96,
         "--vae-tile", 96, "--decode-tile", 64, "--tile-overlap", 32, "--colour-fix", "wavelet",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     with av.open(str(output)) as container:
         assert container.streams.video[0].pix_fmt == "yuv420p10le"
-    result, source = read_video(output), read_video(film, 6, 12)
+    result, source = read_video(output), read_video(whole_video, 6, 12)
     assert len(result) == 12
     assert np.abs(result.mean((0, 1, 2)) - source.mean((0, 1, 2))).max() < 8
 
@@ -134,18 +134,18 @@ def test_lossless_output_is_what_the_pipeline_returned(pipeline, tmp_path):
     assert np.array_equal(read_video(tmp_path / "x.mkv"), result)
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(upscale, model_folder, film, tmp_path):
+def test_bad_input_is_one_line_and_leaves_nothing(upscale, model_folder, whole_video, tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("not a video")
     output = tmp_path / "out" / "out.mp4"
     for arguments, words in (
-        ((film, output, "--model", tmp_path / "none"), "no model in"),
+        ((whole_video, output, "--model", tmp_path / "none"), "no model in"),
         ((text, output, "--model", model_folder), "not a readable video"),
         ((tmp_path / "none.mp4", output, "--model", model_folder), "no video file"),
-        ((film, output, "--model", model_folder, "--prompt", "a cat"), "not in the prompt cache"),
-        ((film, output, "--model", model_folder, "--vae-tile", 64), "must be at least 32 px larger"),
-        ((film, output, "--model", model_folder, "--overlap", 15), "at least twice its overlap"),
-        ((film, output, "--model", model_folder, "--lossless", "--bit-depth", 10), "hold 8 bits"),
+        ((whole_video, output, "--model", model_folder, "--prompt", "a cat"), "not in the prompt cache"),
+        ((whole_video, output, "--model", model_folder, "--vae-tile", 64), "must be at least 32 px larger"),
+        ((whole_video, output, "--model", model_folder, "--overlap", 15), "at least twice its overlap"),
+        ((whole_video, output, "--model", model_folder, "--lossless", "--bit-depth", 10), "hold 8 bits"),
     ):
         done = upscale(*arguments)
         assert done.returncode == 2
@@ -170,17 +170,17 @@ def test_terminated_command_leaves_nothing_half_written(model_folder, tmp_path):
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_film_goes_on_from_any_of_its_places(pipeline):
-    """Cuts, short scenes and windows that overlap: what follows a place is the same when the film starts there."""
+def test_a_video_goes_on_from_any_of_its_places(pipeline):
+    """Cuts, short scenes and windows that overlap: what follows a place is the same when the video starts there."""
     scenes = [np.full((count, 24, 40, 3), level, np.uint8) for count, level in ((7, 20), (2, 220), (12, 90))]
-    film = np.concatenate(scenes) + frames(21) // 32
-    whole = list(upscale_video(pipeline, iter(film), Windows(5, 2), statistics={}))
+    whole_video = np.concatenate(scenes) + frames(21) // 32
+    whole = list(upscale_video(pipeline, iter(whole_video), Windows(5, 2), statistics={}))
     places = [index for index, (_, place) in enumerate(whole) if place is not None]
     assert len(places) >= 4
     for index in places:
         start, skip = whole[index][1]
         context = min(start, CONTEXT)
-        rest_of_video = iter(film[start - context :])
+        rest_of_video = iter(whole_video[start - context :])
         again = upscale_video(pipeline, rest_of_video, Windows(5, 2), first=start, context=context, statistics={})
         rest = np.concatenate([clip for clip, _ in again])[skip:]
         assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
@@ -212,29 +212,29 @@ def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, numb
     assert len(read_video(output)) == 120
 
 
-def test_parts_of_another_job_are_kept_until_restart(upscale, film, tmp_path):
+def test_parts_of_another_job_are_kept_until_restart(upscale, whole_video, tmp_path):
     output = tmp_path / "out.mp4"
     parts = tmp_path / ".out.mp4.parts"
     parts.mkdir()
     (parts / "job.json").write_text('{"seed": "7"}')
-    (parts / "part-00000.mp4").write_text("of another film")
+    (parts / "part-00000.mp4").write_text("of another video")
     (parts / "part-00000.json").write_text("{}")
-    done = upscale(film, output, "--bicubic")
+    done = upscale(whole_video, output, "--bicubic")
     assert done.returncode == 2 and "seed: 7 -> 0" in done.stderr and "--restart" in done.stderr
-    assert (parts / "part-00000.mp4").read_text() == "of another film" and not output.exists()
-    assert upscale(film, output, "--bicubic", "--restart").returncode == 0
+    assert (parts / "part-00000.mp4").read_text() == "of another video" and not output.exists()
+    assert upscale(whole_video, output, "--bicubic", "--restart").returncode == 0
     assert len(read_video(output)) == 30 and not parts.exists()
 
 
-def test_an_output_has_one_writer(upscale, film, tmp_path):
+def test_an_output_has_one_writer(upscale, whole_video, tmp_path):
     output = tmp_path / "out.mp4"
     with only_job(output):
-        done = upscale(film, output, "--bicubic")
+        done = upscale(whole_video, output, "--bicubic")
     assert done.returncode == 2 and "another job is writing here" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_options_that_change_no_pixel_resume(upscale, model_folder, film, tmp_path, monkeypatch):
+def test_options_that_change_no_pixel_resume(upscale, model_folder, whole_video, tmp_path, monkeypatch):
     """An interrupted job goes on with another size of its parts, and says how."""
     output = tmp_path / "out.mp4"
     write, calls = VideoWriter.write, []
@@ -247,10 +247,10 @@ def test_options_that_change_no_pixel_resume(upscale, model_folder, film, tmp_pa
 
     options = ("--model", model_folder, "--window", 9, "--overlap", 2)
     monkeypatch.setattr(VideoWriter, "write", interrupted)
-    done = upscale(film, output, *options, "--part-frames", 5)
+    done = upscale(whole_video, output, *options, "--part-frames", 5)
     assert done.returncode == 130 and "the same command resumes" in done.stderr
     monkeypatch.setattr(VideoWriter, "write", write)
-    done = upscale(film, output, *options, "--part-frames", 500, "--stats", tmp_path / "stats.json")
+    done = upscale(whole_video, output, *options, "--part-frames", 500, "--stats", tmp_path / "stats.json")
     assert done.returncode == 0 and "resuming after" in done.stderr
     assert len(read_video(output)) == 30
 

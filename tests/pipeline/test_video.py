@@ -1,4 +1,4 @@
-"""Video files in and out: what other people's films do to a reader and a writer."""
+"""Video files in and out: what other people's videos do to a reader and a writer."""
 
 from fractions import Fraction
 
@@ -37,7 +37,7 @@ def gradient(count=3, height=32, width=48) -> np.ndarray:
 
 
 def test_a_part_is_that_part(tmp_path):
-    path = make(tmp_path / "film.mp4")
+    path = make(tmp_path / "video.mp4")
     whole = read_video(path)
     assert len(whole) == 12 and np.array_equal(read_video(path, 3, 4), whole[3:7])
 
@@ -60,7 +60,7 @@ def test_ten_bits_are_written(tmp_path):
     assert len(np.unique(luma % 4)) == 4, "the two low bits are empty"
 
 
-def test_a_film_recorded_on_its_side_comes_out_upright(tmp_path):
+def test_a_video_recorded_on_its_side_comes_out_upright(tmp_path):
     flat = make(tmp_path / "flat.mp4")
     turned = tmp_path / "turned.mp4"
     source = ffmpeg.input(str(flat), display_rotation=90)

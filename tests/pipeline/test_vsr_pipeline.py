@@ -1,4 +1,4 @@
-"""VSRPipeline as a diffusers pipeline, with Wan's VAE; noise that belongs to the film."""
+"""VSRPipeline as a diffusers pipeline, with Wan's VAE; noise that belongs to the video."""
 
 import json
 
@@ -78,12 +78,12 @@ def test_windows_draw_the_noise_of_their_place_in_the_video(pipeline, monkeypatc
         return type("Output", (), {"velocity": torch.zeros_like(z_t)})
 
     monkeypatch.setattr(pipeline.transformer, "forward", remember)
-    film = clip(15)
-    list(upscale_video(pipeline, iter(film), Windows(9, 1), statistics={}, num_inference_steps=1))
+    video = clip(15)
+    list(upscale_video(pipeline, iter(video), Windows(9, 1), statistics={}, num_inference_steps=1))
     first, second = seen  # of frames 0…8 and 8…14, the second padded to 8…16
     assert torch.equal(first[:, :, -1], second[:, :, 0])
     assert not torch.equal(first[:, :, 0], second[:, :, 0])
-    pipeline(film[8:], num_inference_steps=1, first_frame=8)
+    pipeline(video[8:], num_inference_steps=1, first_frame=8)
     assert torch.equal(seen[2], second)
 
 

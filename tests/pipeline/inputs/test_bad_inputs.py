@@ -85,7 +85,7 @@ def test_a_name_that_is_no_utf8_is_one_line(base, upscale, tmp_path):
 def test_outputs_that_are_refused_before_the_first_frame(base, upscale, tmp_path):
     linked, existing, folder = tmp_path / "linked.mp4", tmp_path / "existing.mp4", tmp_path / "folder.mp4"
     os.link(base, linked)
-    existing.write_bytes(b"another film")
+    existing.write_bytes(b"another video")
     folder.mkdir()
     content = base.read_bytes()
     for output, words in (
@@ -100,7 +100,7 @@ def test_outputs_that_are_refused_before_the_first_frame(base, upscale, tmp_path
         assert done.returncode == 2 and words in done.stderr, output
     done = upscale(base, tmp_path / "out.mp4", "--bicubic", "--stats", folder)
     assert done.returncode == 2 and "cannot write" in done.stderr and not (tmp_path / "out.mp4").exists()
-    assert base.read_bytes() == content and existing.read_bytes() == b"another film"
+    assert base.read_bytes() == content and existing.read_bytes() == b"another video"
     assert upscale(base, existing, "--bicubic", "--overwrite").returncode == 0
     assert len(read_video(existing)) == 50
 
@@ -112,7 +112,7 @@ def test_only_quarter_turns_are_read(base, make, upscale, tmp_path):
 
 
 def test_a_folder_goes_on_past_a_bad_file(base, upscale, tmp_path):
-    folder, output = tmp_path / "films", tmp_path / "out"
+    folder, output = tmp_path / "videos", tmp_path / "out"
     folder.mkdir()
     for name in ("a.mp4", "c.webm.mkv"):
         shutil.copy(base, folder / name)
