@@ -41,7 +41,7 @@ from pipeline.output_size import OutputSize, choose_size
 from pipeline.resumable_video import VideoParts, only_job
 from pipeline.upscale_options import check_output, check_writable, job_identity, parse_arguments
 from pipeline.video_windows import Place, Windows, upscale_video
-from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
+from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline, smaller_tiles
 
 #: exit status of a command whose input was damaged, or of a folder with a video that could not be upscaled
 EXIT_DAMAGED = 3
@@ -73,7 +73,12 @@ def _pipeline(model: Path, device: str, dtype: torch.dtype, attention: Attention
 
 
 def with_model(
-    frames: Iterator[np.ndarray], first: int, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]
+    frames: Iterator[np.ndarray],
+    first: int,
+    job: Job,
+    arguments: argparse.Namespace,
+    tiling: Tiling,
+    statistics: dict[str, float],
 ) -> Clips:
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
@@ -90,12 +95,17 @@ def with_model(
         guidance_weight=arguments.guidance,
         colour_fix=arguments.colour_fix,
         bit_depth=job.bit_depth,
-        tiling=_tiling(arguments),
+        tiling=tiling,
     )
 
 
 def with_bicubic(
-    frames: Iterator[np.ndarray], first: int, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]
+    frames: Iterator[np.ndarray],
+    first: int,
+    job: Job,
+    arguments: argparse.Namespace,
+    tiling: Tiling,
+    statistics: dict[str, float],
 ) -> Clips:
     """Frames enlarged as for z_LR, one by one."""
     statistics["dit_evaluations"] = 0
@@ -159,16 +169,11 @@ def upscale_file(source: Path, output: Path, arguments: argparse.Namespace) -> b
             print(f"resuming after {parts.frames} frames", file=sys.stderr)
         done, statistics = False, parts.statistics
         try:
-            if parts.place is not None:
-                write_parts(parts, parts.place, job, arguments, statistics)
+            _upscale_parts(parts, job, arguments, statistics)
             part_of_it = arguments.start or arguments.frames
             rate = job.frame_rate or job.info.frame_rate
             times = parts.finish(None if part_of_it else source, job.tracks, rate, job.info.start_s)
             done = True
-        except torch.cuda.OutOfMemoryError:
-            raise UserError(
-                "the GPU's memory is full; try --decode-tile 512, then --vae-tile 768 or a smaller --window"
-            ) from None
         except KeyboardInterrupt:
             if parts.complete:
                 print(f"interrupted after {parts.frames} frames; the same command resumes", file=sys.stderr)
@@ -239,8 +244,39 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
     return Job(source, output, info, size, tracks, frame_rate, bit_depth)
 
 
+def _upscale_parts(parts: VideoParts, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]) -> None:
+    """All that is missing; where the GPU's memory is full, on from the last complete part with smaller tiles.
+
+    Raises:
+        UserError: the smallest tiles do not fit either.
+    """
+    tiling: Tiling | None = _tiling(arguments)
+    while parts.place is not None:
+        assert tiling is not None
+        try:
+            return write_parts(parts, parts.place, job, arguments, tiling, statistics)
+        except torch.cuda.OutOfMemoryError:
+            width, height = (side * SCALE for side in job.size.model_input)
+            tiling = smaller_tiles(tiling, width, height)
+            if tiling is None:
+                raise UserError("the GPU's memory is full with the smallest tiles; try a smaller --window") from None
+            statistics.clear()
+            statistics.update(parts.statistics)
+            print(
+                f"the GPU's memory is full: on with --decode-tile {tiling.decode_tile_px or tiling.vae_tile_px}"
+                f" --vae-tile {tiling.vae_tile_px or 'whole'} --tile {tiling.transformer_tile_px or 'whole'}",
+                file=sys.stderr,
+            )
+        torch.cuda.empty_cache()
+
+
 def write_parts(
-    parts: VideoParts, place: Place, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]
+    parts: VideoParts,
+    place: Place,
+    job: Job,
+    arguments: argparse.Namespace,
+    tiling: Tiling,
+    statistics: dict[str, float],
 ) -> None:
     """Upscale what is missing, from `place` on.
 
@@ -263,7 +299,7 @@ def write_parts(
     )
     frames = _until_damaged(reader) if arguments.on_error == "stop" else iter(reader)
     enlarge = with_bicubic if arguments.bicubic else with_model
-    clips = enlarge(frames, place.start, job, arguments, statistics)  # opens the model, so before any file
+    clips = enlarge(frames, place.start, job, arguments, tiling, statistics)  # opens the model, so before any file
     open_writer = partial(
         VideoWriter,
         width=job.size.model_input[0] * SCALE,

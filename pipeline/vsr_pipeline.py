@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +55,8 @@ class VSRResult:
 
 #: by which a tile must exceed its overlap: one row of DiT tokens, and the same again for rounding
 MINIMAL_STRIDE_PX = 32
+#: no tile is made smaller than this on its own: it would see too little [ours]
+SMALLEST_TILE_PX = 256
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,28 @@ class Tiling:
                     f"a tile of {tile} px with an overlap of {self.overlap_px} px: the tile must be at least "
                     f"{MINIMAL_STRIDE_PX} px larger"
                 )
+
+
+def smaller_tiles(tiling: Tiling, width: int, height: int) -> Tiling | None:
+    """What to try when memory was full: decoder tiles of half the side, then VAE tiles, then DiT tiles.
+
+    Args:
+        width, height: of the output, px.
+
+    Returns:
+        None where all are at SMALLEST_TILE_PX.
+    """
+    smallest = max(SMALLEST_TILE_PX, tiling.overlap_px + MINIMAL_STRIDE_PX)
+    whole = max(width, height)
+    sides = {
+        "decode_tile_px": tiling.decode_tile_px or tiling.vae_tile_px or whole,
+        "vae_tile_px": tiling.vae_tile_px or whole,
+        "transformer_tile_px": tiling.transformer_tile_px or whole,
+    }
+    for name, side in sides.items():
+        if side > smallest:
+            return replace(tiling, **{name: max(smallest, -(-side // 2))})
+    return None
 
 
 class VSRPipeline(DiffusionPipeline):

@@ -17,6 +17,7 @@ import torch
 from common.scene_cuts import CONTEXT
 from common.video_io import VideoWriter, read_video
 from common.video_probe import ffmpeg_binary, probe
+from pipeline import vsr_pipeline
 from pipeline.model.prompts import PromptCache, load_prompts
 from pipeline.resumable_video import only_job
 from pipeline.tiling import blend_windows, spans
@@ -253,6 +254,32 @@ def test_options_that_change_no_pixel_resume(upscale, model_folder, whole_video,
     done = upscale(whole_video, output, *options, "--part-frames", 500, "--stats", tmp_path / "stats.json")
     assert done.returncode == 0 and "resuming after" in done.stderr
     assert len(read_video(output)) == 30
+
+
+def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_video, tmp_path, monkeypatch):
+    """No GPU here: the decoder refuses more than 40 x 40 latent cells, as a GPU's memory would."""
+    decode, refused = vsr_pipeline.decode_latents, []
+
+    def small_memory(vae, z):
+        if max(z.shape[-2:]) > 40:
+            refused.append(tuple(z.shape[-2:]))
+            raise torch.cuda.OutOfMemoryError
+        return decode(vae, z)
+
+    source = tmp_path / "in.mkv"
+    with VideoWriter(source, width=120, height=96, frame_rate=Fraction(24), quality="lossless") as writer:
+        writer.write(frames(6, 96, 120))
+    monkeypatch.setattr(vsr_pipeline, "decode_latents", small_memory)
+    options = ("--model", model_folder, "--tile-overlap", 64, "--lossless")
+    done = upscale(source, tmp_path / "out.mkv", *options)
+    assert done.returncode == 0 and "on with --decode-tile 256 --vae-tile whole" in done.stderr
+    assert refused == [(48, 60)]
+    assert upscale(source, tmp_path / "tiled.mkv", *options, "--decode-tile", 256).returncode == 0
+    assert np.array_equal(read_video(tmp_path / "out.mkv"), read_video(tmp_path / "tiled.mkv"))
+
+    monkeypatch.setattr(vsr_pipeline, "decode_latents", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
+    done = upscale(source, tmp_path / "none.mkv", *options)
+    assert done.returncode == 2 and "the smallest tiles" in done.stderr and not (tmp_path / "none.mkv").exists()
 
 
 def test_prompt_cache_round_trip_and_unknown_prompt(tmp_path):
