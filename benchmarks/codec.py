@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import run_command
-from common.video_io import read_video
+from common.video_reader import read_video
 from metrics.psnr import psnr_db
 from pipeline.model.vae import VAE, decode_latents, encode_video, load_vae, to_frames, to_pixels
 

@@ -30,7 +30,7 @@ import torch
 
 from common.errors import UserError, run_command
 from common.scale import SCALE
-from common.video_io import read_video
+from common.video_reader import read_video
 from datagen.degradation.degrade import draw_operations
 from datagen.degradation.kernels import gaussian_kernels, sinc_kernels
 from datagen.degradation.noise import add_gaussian, poisson_quantiles

@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import UserError
-from common.video_io import read_video
 from common.video_probe import VIDEO_SUFFIXES
+from common.video_reader import read_video
 
 PICTURE_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
 

@@ -20,8 +20,8 @@ from av.error import FFmpegError
 
 from common.atomic import atomic_file
 from common.errors import UserError
-from common.video_io import ffmpeg_reason
 from common.video_probe import ffmpeg_binary, url
+from common.video_writer import ffmpeg_reason
 
 _MP4_AUDIO = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"})
 _PCM = frozenset(f"pcm_{kind}" for kind in ("s16le", "s16be", "s24le", "s24be", "s32le", "s32be", "f32le", "f32be"))
@@ -31,13 +31,14 @@ COPIED_AUDIO: dict[str, frozenset[str]] = {
     ".m4v": frozenset({"aac", "alac", "ac3"}),
     ".mov": frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac"}) | _PCM,
     ".mkv": _MP4_AUDIO | _PCM | {"vorbis", "dca", "truehd", "mp2"},
+    ".webm": frozenset({"opus", "vorbis"}),
     ".avi": frozenset({"mp3", "mp3float", "ac3", "mp2", "pcm_s16le"}),
 }
 #: what other sound becomes
-NEW_AUDIO = {".avi": "libmp3lame"}
+NEW_AUDIO = {".avi": "libmp3lame", ".webm": "libopus"}
 TEXT_SUBTITLES = frozenset({"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"})
 #: what text subtitles become, where a container does not take each as it is
-NEW_SUBTITLES = {".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text"}
+NEW_SUBTITLES = {".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".webm": "webvtt"}
 #: times that are so close to a constant rate have it: Matroska rounds to milliseconds
 REGULAR_S = Fraction(3, 2000)
 
@@ -149,7 +150,7 @@ def _copy(parts: Sequence[Path], output: Any, times: Sequence[Fraction] | None) 
         with av.open(url(part)) as container:
             source = container.streams.video[0]
             if stream is None:
-                stream = output.add_stream_from_template(source)
+                stream = output.add_stream_from_template(source, opaque=True)
                 stream.time_base = base
             for packet, shown in _numbered(container):
                 number = before + shown

@@ -2,7 +2,7 @@
 
     .out.mp4.parts/
         job.json          what decides the pixels: input, model, options
-        part-00000.mp4    a closed stretch of video
+        part-00000.mp4    (.mov) a closed stretch of video
         part-00000.json   its frames and their times, and where the video continues: written last, so a part without it
                           does not count
 
@@ -25,7 +25,8 @@ import numpy as np
 from common.atomic import fsync, write_atomic
 from common.errors import UserError
 from common.locking import LOCK_NAME, only_writer
-from common.video_io import VideoReader, VideoWriter
+from common.video_reader import VideoReader
+from common.video_writer import VideoWriter
 from pipeline.container import TrackPlan, frame_times, join, write_output
 from pipeline.video_windows import Place
 
@@ -63,6 +64,8 @@ class VideoParts:
         """
         self._output, self._part_frames = output, part_frames
         self._folder = parts_folder(output)
+        # Both keep time stamps exactly, whatever the output's container does; one takes ProRes, the other VP9.
+        self._suffix = ".mov" if output.suffix.lower() == ".mov" else ".mp4"
         if restart:
             self._delete()
         elif differences := self._differences(job):
@@ -160,7 +163,7 @@ class VideoParts:
         if not self.frames:
             raise UserError(f"{self._output}: there is no frame to write; choose another --start")
         times = frame_times([None if pts is None else pts * base - start_s for pts, base in self.times], frame_rate)
-        joined, named = self._folder / "joined.mp4", self._folder / f"output{self._output.suffix}"
+        joined, named = self._folder / f"joined{self._suffix}", self._folder / f"output{self._output.suffix}"
         join([self._path(index) for index in range(len(self.complete))], joined, times)
         write_output(joined, named, source, tracks, times[0] if source else Fraction(0), frame_rate)
         os.replace(named, self._output)
@@ -178,8 +181,7 @@ class VideoParts:
                 path.unlink()
 
     def _path(self, index: int) -> Path:
-        # mp4 keeps time stamps exactly, whatever the output's container does
-        return self._folder / f"part-{index:05d}.mp4"
+        return self._folder / f"part-{index:05d}{self._suffix}"
 
     def _read(self) -> list[Part]:
         parts: list[Part] = []

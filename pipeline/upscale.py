@@ -31,15 +31,16 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from common.scale import SCALE
 from common.scene_cuts import CONTEXT
-from common.video_io import OUTPUT_SUFFIXES, VideoReader, VideoWriter
 from common.video_probe import VIDEO_SUFFIXES, VideoInfo, probe
+from common.video_reader import VideoReader
+from common.video_writer import OUTPUT_SUFFIXES, VideoWriter
 from pipeline.container import TrackPlan, plan_tracks
 from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.output_size import OutputSize, choose_size
 from pipeline.resumable_video import VideoParts, only_job
-from pipeline.upscale_options import check_output, check_writable, job_identity, parse_arguments
+from pipeline.upscale_options import check_output, check_writable, choose_codec, job_identity, parse_arguments
 from pipeline.video_windows import Place, Windows, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline, smaller_tiles
 
@@ -63,6 +64,7 @@ class Job:
     #: None: every frame keeps its time
     frame_rate: Fraction | None
     bit_depth: Literal[8, 10]
+    codec: str
 
 
 @cache
@@ -211,6 +213,7 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
     Windows(arguments.window, arguments.overlap)
     _tiling(arguments)
     info = probe(source)
+    codec = choose_codec(output, arguments.codec)
     check_output(source, output, overwrite=arguments.overwrite)
     if arguments.stats:
         check_writable(arguments.stats)
@@ -228,7 +231,8 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
     said = list(tracks.dropped)
     if output.suffix.lower() == ".avi" and frame_rate is None:
         frame_rate = info.frame_rate  # the container has no time stamps
-    bit_depth: Literal[8, 10] = arguments.bit_depth or (10 if info.colour.hdr and not arguments.lossless else 8)
+    deep = codec == "prores" or (info.colour.hdr and not arguments.lossless)
+    bit_depth: Literal[8, 10] = arguments.bit_depth or (10 if deep else 8)
     if info.colour.hdr:
         said.append("HDR: its transfer function and primaries are kept, mastering data is left out")
         if bit_depth == 8:
@@ -241,7 +245,7 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
         said.append("interlaced: deinterlaced by bwdif, one frame of two fields")
     for line in said:
         print(f"{source.name}: {line}", file=sys.stderr)
-    return Job(source, output, info, size, tracks, frame_rate, bit_depth)
+    return Job(source, output, info, size, tracks, frame_rate, bit_depth, codec)
 
 
 def _upscale_parts(parts: VideoParts, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]) -> None:
@@ -308,6 +312,8 @@ def write_parts(
         frame_rate=job.frame_rate or job.info.frame_rate,
         quality="lossless" if arguments.lossless else "lossy",
         crf=arguments.crf,
+        codec=job.codec,
+        encoder_options=arguments.encoder_options,
         bit_depth=job.bit_depth,
         sample_aspect_ratio=job.size.sample_aspect_ratio,
         colour=job.info.colour,

@@ -11,7 +11,8 @@ from typing import Any, get_args
 import torch
 
 from common.errors import UserError
-from common.video_io import OUTPUT_SUFFIXES, Deinterlace
+from common.video_reader import Deinterlace
+from common.video_writer import ENCODERS, OUTPUT_SUFFIXES
 from pipeline.colour_fix import ColourFix
 from pipeline.model.config import Attention
 from pipeline.model.prompts import DEFAULT_PROMPT
@@ -23,13 +24,11 @@ _INCIDENTAL = frozenset({"output", "stats", "part_frames", "restart", "overwrite
 _RANGES: dict[str, tuple[float, float | None]] = {
     "scale": (0, 32), "height": (8, None), "max_size": (8, None), "seed": (0, 2**63 - 1), "steps": (1, 1000),
     "guidance": (0, None), "window": (5, None), "overlap": (0, None), "tile": (16, None), "vae_tile": (16, None),
-    "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 51),
+    "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 63),
     "part_frames": (1, None), "fps": (0.01, 1000),
 }  # fmt: skip
 #: what is used without --model: a small model, trained on a CPU (docs/small.md)
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
-#: x264's quality where --crf is not given: visually lossless
-DEFAULT_CRF = 15
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,9 +45,10 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be {limits}")
     if arguments.lossless and arguments.crf is not None:
         raise UserError(f"--crf {arguments.crf} means nothing with --lossless; leave one of them out")
+    if arguments.lossless and arguments.codec not in (None, "h264"):
+        raise UserError(f"--lossless is h264; leave it or --codec {arguments.codec} out")
     if arguments.lossless and arguments.bit_depth == 10:
         raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
-    arguments.crf = DEFAULT_CRF if arguments.crf is None else arguments.crf
     if arguments.model is None and not arguments.bicubic:
         arguments.model = _default_model()
     try:
@@ -71,14 +71,29 @@ def _default_model() -> Path:
     return DEFAULT_MODEL
 
 
+def choose_codec(output: Path, codec: str | None) -> str:
+    """The codec given, or the usual one of the container.
+
+    Raises:
+        UserError: a container that is not written here, or that does not take the codec.
+    """
+    suffix = output.suffix.lower()
+    if suffix not in OUTPUT_SUFFIXES:
+        raise UserError(f"cannot write {output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
+    codec = codec or ("vp9" if suffix == ".webm" else "h264")
+    if suffix not in ENCODERS[codec].suffixes:
+        raise UserError(
+            f"cannot write {output}: {suffix} does not take {codec}; choose {', '.join(ENCODERS[codec].suffixes)}"
+        )
+    return codec
+
+
 def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
     """Refuse an output that could not be written hours later, or that would destroy the input.
 
     Raises:
         UserError: with the reason.
     """
-    if output.suffix.lower() not in OUTPUT_SUFFIXES:
-        raise UserError(f"cannot write {output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
     if output.is_dir():
         raise UserError(f"cannot write {output}: it is a folder; name a file in it")
     if output.exists() and os.path.samefile(source, output):
@@ -105,6 +120,15 @@ def job_identity(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
     job = {name: str(value) for name, value in vars(arguments).items() if name not in _INCIDENTAL}
     model = "bicubic" if arguments.bicubic else " ".join(map(_state, _files(arguments.model)))
     return job | {"input": _state(source), "model": model}
+
+
+def _encoder_options(text: str) -> dict[str, str]:
+    """`name=value,name=value`.
+
+    Raises:
+        ValueError: another form (argparse names the option).
+    """
+    return dict(pair.split("=", 1) for pair in text.split(","))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -153,7 +177,11 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error", choices=("warn", "keep", "stop"), default="warn",
         help="a damaged input: write what can be read and end with status 3 (warn) or 0 (keep), or stop",
     )  # fmt: skip
-    parser.add_argument("--crf", type=float, help="x264 quality; default: 15, visually lossless")
+    parser.add_argument("--codec", choices=tuple(ENCODERS), help="default: vp9 for .webm, else h264")
+    parser.add_argument("--crf", type=float, help="quality; default: the codec's own, hard to tell from the source")
+    parser.add_argument(
+        "--encoder-options", type=_encoder_options, default={}, metavar="NAME=VALUE,…", help="as preset=slow"
+    )
     parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
     parser.add_argument("--bit-depth", type=int, choices=(8, 10), help="default: 10 for HDR, else 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

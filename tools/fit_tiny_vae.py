@@ -21,8 +21,8 @@ from torch import Tensor
 
 from common.errors import UserError, run_command
 from common.progress import progress
-from common.video_io import read_video
 from common.video_probe import VIDEO_SUFFIXES
+from common.video_reader import read_video
 from metrics.psnr import psnr_db
 from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE

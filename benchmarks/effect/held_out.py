@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.video_io import read_video
+from common.video_reader import read_video
 
 FRAMES = 9
 HEIGHT, WIDTH = 256, 448

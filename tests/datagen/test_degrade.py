@@ -14,7 +14,7 @@ import pytest
 
 from common.errors import UserError
 from common.lossless_clip import decode_bytes, encode_bytes
-from common.video_io import read_video
+from common.video_reader import read_video
 from datagen.degradation.degrade import apply_operations, degrade_clip, draw_operations
 from datagen.degradation.kernels import TOLERANCE, apply_kernel, gaussian_kernels, sinc_kernels
 from datagen.degradation.noise import add_gaussian, add_poisson

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from common.scene_cuts import CONTEXT
-from common.video_io import VideoWriter, read_video
 from common.video_probe import ffmpeg_binary, probe
+from common.video_reader import read_video
+from common.video_writer import VideoWriter
 from pipeline import vsr_pipeline
 from pipeline.model.prompts import PromptCache, load_prompts
 from pipeline.resumable_video import only_job

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from common.errors import UserError
-from common.video_io import read_video
+from common.video_reader import read_video
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import (
     decode_latents,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.video_io import VideoWriter, read_frames, read_video
 from common.video_probe import ffmpeg_binary, probe
+from common.video_reader import read_frames, read_video
+from common.video_writer import VideoWriter
 from pipeline.container import TrackPlan, join, write_output
 
 

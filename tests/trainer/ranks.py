@@ -8,12 +8,13 @@ A scenario is a function of (world, **arguments) that returns a dictionary of te
 from __future__ import annotations
 
 import importlib
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 550
+
+
+#: forks each rank from a process that has imported torch, DeepSpeed and the trainer, which takes longer than most tests
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["tests.trainer.scenarios"])
 
 
 def run_on_ranks(target: str, ranks: int, **arguments: Any) -> list[dict[str, Any]]:
@@ -32,32 +38,40 @@ def run_on_ranks(target: str, ranks: int, **arguments: Any) -> list[dict[str, An
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes = []
         for rank in range(ranks):
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", __name__, target, json.dumps(arguments), folder]
-            log = open(Path(folder, f"{rank}.log"), "w+")  # noqa: SIM115 (read after the process has ended)
-            processes.append((subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log), log))
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            process = RANKS.Process(target=_run, args=(target, arguments, Path(folder), environment))
+            process.start()
+            processes.append(process)
+        end = time.monotonic() + SECONDS
         try:
-            codes = [process.wait(SECONDS) for process, _ in processes]
+            for process in processes:
+                process.join(end - time.monotonic())
         finally:
-            for process, _ in processes:
+            for process in processes:
                 process.kill()
-        for code, (_, log) in zip(codes, processes, strict=True):
-            log.seek(0)
-            assert code == 0, log.read()[-4000:]
+        for rank, process in enumerate(processes):
+            process.join()
+            assert process.exitcode == 0, Path(folder, f"{rank}.log").read_text()[-4000:]
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(ranks)]
 
 
-def _main() -> None:
-    target, arguments, folder = sys.argv[1:]
-    from trainer.engine.process_group import start_distributed
+def _run(target: str, arguments: dict[str, Any], folder: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    log = os.open(folder / f"{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        from trainer.engine.process_group import start_distributed
 
-    torch.set_num_threads(1)
-    world = start_distributed()
-    module, function = target.split(":")
-    result = getattr(importlib.import_module(module), function)(world, **json.loads(arguments))
-    torch.save(result, Path(folder, f"{world.rank}.pt"))
-    torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    _main()
+        torch.set_num_threads(1)
+        world = start_distributed()
+        module, function = target.split(":")
+        result = getattr(importlib.import_module(module), function)(world, **arguments)
+        torch.save(result, folder / f"{world.rank}.pt")
+        torch.distributed.barrier()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # as quick as it began: gloo's threads are left behind

@@ -6,8 +6,8 @@ import shutil
 import av
 import pytest
 
-from common.video_io import read_video
 from common.video_probe import probe
+from common.video_reader import read_video
 from tests.pipeline.inputs.conftest import frame_times, picture
 
 
@@ -53,9 +53,11 @@ def test_half_a_file(make, upscale, tmp_path):
         (("--steps", 0), "--steps 0: it must be 1 to 1000"),
         (("--start", -5), "--start -5: it must be at least 0"),
         (("--device", "tpu"), "--device tpu: choose cpu, cuda"),
-        (("--crf", -1), "--crf -1.0: it must be 0 to 51"),
+        (("--crf", -1), "--crf -1.0: it must be 0 to 63"),
         (("--lossless", "--crf", 10), "means nothing with --lossless"),
         (("--start", 500), "no frame to write"),
+        (("--codec", "prores"), ".mp4 does not take prores; choose .mov"),
+        (("--codec", "hevc", "--lossless"), "--lossless is h264"),
     ],
 )
 def test_wrong_options_are_one_line(base, upscale, tmp_path, options, words):

@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from common.video_io import EXACT, VideoReader, read_video
 from common.video_probe import ffmpeg_binary
+from common.video_reader import EXACT, VideoReader, read_video
 
 GREEN = (0x20, 0xC0, 0x40)
 

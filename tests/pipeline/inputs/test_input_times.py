@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from common.scene_cuts import SceneCuts, small_frame
-from common.video_io import read_video
 from common.video_probe import probe
+from common.video_reader import read_video
 from tests.pipeline.inputs.conftest import frame_times, picture, sound_start, tone
 
 #: of a frame at 25 frames/s

@@ -1,10 +1,13 @@
 """Sound, subtitles, chapters and titles arrive, or it is said before the first frame that they do not."""
 
 import av
+import numpy as np
 import pytest
 
 from common.video_probe import ffmpeg_binary, probe
-from tests.pipeline.inputs.conftest import picture, tone, tracks
+from common.video_reader import read_video
+from metrics.psnr import psnr_db
+from tests.pipeline.inputs.conftest import frame_times, picture, tone, tracks
 
 
 def test_everything_that_matroska_takes(base, make, upscale, tmp_path):
@@ -94,3 +97,28 @@ def test_the_program_that_reads_and_writes_is_the_bundled_one(base, upscale, tmp
     monkeypatch.setenv("PATH", f"{old.parent}:/usr/bin:/bin")
     assert upscale(base, tmp_path / "out.mp4", "--bicubic").returncode == 0
     assert str(old) != ffmpeg_binary()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "codec", "pixels", "sound"),
+    [
+        ("out.mp4", ("--codec", "hevc"), "hevc", "yuv420p", "aac"),
+        ("out.mkv", ("--codec", "hevc", "--bit-depth", 10), "hevc", "yuv420p10le", "aac"),
+        ("out.webm", ("--encoder-options", "cpu-used=8"), "vp9", "yuv420p", "opus"),
+        ("out.webm", ("--codec", "av1", "--encoder-options", "preset=12"), "libdav1d", "yuv420p", "opus"),
+        ("out.mov", ("--codec", "prores"), "prores", "yuv422p10le", "aac"),
+    ],
+)
+def test_codecs(base, upscale, tmp_path, name, options, codec, pixels, sound):
+    """In parts, so that what joins them is seen as well."""
+    output = tmp_path / name
+    done = upscale(base, output, "--bicubic", "--part-frames", 20, *options)
+    assert done.returncode == 0, done.stderr
+    assert tracks(output) == [("video", codec), ("audio", sound)]
+    with av.open(str(output)) as container:
+        assert container.streams.video[0].pix_fmt == pixels
+    times = frame_times(output)
+    assert len(times) == 50 and max(abs(time - times[0] - place / 25) for place, time in enumerate(times)) < 0.0011
+    frames, expected = read_video(output), tmp_path / "expected.mkv"
+    assert upscale(base, expected, "--bicubic", "--lossless").returncode == 0
+    assert psnr_db(np.square(frames.astype(float) - read_video(expected)).mean(), 255) > 33

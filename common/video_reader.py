@@ -1,0 +1,156 @@
+"""Frames of a video, through FFmpeg: they stream, each with its time.
+
+An untagged video is decoded as BT.709 from 1280 px of width or 720 lines on and as BT.601 below; chroma is enlarged
+exactly.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Literal
+
+import ffmpeg
+import numpy as np
+
+from common.errors import UserError
+from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, url
+
+Deinterlace = Literal["auto", "bwdif", "off"]
+
+#: rounding and interpolation without swscale's short cuts, which shift chroma and darken by a level
+EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
+
+_TIME_BASE = re.compile(rb"showinfo.*config in time_base: (\d+)/(\d+)")
+_FRAME = re.compile(rb"showinfo.*\] n: *\d+ pts: *(-?\d+|NOPTS) ")
+_ERROR = re.compile(rb"\[(?:error|fatal|panic)\] ?(.*)")
+
+
+class VideoReader:
+    """Iterates over frames, each (H, W, 3) RGB; afterwards and meanwhile knows their times and what failed.
+
+    Frames are uint8, or uint16 in 0…65535 where 16 bits were asked for.
+
+    Raises:
+        UserError: not a video.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        start: int = 0,
+        frames: int | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        frame_rate: Fraction | None = None,
+        deinterlace: Deinterlace = "off",
+        bits: Literal[8, 16] = 8,
+    ) -> None:
+        """
+        Args:
+            start: number of the first frame, after `frame_rate` and `deinterlace`.
+            frames: how many; None: all.
+            size: (width, height) that frames are resized to, by the mean of the pixels that each new one covers.
+            frame_rate: frames are repeated and dropped to this constant rate; None: all, with the times they have.
+            deinterlace: bwdif, or auto: bwdif for the frames that are marked as interlaced.
+            bits: 16 for videos of more than 8 bits.
+        """
+        self.path, self._start, self._limit = path, start, frames
+        self._kind: type = np.uint8 if bits == 8 else np.uint16
+        self._pixel_format = "rgb24" if bits == 8 else "rgb48le"
+        self.info = probe(path)
+        self.width, self.height = size or (self.info.width, self.info.height)
+        #: seconds of one unit of `pts`
+        self.time_base = Fraction(1)
+        #: time stamp of each frame that was given out, as in the file
+        self.pts: list[int | None] = []
+        #: FFmpeg's errors so far
+        self.errors: list[str] = []
+        self.count = 0
+        self._command = self._compile(frame_rate, deinterlace)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        shape = (self.height, self.width, 3)
+        with tempfile.NamedTemporaryFile() as log, open(log.name, "rb") as lines:
+            process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log)
+            assert process.stdout is not None
+            try:
+                while process.stdout.readinto(frame := np.empty(shape, self._kind)) == frame.nbytes:  # type: ignore
+                    self.count += 1
+                    self._read_log(lines)
+                    yield frame
+                failed = process.wait() != 0
+                self._read_log(lines)
+            finally:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+        if (failed or self.count == 0) and not self.errors and self._limit != 0:
+            self.errors.append("no more frames")
+
+    @property
+    def lost_frames(self) -> int:
+        """Frames that the header promises and that did not come; 0 where it promises nothing."""
+        if self._limit is not None or self.info.frames is None:
+            return 0
+        return max(0, self.info.frames - self._start - self.count)
+
+    def _compile(self, frame_rate: Fraction | None, deinterlace: Deinterlace) -> list[str]:
+        trim: dict[str, int] = {"start_frame": self._start}
+        if self._limit is not None:
+            trim["end_frame"] = self._start + self._limit
+        stream = ffmpeg.input(url(self.path))[str(self.info.stream_index)]
+        if deinterlace == "bwdif" or (deinterlace == "auto" and self.info.interlaced):
+            marked = "interlaced" if deinterlace == "auto" else "all"
+            stream = stream.filter("bwdif", mode="send_frame", deint=marked)
+        if frame_rate is not None:
+            stream = stream.filter("fps", f"{frame_rate.numerator}/{frame_rate.denominator}")
+        stream = stream.filter("trim", **trim).filter("showinfo", checksum=0)
+        resized = (self.width, self.height) != (self.info.width, self.info.height)
+        size = (self.width, self.height) if resized else ()
+        flags = f"{'area' if resized else 'bicubic'}+{EXACT}"
+        stream = stream.filter("scale", *size, flags=flags, **self._matrix())
+        stream = stream.filter("format", self._pixel_format)
+        output = stream.output("pipe:", format="rawvideo", pix_fmt=self._pixel_format, fps_mode="passthrough")
+        # Without copyts, FFmpeg counts from the first stream of some containers and from the video of others.
+        quiet = ("-hide_banner", "-nostdin", "-nostats", "-copyts", "-loglevel", "repeat+level+info")
+        return list(output.global_args(*quiet).compile(cmd=ffmpeg_binary()))
+
+    def _matrix(self) -> dict[str, str]:
+        """What an untagged video is decoded with; a tagged one says it itself."""
+        if self.info.colour.matrix != UNSPECIFIED:
+            return {}
+        return {"in_color_matrix": "bt709" if self.info.matrix == BT709 else "smpte170m"}
+
+    def _read_log(self, log: IO[bytes]) -> None:
+        while (line := log.readline()).endswith(b"\n"):
+            if frame := _FRAME.search(line):
+                self.pts.append(None if frame[1] == b"NOPTS" else int(frame[1]))
+            elif base := _TIME_BASE.search(line):
+                self.time_base = Fraction(int(base[1]), int(base[2]))
+            elif error := _ERROR.search(line):
+                self.errors.append(error[1].decode(errors="replace").strip()[:300])
+        log.seek(-len(line), 1)  # FFmpeg is in the middle of this one
+
+
+def read_frames(
+    path: str | Path, start: int = 0, frames: int | None = None, size: tuple[int, int] | None = None
+) -> Iterator[np.ndarray]:
+    """The frames of `VideoReader`, for those who want all of an intact video.
+
+    Raises:
+        UserError: not a video, or the file breaks off while it is decoded.
+    """
+    reader = VideoReader(path, start, frames, size=size)
+    yield from reader
+    if reader.errors and (reader.lost_frames or reader.count == 0):
+        raise UserError(f"{path} breaks off after {reader.count} frames: {reader.errors[0]}")
+
+
+def read_video(path: str | Path, start: int = 0, frames: int | None = None) -> np.ndarray:
+    """All frames (or `frames` of them) at once, uint8 (F, H, W, 3)."""
+    return np.stack(list(read_frames(path, start, frames)))
