@@ -15,6 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.scene_cuts import DELAY, SceneCuts, small_frame
+from pipeline.model.vae import TEMPORAL_FACTOR
 from pipeline.vsr_pipeline import VSRPipeline
 
 
@@ -72,22 +73,28 @@ def split_video(
 
     Yields:
         (number of its first frame, how many of its first frames the window before also holds, uint8 (F, h, w, 3)).
-        Windows of one scene overlap; a new scene starts a new window.
+        Windows of one scene overlap; a new scene starts a new window. The last window of a scene begins earlier, a
+        multiple of a latent frame, where it would hold few frames otherwise.
     """
     held: list[np.ndarray] = []
+    earlier: list[np.ndarray] = []  # of this scene, before `held`
     start, shared = first, 0
+
+    def last() -> Iterator[tuple[int, int, np.ndarray]]:
+        if len(held) > shared:
+            missing = min(windows.frames - len(held), len(earlier)) // TEMPORAL_FACTOR * TEMPORAL_FACTOR
+            yield start - missing, shared + missing, np.stack(earlier[len(earlier) - missing :] + held)
+
     for number, cut, frame in scenes(frames, first, context):
-        if cut and len(held) > shared:
-            yield start, shared, np.stack(held)
         if cut:
-            held, start, shared = [], number, 0
+            yield from last()
+            held, earlier, start, shared = [], [], number, 0
         held.append(frame)
         if len(held) == windows.frames:
             yield start, shared, np.stack(held)
-            held = held[windows.frames - windows.overlap :]
+            earlier, held = held[: windows.frames - windows.overlap], held[windows.frames - windows.overlap :]
             start, shared = number + 1 - windows.overlap, windows.overlap
-    if len(held) > shared:
-        yield start, shared, np.stack(held)
+    yield from last()
 
 
 def upscale_video(
@@ -119,6 +126,8 @@ def upscale_video(
         upscaled = result.frames
         if tail is not None:
             if shared:
+                upscaled = upscaled[shared - len(tail) :]  # the window before has decided on the others
+                shared = len(tail)
                 ramp = ((np.arange(shared, dtype=np.float32) + 0.5) / shared)[:, None, None, None]
                 mixed = tail * (1 - ramp) + upscaled[:shared] * ramp
                 tail, upscaled = np.rint(mixed).astype(upscaled.dtype), upscaled[shared:]
