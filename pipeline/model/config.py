@@ -36,8 +36,12 @@ class TransformerConfig(Section):
     patch_size: tuple[int, int, int] = (1, 2, 2)
     #: channels of the VAE's latents; the DiT reads twice as many, z_t beside z_LR
     latent_channels: int = Field(16, ge=1)
-    #: the network predicts the difference to (z_t - z_LR)/t; for models trained from random weights [ours]
+    #: the network predicts the difference to what z_t and z_LR say without it; for models trained from random weights
+    #: [ours]
     low_resolution_skip: bool = False
+    #: σ of z_HR - z_LR, only with low_resolution_skip: what is left for the network then has unit size at every t; 0:
+    #: the difference to (z_t - z_LR)/t [ours]
+    low_resolution_deviation: float = Field(0.0, ge=0)
 
 
 class ModelConfig(Section):

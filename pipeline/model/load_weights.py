@@ -109,16 +109,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _require_same_kind(folder: Path, config: TransformerConfig) -> None:
-    """`low_resolution_skip` changes the meaning of the same weights, and no shape tells."""
+    """The skip changes the meaning of the same weights, and no shape tells."""
     for candidate in (folder / "transformer" / "config.json", folder / "config.json"):
         if candidate.is_file():
             saved = json.loads(candidate.read_text())
             ours = saved.get("_class_name") == "VSRTransformer"
-            if ours and bool(saved.get("low_resolution_skip", False)) != config.low_resolution_skip:
-                raise UserError(
-                    f"{candidate} says low_resolution_skip: {not config.low_resolution_skip}; "
-                    "set model.transformer.low_resolution_skip to the same"
-                )
+            for name, absent in (("low_resolution_skip", False), ("low_resolution_deviation", 0.0)):
+                found = saved.get(name, absent)
+                if ours and found != getattr(config, name):
+                    raise UserError(f"{candidate} says {name}: {found}; set model.transformer.{name} to the same")
             return
 
 

@@ -32,13 +32,26 @@ class VSROutput(NamedTuple):
     features: tuple[Tensor, ...]
 
 
+def skip_velocity(z_t: Tensor, t: Tensor, z_lr: Tensor, deviation: float) -> Tensor:
+    """(z_t - ẑ0)/t for what z_LR and z_t say of z0 without a network.
+
+    With `deviation` σ, ẑ0 = E[z0 | z_t, z_LR] if z0 - z_LR is Gaussian of that deviation: what is left for the network
+    is at most of unit size at every t. With σ = 0, ẑ0 = z_LR, and what is left grows as 1/t.
+    """
+    if not deviation:
+        return (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR)
+    variance = deviation**2
+    gain = (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
+    return gain * (z_t - (1 - t) * z_lr) - z_lr
+
+
 class VSRTransformer(WanTransformer3DModel):
     """Predicts v_θ(z_t, t, z_LR, c) and, on request, the hidden states after chosen blocks.
 
     Arguments are those of `WanTransformer3DModel` with these changes: `latent_channels` replaces
     `in_channels` (which is twice that) and `out_channels`; `low_resolution_skip` makes the network predict
-    the difference to the velocity (z_t - z_LR)/t, so that a zero output projection means ẑ0 = z_LR. The skip
-    has no parameters; it is for models trained from nothing (the tiny preset) and off for Wan weights.
+    the difference to `skip_velocity`, so that a zero output projection means ẑ0 = z_LR at t = 1. The skip
+    has no parameters; it is for models trained from nothing (the small presets) and off for Wan weights.
     """
 
     @register_to_config
@@ -57,6 +70,7 @@ class VSRTransformer(WanTransformer3DModel):
         eps: float = 1e-6,
         rope_max_seq_len: int = 1024,
         low_resolution_skip: bool = False,
+        low_resolution_deviation: float = 0.0,
     ) -> None:
         # The parent's own `register_to_config` would record its arguments as ours.
         WanTransformer3DModel.__init__.__wrapped__(
@@ -136,7 +150,7 @@ class VSRTransformer(WanTransformer3DModel):
         x = (self.norm_out(x.float()) * (1 + scale) + shift).to(dtype)
         v = self._unpatchify(self.sequence.gather_tokens(self.proj_out(x), tokens), z_t.shape)
         if self.config.low_resolution_skip:
-            v = v + (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR).view(-1, 1, 1, 1, 1)
+            v = v + skip_velocity(z_t, t.view(-1, 1, 1, 1, 1), z_lr, self.config.low_resolution_deviation)
         return VSROutput(v, tuple(features))
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:

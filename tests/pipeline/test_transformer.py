@@ -1,5 +1,6 @@
 """The DiT: diffusers' names and shapes, diffusers' numbers, features as outputs."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -7,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from common.errors import UserError
 from pipeline.model.config import TransformerConfig
 from pipeline.model.load_weights import ORIGINAL_NAMES, load_transformer, rename_original
-from pipeline.model.transformer import VSRTransformer, tapped_layers
+from pipeline.model.transformer import VSRTransformer, skip_velocity, tapped_layers
 
 TINY = {
     "num_attention_heads": 2,
@@ -79,12 +80,29 @@ def test_early_exit_runs_no_block_after_the_last_tap(model, inputs):
     assert ran == [1]
 
 
-def test_low_resolution_skip_starts_as_z_lr(inputs):
+def test_the_skip_is_the_posterior_mean_of_a_gaussian():
+    """Against regression on 400,000 draws of z0 = z_LR + σ·n, z_t = (1 - t)·z0 + t·ε."""
+    rng, sigma = np.random.default_rng(0), 0.25
+    z_lr, difference, noise = rng.normal(size=400_000), sigma * rng.normal(size=400_000), rng.normal(size=400_000)
+    for t in (0.05, 0.2, 0.5, 1.0):
+        z_t = (1 - t) * (z_lr + difference) + t * noise
+        seen = z_t - (1 - t) * z_lr
+        expected = z_lr + seen * (seen @ difference) / (seen @ seen)
+        v = skip_velocity(*(torch.from_numpy(np.asarray(x)) for x in (z_t, t, z_lr)), sigma).numpy()
+        assert np.abs(z_t - t * v - expected).mean() < 0.002
+        left = noise - (z_lr + difference) - v
+        assert left.std() < 1.01, "what is left for the network has at most unit size"
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.25])
+def test_low_resolution_skip_starts_as_z_lr(inputs, deviation):
     from pipeline.model.load_weights import build_transformer
     from pipeline.sampling import one_step
 
     z_t, _, z_lr, prompt = inputs
-    network = build_transformer(TransformerConfig(latent_channels=4, low_resolution_skip=True, **TINY))
+    network = build_transformer(
+        TransformerConfig(latent_channels=4, low_resolution_skip=True, low_resolution_deviation=deviation, **TINY)
+    )
     z0 = one_step(lambda *x: network(*x).velocity, z_t, z_lr, prompt)
     assert torch.allclose(z0, z_lr, atol=1e-6)
 
