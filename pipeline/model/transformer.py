@@ -36,7 +36,7 @@ def skip_velocity(z_t: Tensor, t: Tensor, z_lr: Tensor, deviation: float) -> Ten
     """(z_t - ẑ0)/t for what z_LR and z_t say of z0 without a network.
 
     With `deviation` σ, ẑ0 = E[z0 | z_t, z_LR] if z0 - z_LR is Gaussian of that deviation: what is left for the network
-    is at most of unit size at every t. With σ = 0, ẑ0 = z_LR, and what is left grows as 1/t.
+    is at most of size √(1 + σ²) at every t. With σ = 0, ẑ0 = z_LR, and what is left grows as 1/t.
     """
     if not deviation:
         return (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR)
