@@ -8,14 +8,14 @@ from typing import Any
 from datagen.sources import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """Consecutive frames within one scene.
 
     Attributes:
         start: index of the first frame. pts: its time stamp, None where frames have none.
         luma, contrast, motion, sharpness: means over the frames; motion leaves out the first.
-        hashes: of the first, middle and last frame, 64 bit, hexadecimal.
+        hashes: of the first, middle and last frame, 64 bit, hexadecimal; None for a frame without structure.
     """
 
     start: int
@@ -24,10 +24,10 @@ class Window:
     contrast: float
     motion: float
     sharpness: float
-    hashes: tuple[str, ...]
+    hashes: tuple[str | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceSurvey:
     """A video that was decoded from beginning to end.
 

@@ -20,6 +20,7 @@ from common.lossless_clip import UnreadableVideo, opened
 from common.scene_cuts import WIDTH, SceneCuts, small_height
 from datagen.config import ClipConfig
 from datagen.sources import Source
+from datagen.survey.perceptual_hash import THUMBNAIL, perceptual_hash
 from datagen.survey.source_survey import SourceSurvey, Window
 
 #: sharpness is measured on every n-th frame
@@ -35,7 +36,7 @@ class _Features:
     contrast: float
     motion: float
     sharpness: float
-    hash: int
+    hash: int | None
 
 
 def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey:
@@ -58,7 +59,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         content = _content(stream)
         try:
             for frame in _decoded(container, stream, content):
-                small = _small(frame)
+                small = small_frame(frame)
                 thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
                 sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 if clip.respect_scenes:
@@ -88,8 +89,8 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
 
 
 def to_thumbnail(grey: np.ndarray) -> np.ndarray:
-    """A grey frame (H, W) at 32 x 32 px, on which luma, contrast and motion are measured."""
-    return cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
+    """A grey frame (H, W) at 32 x 32 px, on which luma, contrast, motion and the perceptual hash are measured."""
+    return cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 
 
 def mean_measure(values: Iterable[float]) -> float:
@@ -120,7 +121,8 @@ def window_starts(frames: int, cuts: list[int], length: int, stride: int | None)
     return starts
 
 
-def _small(frame: av.VideoFrame) -> np.ndarray:
+def small_frame(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 (h, `WIDTH`, 3) BGR, as scenes are found and thumbnails made of it."""
     height = small_height(frame.height, frame.width)
     return frame.reformat(WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
 
@@ -132,17 +134,13 @@ def _sharpness(frame: av.VideoFrame) -> float:
 
 def _measure(pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, sharpness: float) -> _Features:
     motion = 0.0 if previous is None else float(cv2.absdiff(thumbnail, previous).mean())
-    return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, _hash(thumbnail))
-
-
-def _hash(thumbnail: np.ndarray) -> int:
-    """64-bit difference hash: is each cell of a 9 x 8 grid brighter than its right neighbour?"""
-    grid = cv2.resize(thumbnail, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
-    return int.from_bytes(np.packbits(grid[:, :-1] > grid[:, 1:]).tobytes(), "big")
+    hashed = perceptual_hash(thumbnail)
+    return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, hashed)
 
 
 def _window(features: list[_Features], start: int, length: int) -> Window:
     frames = features[start : start + length]
+    hashes = [frames[index].hash for index in (0, length // 2, -1)]
     return Window(
         start,
         frames[0].pts,
@@ -150,5 +148,5 @@ def _window(features: list[_Features], start: int, length: int) -> Window:
         contrast=mean_measure(frame.contrast for frame in frames),
         motion=round(float(np.mean([frame.motion for frame in frames[1:]] or [0.0])), 3),
         sharpness=mean_measure(frame.sharpness for frame in frames),
-        hashes=tuple(f"{frames[index].hash:016x}" for index in (0, length // 2, -1)),
+        hashes=tuple(None if value is None else f"{value:016x}" for value in hashes),
     )

@@ -1,0 +1,178 @@
+"""Duplicates: what the hash says of copies and of frames without structure, and that the search is exact."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from scipy.fft import dctn
+
+from common.fingerprint import fingerprint
+from common.video_io import VideoWriter
+from datagen.config import ClipConfig, DatagenConfig, FilterConfig
+from datagen.duplicates import SMALL, find_duplicates, near_pairs
+from datagen.plan import deciding, make_plan
+from datagen.sources import Source
+from datagen.survey.perceptual_hash import perceptual_hash
+from datagen.survey.source_survey import SourceSurvey
+from datagen.survey.video_survey import survey
+from tests.datagen.conftest import moving_picture
+from tests.datagen.test_plan import CONFIG, surveyed
+
+
+def flipped(values: np.ndarray, bits: int, rng: np.random.Generator) -> np.ndarray:
+    """Values with exactly `bits` of 64 bits changed in each."""
+    places = np.argsort(rng.random((len(values), 64)), axis=1)[:, :bits].astype(np.uint64)
+    return values ^ np.bitwise_or.reduce(np.uint64(1) << places, axis=1)
+
+
+def test_the_hash_is_the_sign_of_the_lowest_frequencies_against_their_median() -> None:
+    thumbnail = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
+    coefficients = dctn(thumbnail.astype(float), norm="ortho")[:8, :8].reshape(-1)
+    above = [False, *(coefficients[1:] > np.median(coefficients[1:]))]
+    expected = sum(1 << (63 - place) for place, bit in enumerate(above) if bit)
+    assert perceptual_hash(thumbnail) == expected
+    assert expected.bit_count() == 31
+
+
+def test_frames_without_structure_have_no_hash() -> None:
+    rng = np.random.default_rng(0)
+    ramp = np.broadcast_to(np.linspace(0, 255, 32), (32, 32))
+    fine = np.indices((32, 32)).sum(0) % 2 * 255  # a checkerboard: all of it in the highest frequency
+    for empty in (np.full((32, 32), 128), 128 + rng.integers(-8, 9, (32, 32)), ramp, ramp.T, fine):
+        assert perceptual_hash(empty.astype(np.uint8)) is None
+    assert perceptual_hash((ramp / 2 + rng.integers(0, 128, (32, 32))).astype(np.uint8)) is not None
+
+
+def write(path: Path, frames: np.ndarray, crf: int) -> Path:
+    height, width = frames.shape[1:3]
+    with VideoWriter(path, width=width, height=height, frame_rate=Fraction(25), crf=crf) as writer:
+        writer.write(frames)
+    return path
+
+
+def survey_of(path: Path) -> SourceSurvey:
+    return survey(Source(path.name, str(path)), str(path), ClipConfig(frames=9, crop=(64, 64), respect_scenes=False))
+
+
+def test_copies_are_duplicates_and_other_videos_are_not(tmp_path: Path) -> None:
+    # large shapes, as photographs have them
+    frames = np.stack([cv2.GaussianBlur(frame, (0, 0), 8) for frame in moving_picture(18, 192, 256, 0)])
+    frames = cv2.normalize(frames, None, 0, 230, cv2.NORM_MINMAX).astype(np.uint8)
+    copies = {
+        "compressed.mp4": (frames, 32),
+        "half.mp4": (np.stack([cv2.resize(f, (128, 96), interpolation=cv2.INTER_AREA) for f in frames]), 28),
+        "brighter.mp4": ((frames * 1.08).astype(np.uint8), 18),
+        "trimmed.mp4": (frames[2:], 28),
+    }
+    others = {"mirrored.mp4": frames[:, :, ::-1], "turned.mp4": frames[:, ::-1]}
+    surveys = [survey_of(write(tmp_path / "a.mp4", frames, 10))]
+    surveys += [survey_of(write(tmp_path / name, copy, crf)) for name, (copy, crf) in copies.items()]
+    surveys += [survey_of(write(tmp_path / name, other, 10)) for name, other in others.items()]
+    assert all(len(found.windows) == (1 if found.source.id == "trimmed.mp4" else 2) for found in surveys)
+    config = CONFIG.model_copy(update={"filters": FilterConfig(min_sharpness=0)})
+    plan = make_plan(surveys, config, {})
+    assert {(line["source"], line["start"], line["reason"]) for line in plan.rejected} == {
+        (name, start, f"duplicate of a.mp4 at frame {start}")
+        for name in copies
+        for start in ((0,) if name == "trimmed.mp4" else (0, 9))
+    }
+    assert {sample.source for sample in plan.samples} == {"a.mp4", *others}
+
+
+def test_windows_without_structure_are_no_duplicates() -> None:
+    shown = "0123456789abcdef"
+    for hashes, duplicates in (
+        ((None, None, None), 0),
+        ((shown, None, shown), 0),
+        ((None, shown, None), 1),
+        ((None, shown, shown), 1),
+    ):
+        plan = make_plan([surveyed("a", hashes=hashes), surveyed("b", hashes=hashes)], CONFIG, {})
+        assert len(plan.rejected) == duplicates, hashes
+    # one fades in and the other does not
+    pair = [surveyed("a", hashes=(None, shown, shown)), surveyed("b", hashes=(shown, shown, shown))]
+    assert make_plan(pair, CONFIG, {}).rejected == []
+
+
+@pytest.mark.parametrize("distance", [1, 2, 5, 13, 16])
+def test_fewer_bits_than_the_distance_make_a_duplicate(distance: int) -> None:
+    rng = np.random.default_rng(distance)
+    hashes = rng.integers(0, 2**64, (4, 3), dtype=np.uint64)
+    hashes[1] = flipped(hashes[0], distance - 1, rng)
+    hashes[2] = flipped(hashes[0], distance - 1, rng)
+    hashes[2, 2] = flipped(hashes[:1, 2], distance, rng)[0]  # one frame is too far away
+    found = find_duplicates(hashes, np.ones((4, 3), bool), np.arange(4), distance)
+    assert found.tolist() == [-1, 0, -1, -1]
+
+
+def literal(hashes: np.ndarray, structured: np.ndarray, sources: np.ndarray, distance: int) -> list[int]:
+    """The definition, window by window."""
+    found = [-1] * len(hashes)
+    for later in range(len(hashes)):
+        for earlier in range(later):
+            usable = structured[later, 1] and structured[earlier, 1] and found[earlier] < 0
+            if usable and sources[later] != sources[earlier] and found[later] < 0:
+                near = [
+                    structured[later, frame] == structured[earlier, frame]
+                    and (
+                        not structured[later, frame]
+                        or (int(hashes[later, frame]) ^ int(hashes[earlier, frame])).bit_count() < distance
+                    )
+                    for frame in range(3)
+                ]
+                found[later] = earlier if all(near) else -1
+    return found
+
+
+def test_the_first_of_a_crowd_is_kept_as_by_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    for windows_per_source in (1, 3):
+        centers = rng.integers(0, 2**64, (12, 3), dtype=np.uint64)
+        hashes = centers[rng.integers(0, 12, 300)]
+        for column in range(3):  # up to ten bits from the center: some pairs are near, some are not, some are equal
+            for row in range(0, 300, 2):
+                hashes[row : row + 1, column] = flipped(hashes[row : row + 1, column], int(rng.integers(0, 11)), rng)
+        structured = rng.random((300, 3)) > 0.1
+        sources = np.arange(300) // windows_per_source
+        expected = literal(hashes, structured, sources, 13)
+        assert 50 < sum(index >= 0 for index in expected) < 250
+        assert find_duplicates(hashes, structured, sources, 13).tolist() == expected
+
+
+@pytest.mark.parametrize(("radius", "crowd"), [(12, False), (5, True)])
+def test_the_tables_find_what_comparing_all_pairs_finds(radius: int, crowd: bool) -> None:
+    rng = np.random.default_rng(1)
+    count = SMALL + 1000
+    values = rng.integers(0, 2**64, count, dtype=np.uint64)
+    if crowd:  # every third bit is 0 in nearly all, which is one of the bands
+        values[500:] &= np.uint64(0x6DB6DB6DB6DB6DB6)
+    for bits in range(radius - 3, radius + 4):
+        first = rng.integers(0, count, 100)
+        values[rng.integers(0, count, 100)] = flipped(values[first], bits, rng)
+    signs = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).astype(np.float32) * 2 - 1
+    expected: set[tuple[int, int]] = set()
+    for start in range(0, count, 512):
+        rows, columns = np.nonzero(signs[start : start + 512] @ signs.T >= 64 - 2 * radius)
+        rows, columns = rows[rows + start < columns] + start, columns[rows + start < columns]
+        expected |= set(zip(rows.tolist(), columns.tolist(), strict=True))
+    found = {
+        (min(pair), max(pair))
+        for left, right in near_pairs(values, radius)
+        for pair in zip(left.tolist(), right.tolist(), strict=True)
+    }
+    assert len(expected) > 300
+    assert found == expected
+
+
+def test_the_hash_of_the_plan_is_that_of_its_content() -> None:
+    surveys = [surveyed(f"é {index}") for index in range(3)]
+    config = DatagenConfig(clip=CONFIG.clip, variants=2)
+    plan = make_plan(surveys, config, {"vae": "of tests"})
+    samples = [{name: value for name, value in asdict(sample).items() if name != "path"} for sample in plan.samples]
+    assert len(samples) == 6
+    assert plan.hash == fingerprint({"samples": samples, "config": deciding(config), "versions": {"vae": "of tests"}})
