@@ -34,7 +34,10 @@ COPIED_AUDIO = {".mp4": MP4_AUDIO, ".m4v": MP4_AUDIO, ".mov": MP4_AUDIO, ".webm"
 #: containers that take what is written here
 OUTPUT_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v", ".avi")
 #: files that are looked for as videos
-VIDEO_SUFFIXES = (*(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),)
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),
+    *(".m2ts", ".mts", ".vob", ".mxf", ".3gp", ".ogv"),
+)
 #: the variable that names another FFmpeg program than the bundled one
 FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 
