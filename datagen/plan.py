@@ -173,6 +173,7 @@ def _reject_window(window: Window, filters: FilterConfig) -> str | None:
         "empty: contrast": (window.contrast, filters.min_contrast),
         "static: motion": (window.motion, filters.min_motion),
         "blurred: sharpness": (window.sharpness, filters.min_sharpness),
+        "repeated: novelty": (window.novelty, filters.min_novelty),
     }
     for name, (value, floor) in floors.items():
         if value < floor:

@@ -15,6 +15,8 @@ class Window:
     Attributes:
         start: index of the first frame. pts: its time stamp, None where frames have none.
         luma, contrast, motion, sharpness: means over the frames; motion leaves out the first.
+        novelty: mean absolute difference of luma, 0...255, from the most similar stretch of frames up to
+            `LOOK_BACK` frames earlier in the source (video_survey.py); 255 where there is none.
         hashes: of the first, middle and last frame, 64 bit, hexadecimal; None for a frame without structure.
     """
 
@@ -24,6 +26,7 @@ class Window:
     contrast: float
     motion: float
     sharpness: float
+    novelty: float
     hashes: tuple[str | None, ...]
 
 

@@ -25,6 +25,13 @@ from datagen.survey.source_survey import SourceSurvey, Window
 
 #: sharpness is measured on every n-th frame
 SHARPNESS_EVERY = 4
+#: frames before a window in which its content is looked for: 20 s at 25 frames/s, longer than a loop is [ours]
+LOOK_BACK = 512
+#: side of the frames that are compared then, px: the mean of a cell leaves little of a codec's noise
+LOOK_BACK_SIDE = 16
+#: frames of a window that are compared
+COMPARED_FRAMES = 5
+NEVER_SEEN = 255.0
 
 
 @dataclass
@@ -50,6 +57,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     """
     name = source.id
     features: list[_Features] = []
+    tiny: list[np.ndarray] = []
     with opened(opened_source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
@@ -59,12 +67,13 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         content = _content(stream)
         try:
             for frame in _decoded(container, stream, content):
-                small = small_frame(frame)
+                small = small_video_frame(frame)
                 thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
                 sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 if clip.respect_scenes:
                     cuts.update(finder.add(small))
                 features.append(_measure(frame.pts, thumbnail, previous, sharpness))
+                tiny.append(cv2.resize(thumbnail, (LOOK_BACK_SIDE, LOOK_BACK_SIDE), interpolation=cv2.INTER_AREA))
                 previous = thumbnail
         except av.error.FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off after {len(features)} frames: {error}") from None
@@ -76,6 +85,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         cuts.update(finder.finish())
     scene_starts = sorted(cut for cut in cuts if 0 < cut < len(features))
     starts = window_starts(len(features), scene_starts, clip.frames, clip.stride)
+    frames = np.stack(tiny)
     return SourceSurvey(
         source,
         width,
@@ -84,7 +94,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         frames_per_second=float(rate or 0),
         content=content.hexdigest(),
         cuts=tuple(scene_starts),
-        windows=tuple(_window(features, start, clip.frames) for start in starts),
+        windows=tuple(_window(features, start, clip.frames, novelty(frames, start, clip.frames)) for start in starts),
     )
 
 
@@ -121,7 +131,7 @@ def window_starts(frames: int, cuts: list[int], length: int, stride: int | None)
     return starts
 
 
-def small_frame(frame: av.VideoFrame) -> np.ndarray:
+def small_video_frame(frame: av.VideoFrame) -> np.ndarray:
     """uint8 (h, `WIDTH`, 3) BGR, as scenes are found and thumbnails made of it."""
     height = small_height(frame.height, frame.width)
     return frame.reformat(WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
@@ -138,7 +148,32 @@ def _measure(pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None
     return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, hashed)
 
 
-def _window(features: list[_Features], start: int, length: int) -> Window:
+def novelty(frames: np.ndarray, start: int, length: int) -> float:
+    """How much a window differs from what came before it: little in a loop after its first turn, or in a still.
+
+    The stretches that it is compared with end before it, so a slow change does not count as a repetition.
+
+    Args:
+        frames: luma of the source, uint8 (N, h, w), 0...255.
+        start: first frame of the window.
+        length: of the window, frames.
+
+    Returns:
+        Mean absolute difference from the most similar stretch of as many frames within `LOOK_BACK` frames, 0...255;
+        255 where there is none.
+    """
+    first, last = max(0, start - LOOK_BACK), start - length
+    if last < first:
+        return NEVER_SEEN
+    offsets = sorted({round(part) for part in np.linspace(0, length - 1, COMPARED_FRAMES)})
+    differences = np.zeros(last - first + 1)
+    for offset in offsets:
+        earlier = frames[first + offset : last + offset + 1].astype(np.int16)
+        differences += np.abs(earlier - frames[start + offset].astype(np.int16)).mean(axis=(1, 2))
+    return round(float(differences.min()) / len(offsets), 3)
+
+
+def _window(features: list[_Features], start: int, length: int, novelty: float) -> Window:
     frames = features[start : start + length]
     hashes = [frames[index].hash for index in (0, length // 2, -1)]
     return Window(
@@ -148,5 +183,6 @@ def _window(features: list[_Features], start: int, length: int) -> Window:
         contrast=mean_measure(frame.contrast for frame in frames),
         motion=round(float(np.mean([frame.motion for frame in frames[1:]] or [0.0])), 3),
         sharpness=mean_measure(frame.sharpness for frame in frames),
+        novelty=novelty,
         hashes=tuple(None if value is None else f"{value:016x}" for value in hashes),
     )

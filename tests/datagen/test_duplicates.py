@@ -19,7 +19,7 @@ from datagen.plan import deciding, make_plan
 from datagen.sources import Source
 from datagen.survey.perceptual_hash import perceptual_hash
 from datagen.survey.source_survey import SourceSurvey
-from datagen.survey.video_survey import survey
+from datagen.survey.video_survey import LOOK_BACK, novelty, survey
 from tests.datagen.conftest import moving_picture
 from tests.datagen.test_plan import CONFIG, surveyed
 
@@ -82,6 +82,40 @@ def test_copies_are_duplicates_and_other_videos_are_not(tmp_path: Path) -> None:
         for start in ((0,) if name == "trimmed.mp4" else (0, 9))
     }
     assert {sample.source for sample in plan.samples} == {"a.mp4", *others}
+
+
+def test_a_loop_is_kept_once_and_a_still_too(tmp_path: Path) -> None:
+    turn = moving_picture(20, 96, 128, 0)
+    still = np.repeat(moving_picture(1, 96, 128, 1), 40, axis=0)
+    pan = moving_picture(60, 96, 128, 2)
+    config = CONFIG.model_copy(update={"filters": FilterConfig(min_motion=0, min_sharpness=0, duplicate_distance=0)})
+    for name, frames, kept in (
+        (
+            "loop.mp4",
+            np.concatenate([turn] * 3),
+            [0, 9, 18],
+        ),  # 18...26: no earlier stretch goes from the end to the start
+        ("still.mp4", still, [0]),
+        ("pan.mp4", pan, [0, 9, 18, 27, 36, 45]),
+    ):
+        found = survey_of(write(tmp_path / name, frames, 12))
+        plan = make_plan([found], config, {})
+        repeated = {line["start"] for line in plan.rejected if line["reason"].startswith("repeated: novelty 0.")}
+        starts = sorted(sample.start for sample in plan.samples)
+        assert len(plan.rejected) == len(repeated) and len(starts) + len(repeated) == len(found.windows), name
+        assert starts == kept, (name, [(window.start, window.novelty) for window in found.windows])
+
+
+def test_novelty_is_the_difference_from_the_most_similar_earlier_stretch() -> None:
+    levels = np.array([0, 50, 100, 150, 200, 3, 53, 103, 153, 203], np.uint8)
+    frames = np.broadcast_to(levels[:, None, None], (10, 4, 4))
+    assert novelty(frames, 5, 5) == 3.0
+    assert novelty(frames, 6, 3) == 3.0  # not 50, the difference from frame to frame
+    assert novelty(frames, 4, 5) == 255.0  # nothing of that length came before
+    long = np.concatenate([frames[:5], np.full((LOOK_BACK - 5, 4, 4), 255, np.uint8), frames[:5]])
+    assert novelty(long, LOOK_BACK, 5) == 0.0
+    longer = np.concatenate([frames[:5], np.full((LOOK_BACK - 4, 4, 4), 255, np.uint8), frames[:5]])
+    assert novelty(longer, LOOK_BACK + 1, 5) > 50.0
 
 
 def test_windows_without_structure_are_no_duplicates() -> None:

@@ -203,6 +203,7 @@ def surveyed(name: str, **changes: Any) -> SourceSurvey:
         contrast=40.0,
         motion=2.0,
         sharpness=100.0,
+        novelty=20.0,
         hashes=tuple(f"{derive_seed(name, index):016x}" for index in range(3)),
     )
     of_window = {field: value for field, value in changes.items() if hasattr(window, field)}
@@ -229,6 +230,7 @@ CONFIG = DatagenConfig(clip=ClipConfig(frames=9, crop=(64, 64)), samples_per_sha
         ({"contrast": 1.0}, "empty: contrast"),
         ({"motion": 0.0}, "static: motion"),
         ({"sharpness": 1.0}, "blurred: sharpness"),
+        ({"novelty": 0.1}, "repeated: novelty 0.1 is below 0.5"),
         ({"height": 60}, "resolution 200x60 is below 64x64"),
         ({"frames": 8}, "length 8 frames"),
         ({"windows": ()}, "no scene"),
