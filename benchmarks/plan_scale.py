@@ -71,6 +71,7 @@ def surveys_of(sources: int, seed: int) -> list[SourceSurvey]:
                 contrast=40.0 + index,
                 motion=2.0 + index,
                 sharpness=100.0 + index,
+                novelty=20.0 + index,
                 hashes=tuple(f"{value:016x}" for value in hashes[number, index].tolist()),
             )
             for index in range(WINDOWS)
@@ -92,7 +93,7 @@ def surveys_of(sources: int, seed: int) -> list[SourceSurvey]:
 
 
 def measure(sources: int, seed: int) -> dict[str, Any]:
-    """One number of sources: windows, duplicates, samples, seconds, and this process's peak memory in GB (1e9 bytes)."""
+    """Windows, duplicates, samples, seconds, and this process's peak memory in GB of 1e9 bytes."""
     surveys = surveys_of(sources, seed)
     start = time.perf_counter()
     plan = make_plan(surveys, DatagenConfig(), {"vae": "of the benchmark"})

@@ -60,9 +60,9 @@ class FilterConfig(Section):
     #: variance of the Laplacian of luma; 0 = no floor
     min_sharpness: float = Field(default=10.0, ge=0)
     #: mean absolute difference of luma, 0...255, from the most similar earlier stretch of the same source, below which
-    #: a window repeats it, as a loop or a still does; 0 = keep repetitions. Loops and stills at crf 28 measure at most
-    #: 0.27, five real clips at least 1.3
-    min_novelty: float = Field(default=0.5, ge=0)
+    #: a window repeats it, as a loop or a still does; 0 = keep repetitions. A loop at crf 28 measures at most 0.56,
+    #: five real clips at least 1.3
+    min_novelty: float = Field(default=0.7, ge=0)
     #: bits of 64 by which the perceptual hash of the first, middle or last frame must differ between windows of
     #: different sources: 13 = windows with at most 12 in each are duplicates; 0 = keep duplicates
     duplicate_distance: int = Field(default=13, ge=0, le=16)

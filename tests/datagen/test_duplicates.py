@@ -32,11 +32,13 @@ def flipped(values: np.ndarray, bits: int, rng: np.random.Generator) -> np.ndarr
 
 def test_the_hash_is_the_sign_of_the_lowest_frequencies_against_their_median() -> None:
     thumbnail = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.uint8)
-    coefficients = dctn(thumbnail.astype(float), norm="ortho")[:8, :8].reshape(-1)
-    above = [False, *(coefficients[1:] > np.median(coefficients[1:]))]
-    expected = sum(1 << (63 - place) for place, bit in enumerate(above) if bit)
+    transform = dctn(thumbnail.astype(float), norm="ortho")
+    # of each diagonal, from the right end of the first row downwards
+    diagonals = [transform[row, diagonal - row] for diagonal in range(1, 11) for row in range(diagonal + 1)]
+    coefficients = np.array(diagonals[:64])
+    expected = sum(1 << (63 - place) for place, value in enumerate(coefficients) if value > np.median(coefficients))
     assert perceptual_hash(thumbnail) == expected
-    assert expected.bit_count() == 31
+    assert expected.bit_count() == 32
 
 
 def test_frames_without_structure_have_no_hash() -> None:

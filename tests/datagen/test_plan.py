@@ -230,7 +230,7 @@ CONFIG = DatagenConfig(clip=ClipConfig(frames=9, crop=(64, 64)), samples_per_sha
         ({"contrast": 1.0}, "empty: contrast"),
         ({"motion": 0.0}, "static: motion"),
         ({"sharpness": 1.0}, "blurred: sharpness"),
-        ({"novelty": 0.1}, "repeated: novelty 0.1 is below 0.5"),
+        ({"novelty": 0.1}, "repeated: novelty 0.1 is below 0.7"),
         ({"height": 60}, "resolution 200x60 is below 64x64"),
         ({"frames": 8}, "length 8 frames"),
         ({"windows": ()}, "no scene"),
