@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(*parts: object) -> int:
@@ -15,5 +17,7 @@ def derive_seed(*parts: object) -> int:
 
 def seeded_noise(shape: tuple[int, ...] | torch.Size, *parts: object) -> torch.Tensor:
     """Standard normal noise of `shape` (float32, CPU), a pure function of `parts`."""
+    import torch  # here, since 0.7 GB are much for a process that plans or degrades and needs seeds only
+
     generator = torch.Generator().manual_seed(derive_seed(*parts))
     return torch.randn(shape, generator=generator)

@@ -21,7 +21,10 @@ from av.error import FFmpegError
 from common.errors import UserError
 
 #: files that are looked for as videos
-VIDEO_SUFFIXES = (*(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),)
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),
+    *(".m2ts", ".mts", ".vob", ".mxf", ".3gp", ".ogv"),
+)
 #: the variable that names another FFmpeg program than the bundled one
 FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 #: a frame rate above it is a container's clock rather than a rate (webm as browsers record it: 1000)

@@ -59,8 +59,13 @@ class FilterConfig(Section):
     min_motion: float = Field(default=0.03, ge=0)
     #: variance of the Laplacian of luma; 0 = no floor
     min_sharpness: float = Field(default=10.0, ge=0)
-    #: bits of 64 by which perceptual hashes of windows of different sources must differ; 0 = keep duplicates
-    duplicate_distance: int = Field(default=5, ge=0, le=16)
+    #: mean absolute difference of luma, 0...255, from the most similar earlier stretch of the same source, below which
+    #: a window repeats it, as a loop or a still does; 0 = keep repetitions. A loop at crf 28 measures at most 0.56,
+    #: five real clips at least 1.3
+    min_novelty: float = Field(default=0.7, ge=0)
+    #: bits of 64 by which the perceptual hash of the first, middle or last frame must differ between windows of
+    #: different sources: 13 = windows with at most 12 in each are duplicates; 0 = keep duplicates
+    duplicate_distance: int = Field(default=13, ge=0, le=16)
 
 
 class EncodeConfig(Section):

@@ -13,7 +13,7 @@ ENCODING_REVISION = 1
 #: How HR becomes LR.
 DEGRADATION_REVISION = 1
 #: What the survey measures. Its finished parts are resumed only at the same revision.
-SURVEY_REVISION = 1
+SURVEY_REVISION = 2
 
 PACKAGES = ("duo-vsr", "av", "numpy", "opencv-python-headless", "safetensors", "torch")
 

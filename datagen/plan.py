@@ -7,18 +7,21 @@ video, which mixes the sources and keeps neighbouring windows together: a worker
 
 from __future__ import annotations
 
-from collections import defaultdict
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from common.fingerprint import fingerprint
+import numpy as np
+
 from common.seeding import derive_seed
 from datagen.config import DatagenConfig, FilterConfig
+from datagen.duplicates import find_duplicates
 from datagen.survey.source_survey import SourceSurvey, Window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SamplePlan:
     """One sample to make.
 
@@ -43,6 +46,10 @@ class SamplePlan:
     seed: int
 
 
+#: where the inputs are mounted does not matter
+_HASHED_FIELDS = tuple(field.name for field in fields(SamplePlan) if field.name != "path")
+
+
 @dataclass(frozen=True)
 class Plan:
     """All samples in order, what was left out and why, and the hash that names this plan."""
@@ -64,20 +71,8 @@ def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: 
         surveys: in the order of the sources.
         versions: what else decides the bytes of a shard (VAE hash, libraries); part of the plan's hash.
     """
-    samples: list[SamplePlan] = []
-    rejected: list[dict[str, Any]] = []
-    duplicates = _Duplicates(config.filters.duplicate_distance)
-    for survey in surveys:
-        reason = _reject_source(survey, config)
-        if reason:
-            rejected.append({"source": survey.source.id, "reason": reason})
-            continue
-        for window in survey.windows:
-            reason = _reject_window(window, config.filters) or duplicates.find(survey.source.id, window)
-            if reason:
-                rejected.append({"source": survey.source.id, "start": window.start, "reason": reason})
-                continue
-            samples += _samples_of(survey, window, config)
+    windows, rejected = _passing(surveys, config)
+    samples = [sample for survey, window in windows for sample in _samples_of(survey, window, config)]
     span = config.windows_together * (config.clip.stride or config.clip.frames)
     samples.sort(
         key=lambda sample: (
@@ -88,12 +83,70 @@ def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: 
             sample.variant,
         )
     )
-    identity = {
-        "samples": [{k: v for k, v in asdict(sample).items() if k != "path"} for sample in samples],
-        "config": deciding(config),
-        "versions": versions,
-    }
-    return Plan(samples, rejected, config.samples_per_shard, fingerprint(identity))
+    return Plan(samples, rejected, config.samples_per_shard, _plan_hash(samples, deciding(config), versions))
+
+
+def _passing(
+    surveys: Iterable[SourceSurvey], config: DatagenConfig
+) -> tuple[list[tuple[SourceSurvey, Window]], list[dict[str, Any]]]:
+    """Windows that are used, and what is not with the reason, both in the order of the surveys."""
+    found = list(_filtered(surveys, config))
+    candidates = [(survey, window) for survey, window, reason in found if window is not None and reason is None]
+    duplicate_of = iter(_duplicates([window for _, window in candidates], _numbered(candidates), config.filters))
+    windows: list[tuple[SourceSurvey, Window]] = []
+    rejected: list[dict[str, Any]] = []
+    for survey, window, reason in found:
+        if window is None:
+            rejected.append({"source": survey.source.id, "reason": reason})
+            continue
+        if reason is None and (first := next(duplicate_of)) >= 0:
+            original, at = candidates[first]
+            reason = f"duplicate of {original.source.id} at frame {at.start}"
+        if reason is None:
+            windows.append((survey, window))
+        else:
+            rejected.append({"source": survey.source.id, "start": window.start, "reason": reason})
+    return windows, rejected
+
+
+def _filtered(
+    surveys: Iterable[SourceSurvey], config: DatagenConfig
+) -> Iterator[tuple[SourceSurvey, Window | None, str | None]]:
+    """Every window with the reason against it or None; of a source that is left out, no window and the reason."""
+    for survey in surveys:
+        reason = _reject_source(survey, config)
+        if reason:
+            yield survey, None, reason
+            continue
+        for window in survey.windows:
+            yield survey, window, _reject_window(window, config.filters)
+
+
+def _numbered(windows: list[tuple[SourceSurvey, Window]]) -> np.ndarray:
+    """int64 (N,): the same number for windows of one source."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(survey.source.id, len(numbers)) for survey, _ in windows], np.int64)
+
+
+def _duplicates(windows: list[Window], sources: np.ndarray, filters: FilterConfig) -> list[int]:
+    """`find_duplicates` of windows as the survey describes them."""
+    hashes = np.zeros((len(windows), 3), np.uint64)
+    structured = np.zeros((len(windows), 3), bool)
+    for index, window in enumerate(windows):
+        for frame, text in enumerate(window.hashes):
+            if text is not None:
+                hashes[index, frame], structured[index, frame] = int(text, 16), True
+    return find_duplicates(hashes, structured, sources, filters.duplicate_distance).tolist()
+
+
+def _plan_hash(samples: list[SamplePlan], config: dict[str, Any], versions: dict[str, str]) -> str:
+    """`fingerprint` of all that decides the dataset, without a second copy of a million samples in memory."""
+    digest = hashlib.sha256(f'{{"config": {json.dumps(config, sort_keys=True)}, "samples": ['.encode())
+    for index, sample in enumerate(samples):
+        identity = {field: getattr(sample, field) for field in _HASHED_FIELDS}
+        digest.update(((", " if index else "") + json.dumps(identity, sort_keys=True)).encode())
+    digest.update(f'], "versions": {json.dumps(versions, sort_keys=True)}}}'.encode())
+    return digest.hexdigest()
 
 
 def deciding(config: DatagenConfig) -> dict[str, Any]:
@@ -120,6 +173,7 @@ def _reject_window(window: Window, filters: FilterConfig) -> str | None:
         "empty: contrast": (window.contrast, filters.min_contrast),
         "static: motion": (window.motion, filters.min_motion),
         "blurred: sharpness": (window.sharpness, filters.min_sharpness),
+        "repeated: novelty": (window.novelty, filters.min_novelty),
     }
     for name, (value, floor) in floors.items():
         if value < floor:
@@ -160,33 +214,3 @@ def _crop(survey: SourceSurvey, start: int, index: int, config: DatagenConfig) -
         for side, free in zip(("top", "left"), room, strict=True)
     ]
     return place[0], place[1], height, width
-
-
-class _Duplicates:
-    """Finds windows whose three hashes are near those of a window of another source, seen before.
-
-    Hashes within d bits agree in at least one of d + 1 bands (pigeonhole), so only windows that share a band of the
-    middle frame's hash are compared.
-    """
-
-    def __init__(self, distance: int) -> None:
-        self._distance = distance
-        self._bands: list[dict[int, list[tuple[str, int, list[int]]]]] = [defaultdict(list) for _ in range(distance)]
-
-    def find(self, source: str, window: Window) -> str | None:
-        if not self._distance:
-            return None
-        hashes = [int(text, 16) for text in window.hashes]
-        for band, table in enumerate(self._bands):
-            for other, start, others in table[self._band(hashes[1], band)]:
-                if other != source and all(
-                    (a ^ b).bit_count() < self._distance for a, b in zip(hashes, others, strict=True)
-                ):
-                    return f"duplicate of {other} at frame {start}"
-        for band, table in enumerate(self._bands):
-            table[self._band(hashes[1], band)].append((source, window.start, hashes))
-        return None
-
-    def _band(self, value: int, band: int) -> int:
-        width = 64 // self._distance
-        return value >> (band * width) if band == self._distance - 1 else value >> (band * width) & (1 << width) - 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,10 @@ from common.video_probe import VIDEO_SUFFIXES
 
 #: columns of a table that hold the video's path, in order of preference
 PATH_COLUMNS = ("video", "path", "file", "url")
+#: how the names of AppleDouble files begin, in which macOS keeps the attributes of the file of the same name
+APPLE_DOUBLE = "._"
+#: types that are named in the line about files that were left out
+NAMED_TYPES = 5
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,20 @@ class Source:
 
 
 def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
-    """All videos of all inputs, sorted by id.
+    """All videos of all inputs, sorted by id. Files of other types are counted on stderr.
 
     Raises:
-        UserError: an input that does not exist, holds no video, or two sources of the same id.
+        UserError: an input that does not exist, cannot be read, holds no video, or two sources of the same id.
     """
     found: dict[str, Source] = {}
     for text in inputs:
-        sources = list(_expand(text, storage))
+        others: Counter[str] = Counter()
+        sources = list(_expand(text, storage, others))
         if not sources:
-            raise UserError(f"{text}: no video found (looked for {', '.join(sorted(VIDEO_SUFFIXES))})")
+            also = f"; {_left_out(others)}" if others else ""
+            raise UserError(f"{text}: no video found (looked for {', '.join(sorted(VIDEO_SUFFIXES))}{also})")
+        if others:
+            print(f"{text}: {_left_out(others)}", file=sys.stderr)
         for source in sources:
             if found.setdefault(source.id, source).path != source.path:
                 raise UserError(
@@ -62,39 +72,117 @@ def open_source(path: str, storage: StorageConfig) -> Any:
         return system.open(path, "rb", cache_type="readahead", block_size=4 << 20)
 
 
-def _expand(text: str, storage: StorageConfig) -> Iterator[Source]:
+def _left_out(others: Counter[str]) -> str:
+    most_first = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    types = ", ".join(f"{count} {kind}" for kind, count in most_first[:NAMED_TYPES])
+    more = ", …" if len(others) > NAMED_TYPES else ""
+    count = others.total()
+    return f"{count} file{'' if count == 1 else 's'} of other types left out ({types}{more})"
+
+
+def _is_video(name: str, others: Counter[str]) -> bool:
+    """Whether a file is a source by its name; one that is not is counted in `others` by its type."""
+    base = name.rpartition("/")[2]
+    suffix = os.path.splitext(base)[1].lower()
+    if base.startswith(APPLE_DOUBLE):
+        others[f"{APPLE_DOUBLE}*"] += 1
+    elif suffix in VIDEO_SUFFIXES:
+        return True
+    else:
+        others[suffix or "without suffix"] += 1
+    return False
+
+
+def _expand(text: str, storage: StorageConfig, others: Counter[str]) -> Iterator[Source]:
     if text.startswith("s3://"):
-        yield from _below_s3(text, storage)
+        yield from _below_s3(text, storage, others)
         return
     path = Path(text)
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in VIDEO_SUFFIXES and file.is_file():
-                yield Source(file.relative_to(path).as_posix(), str(file))
+        for name in _files_below(text):
+            if _is_video(name, others):
+                yield Source(name, str(path / name))
     elif glob.has_magic(text):
         matches = [match for match in sorted(glob.glob(text, recursive=True)) if os.path.isfile(match)]
         root = os.path.commonpath([os.path.dirname(match) for match in matches]) if matches else ""
         for match in matches:
-            if Path(match).suffix.lower() in VIDEO_SUFFIXES:
+            if _is_video(match, others):
                 yield Source(Path(os.path.relpath(match, root)).as_posix(), match)
     elif not path.exists():
         raise UserError(
             f"{text} does not exist; give a folder, a glob, a .txt list, a .csv or .parquet table, or s3://"
         )
     elif path.suffix.lower() == ".txt":
-        for line in path.read_text().splitlines():
-            if line.strip() and not line.startswith("#"):
-                yield Source(line.strip(), _beside(path, line.strip()))
+        for line in _text_of(path).splitlines():
+            name = line.strip()
+            if name and not name.startswith("#") and not _is_apple_double(name, others):
+                yield Source(name, _beside(path, name))
     elif path.suffix.lower() in (".csv", ".parquet"):
-        yield from _from_table(path)
+        yield from _from_table(path, others)
     else:
         yield Source(path.name, str(path))
 
 
-def _from_table(path: Path) -> Iterator[Source]:
+def _files_below(folder: str) -> list[str]:
+    """Names of all files below `folder`, relative to it, links to folders followed.
+
+    A folder is listed once, however many links lead to it, and under its own name where it lies below `folder`. A link
+    to a folder that holds `folder` is not followed.
+
+    Raises:
+        UserError: a folder that cannot be listed.
+    """
+    names: list[str] = []
+    visited = {_identity(str(parent)) for parent in Path(folder).resolve().parents}
+    links: list[str] = []
+    waiting = [""]
+    while waiting or links:
+        if not waiting:
+            waiting.append(links.pop(0))
+        below = waiting.pop()
+        path = os.path.join(folder, below)
+        try:
+            identity = _identity(path)
+            if identity in visited:
+                continue
+            visited.add(identity)
+            with os.scandir(path) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    name = os.path.join(below, entry.name)
+                    link = entry.is_symlink()
+                    # of a link that leads nowhere or to itself, the entry's own methods may raise
+                    if os.path.isdir(entry.path) if link else entry.is_dir():
+                        (links if link else waiting).append(name)
+                    elif os.path.isfile(entry.path) if link else entry.is_file():
+                        names.append(name)
+        except OSError as error:
+            raise UserError(f"{path} cannot be listed: {error.strerror}; mend it, or give inputs without it") from None
+    return sorted(names)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Device and inode: the same for a folder by whatever name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _text_of(path: Path) -> str:
+    """A list's text, without the byte order mark that editors on Windows put first."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _is_apple_double(name: str, others: Counter[str]) -> bool:
+    """A list may name what it likes, but these are no videos whatever they are called."""
+    return name.rpartition("/")[2].startswith(APPLE_DOUBLE) and not _is_video(name, others)
+
+
+def _from_table(path: Path, others: Counter[str]) -> Iterator[Source]:
     import pandas
 
-    table = pandas.read_csv(path) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+    table = pandas.read_csv(path, encoding="utf-8-sig") if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
     column = next((name for name in PATH_COLUMNS if name in table.columns), None)
     if column is None:
         raise UserError(
@@ -103,16 +191,17 @@ def _from_table(path: Path) -> Iterator[Source]:
     captions = table["caption"] if "caption" in table.columns else [None] * len(table)
     for video, caption in zip(table[column], captions, strict=True):
         text = caption if isinstance(caption, str) and caption.strip() else None
-        yield Source(str(video), _beside(path, str(video)), text)
+        if not _is_apple_double(str(video), others):
+            yield Source(str(video), _beside(path, str(video)), text)
 
 
-def _below_s3(text: str, storage: StorageConfig) -> Iterator[Source]:
+def _below_s3(text: str, storage: StorageConfig, others: Counter[str]) -> Iterator[Source]:
     system = s3_filesystem(storage)
     root = text.removeprefix("s3://").rstrip("/")
     with s3_errors(text, storage):
         keys = sorted(system.find(root))
     for key in keys:
-        if Path(key).suffix.lower() in VIDEO_SUFFIXES:
+        if _is_video(key, others):
             yield Source(key.removeprefix(root).lstrip("/") or Path(key).name, f"s3://{key}")
 
 

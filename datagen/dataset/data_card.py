@@ -72,13 +72,17 @@ def side_by_side(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     return np.hstack([small, cv2.resize(hr[middle], size, interpolation=cv2.INTER_AREA)])
 
 
+#: what reasons of windows begin with (datagen/plan.py)
+FILTERS = ("black", "empty", "static", "blurred", "repeated")
+
+
 def _kind_of(reason: str) -> str:
     """A reason without its particulars, for counting: `black: luma 3.1 is below 8.0` is `black`."""
     if reason.startswith("duplicate of"):
         return "duplicate"
     if reason.startswith(("resolution", "length", "no scene")):
         return reason.split()[0] if not reason.startswith("no scene") else "scenes too short"
-    return reason.split(":")[0] if reason.split(":")[0] in ("black", "empty", "static", "blurred") else "unreadable"
+    return reason.split(":")[0] if reason.split(":")[0] in FILTERS else "unreadable"
 
 
 def _data_uri(picture: np.ndarray) -> str:

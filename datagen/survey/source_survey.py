@@ -8,14 +8,16 @@ from typing import Any
 from datagen.sources import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Window:
     """Consecutive frames within one scene.
 
     Attributes:
         start: index of the first frame. pts: its time stamp, None where frames have none.
         luma, contrast, motion, sharpness: means over the frames; motion leaves out the first.
-        hashes: of the first, middle and last frame, 64 bit, hexadecimal.
+        novelty: mean absolute difference of luma, 0...255, from the most similar stretch of frames up to
+            `LOOK_BACK` frames earlier in the source (video_survey.py); 255 where there is none.
+        hashes: of the first, middle and last frame, 64 bit, hexadecimal; None for a frame without structure.
     """
 
     start: int
@@ -24,10 +26,11 @@ class Window:
     contrast: float
     motion: float
     sharpness: float
-    hashes: tuple[str, ...]
+    novelty: float
+    hashes: tuple[str | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceSurvey:
     """A video that was decoded from beginning to end.
 

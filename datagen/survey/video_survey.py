@@ -20,10 +20,18 @@ from common.lossless_clip import UnreadableVideo, opened
 from common.scene_cuts import WIDTH, SceneCuts, small_height
 from datagen.config import ClipConfig
 from datagen.sources import Source
+from datagen.survey.perceptual_hash import THUMBNAIL, perceptual_hash
 from datagen.survey.source_survey import SourceSurvey, Window
 
 #: sharpness is measured on every n-th frame
 SHARPNESS_EVERY = 4
+#: frames before a window in which its content is looked for: 20 s at 25 frames/s, longer than a loop is [ours]
+LOOK_BACK = 512
+#: side of the frames that are compared then, px: the mean of a cell leaves little of a codec's noise
+LOOK_BACK_SIDE = 16
+#: frames of a window that are compared
+COMPARED_FRAMES = 5
+NEVER_SEEN = 255.0
 
 
 @dataclass
@@ -35,7 +43,7 @@ class _Features:
     contrast: float
     motion: float
     sharpness: float
-    hash: int
+    hash: int | None
 
 
 def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey:
@@ -49,6 +57,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     """
     name = source.id
     features: list[_Features] = []
+    tiny: list[np.ndarray] = []
     with opened(opened_source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
@@ -58,12 +67,13 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         content = _content(stream)
         try:
             for frame in _decoded(container, stream, content):
-                small = _small(frame)
+                small = small_video_frame(frame)
                 thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
                 sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 if clip.respect_scenes:
                     cuts.update(finder.add(small))
                 features.append(_measure(frame.pts, thumbnail, previous, sharpness))
+                tiny.append(cv2.resize(thumbnail, (LOOK_BACK_SIDE, LOOK_BACK_SIDE), interpolation=cv2.INTER_AREA))
                 previous = thumbnail
         except av.error.FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off after {len(features)} frames: {error}") from None
@@ -75,6 +85,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         cuts.update(finder.finish())
     scene_starts = sorted(cut for cut in cuts if 0 < cut < len(features))
     starts = window_starts(len(features), scene_starts, clip.frames, clip.stride)
+    frames = np.stack(tiny)
     return SourceSurvey(
         source,
         width,
@@ -83,13 +94,13 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         frames_per_second=float(rate or 0),
         content=content.hexdigest(),
         cuts=tuple(scene_starts),
-        windows=tuple(_window(features, start, clip.frames) for start in starts),
+        windows=tuple(_window(features, start, clip.frames, novelty(frames, start, clip.frames)) for start in starts),
     )
 
 
 def to_thumbnail(grey: np.ndarray) -> np.ndarray:
-    """A grey frame (H, W) at 32 x 32 px, on which luma, contrast and motion are measured."""
-    return cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA)
+    """A grey frame (H, W) at 32 x 32 px, on which luma, contrast, motion and the perceptual hash are measured."""
+    return cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 
 
 def mean_measure(values: Iterable[float]) -> float:
@@ -120,7 +131,8 @@ def window_starts(frames: int, cuts: list[int], length: int, stride: int | None)
     return starts
 
 
-def _small(frame: av.VideoFrame) -> np.ndarray:
+def small_video_frame(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 (h, `WIDTH`, 3) BGR, as scenes are found and thumbnails made of it."""
     height = small_height(frame.height, frame.width)
     return frame.reformat(WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
 
@@ -132,17 +144,38 @@ def _sharpness(frame: av.VideoFrame) -> float:
 
 def _measure(pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, sharpness: float) -> _Features:
     motion = 0.0 if previous is None else float(cv2.absdiff(thumbnail, previous).mean())
-    return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, _hash(thumbnail))
+    hashed = perceptual_hash(thumbnail)
+    return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, hashed)
 
 
-def _hash(thumbnail: np.ndarray) -> int:
-    """64-bit difference hash: is each cell of a 9 x 8 grid brighter than its right neighbour?"""
-    grid = cv2.resize(thumbnail, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
-    return int.from_bytes(np.packbits(grid[:, :-1] > grid[:, 1:]).tobytes(), "big")
+def novelty(frames: np.ndarray, start: int, length: int) -> float:
+    """How much a window differs from what came before it: little in a loop after its first turn, or in a still.
+
+    The stretches that it is compared with end before it, so a slow change does not count as a repetition.
+
+    Args:
+        frames: luma of the source, uint8 (N, h, w), 0...255.
+        start: first frame of the window.
+        length: of the window, frames.
+
+    Returns:
+        Mean absolute difference from the most similar stretch of as many frames within `LOOK_BACK` frames, 0...255;
+        255 where there is none.
+    """
+    first, last = max(0, start - LOOK_BACK), start - length
+    if last < first:
+        return NEVER_SEEN
+    offsets = sorted({round(part) for part in np.linspace(0, length - 1, COMPARED_FRAMES)})
+    differences = np.zeros(last - first + 1)
+    for offset in offsets:
+        earlier = frames[first + offset : last + offset + 1].astype(np.int16)
+        differences += np.abs(earlier - frames[start + offset].astype(np.int16)).mean(axis=(1, 2))
+    return round(float(differences.min()) / len(offsets), 3)
 
 
-def _window(features: list[_Features], start: int, length: int) -> Window:
+def _window(features: list[_Features], start: int, length: int, novelty: float) -> Window:
     frames = features[start : start + length]
+    hashes = [frames[index].hash for index in (0, length // 2, -1)]
     return Window(
         start,
         frames[0].pts,
@@ -150,5 +183,6 @@ def _window(features: list[_Features], start: int, length: int) -> Window:
         contrast=mean_measure(frame.contrast for frame in frames),
         motion=round(float(np.mean([frame.motion for frame in frames[1:]] or [0.0])), 3),
         sharpness=mean_measure(frame.sharpness for frame in frames),
-        hashes=tuple(f"{frames[index].hash:016x}" for index in (0, length // 2, -1)),
+        novelty=novelty,
+        hashes=tuple(None if value is None else f"{value:016x}" for value in hashes),
     )
