@@ -16,7 +16,9 @@ import numpy as np
 from av.error import FFmpegError
 
 from common.atomic import write_atomic
+from common.decoded_frame import rgb
 from common.errors import UserError
+from common.video_probe import first_video
 
 
 class UnreadableVideo(UserError):
@@ -33,7 +35,7 @@ def opened(source: Any, name: str) -> Any:
         container = av.open(source)
     except (FFmpegError, ValueError) as error:
         raise UnreadableVideo(f"{name}: not a video FFmpeg can read ({getattr(error, 'strerror', error)})") from None
-    if not container.streams.video:
+    if first_video(container) is None:
         container.close()
         raise UnreadableVideo(f"{name}: holds no video stream")
     container.streams.video[0].thread_type = "NONE"
@@ -55,7 +57,7 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
                 if stop is not None and index >= stop:
                     return
                 if index >= start:
-                    yield frame.to_ndarray(format="rgb24")
+                    yield rgb(frame)
         except FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off while it is decoded: {error}") from None
 

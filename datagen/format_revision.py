@@ -9,7 +9,7 @@ from datagen.dataset.shard_format import SCHEMA_VERSION
 #: Revisions of our own code, kept by hand. Raise one whenever a change alters what it names: datasets made before can
 #: then be neither resumed nor reused by mistake. tests/datagen/test_golden_bytes.py fails when bytes change.
 #: How a video becomes z_hr: decoded, cropped, encoded.
-ENCODING_REVISION = 1
+ENCODING_REVISION = 2
 #: How HR becomes LR.
 DEGRADATION_REVISION = 1
 #: What the survey measures. Its finished parts are resumed only at the same revision.

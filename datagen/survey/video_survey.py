@@ -16,6 +16,7 @@ import av
 import cv2
 import numpy as np
 
+from common.decoded_frame import upright_size
 from common.lossless_clip import UnreadableVideo, opened
 from common.scene_cuts import WIDTH, SceneCuts, small_height
 from datagen.config import ClipConfig
@@ -61,12 +62,14 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     with opened(opened_source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
-        finder = SceneCuts(threshold=clip.scene_threshold, min_scene_frames=clip.frames, frame_rate=float(rate or 25))
+        finder = SceneCuts(threshold=clip.scene_threshold, frame_rate=float(rate or 25))
         cuts: set[int] = set()
         previous = None
         content = _content(stream)
+        width = height = 0
         try:
             for frame in _decoded(container, stream, content):
+                width, height = upright_size(frame)
                 small = small_video_frame(frame)
                 thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
                 sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
@@ -77,7 +80,6 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
                 previous = thumbnail
         except av.error.FFmpegError as error:
             raise UnreadableVideo(f"{name}: breaks off after {len(features)} frames: {error}") from None
-        width, height = stream.width, stream.height
         content.update(repr([frame.pts for frame in features]).encode())
     if not features:
         raise UnreadableVideo(f"{name}: holds no frame that can be decoded")

@@ -13,6 +13,7 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
+from common.decoded_frame import rgb
 from common.lossless_clip import UnreadableVideo, opened
 
 #: frames ahead that are decoded rather than sought to: within a usual group of pictures [ours]
@@ -104,7 +105,7 @@ class WindowReader:
                 return None
             if frame.pts == pts:
                 self._next = start + 1
-                window = [_pixels(frame), *self._take(start + 1, frames - 1)]
+                window = [rgb(frame), *self._take(start + 1, frames - 1)]
                 return window if len(window) == frames else None
         return None
 
@@ -121,9 +122,5 @@ class WindowReader:
             if self._next > start:
                 if not taken and pts is not None and frame.pts != pts:
                     break
-                taken.append(_pixels(frame))
+                taken.append(rgb(frame))
         return taken
-
-
-def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    return frame.to_ndarray(format="rgb24")

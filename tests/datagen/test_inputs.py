@@ -1,0 +1,89 @@
+"""Videos as people have them: turned, untagged, cut into short shots. Datagen cuts out of them what is shown."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from common.lossless_clip import UnreadableVideo, opened, read_window
+from common.video_reader import EXACT, read_video
+from datagen.config import ClipConfig
+from datagen.sources import Source
+from datagen.survey.source_survey import SourceSurvey
+from datagen.survey.video_survey import survey
+from datagen.survey.window_reader import WindowReader
+
+
+def ffmpeg(folder: Path, name: str, *options: str) -> Path:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-nostdin", *options, name]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / name
+
+
+def surveyed(path: Path, **clip: object) -> SourceSurvey:
+    return survey(Source(id=path.name, path=str(path)), str(path), ClipConfig(**clip))  # type: ignore[arg-type]
+
+
+def test_a_phone_held_upright(tmp_path: Path) -> None:
+    """Size and frames are those of the turned picture, as in upscale."""
+    smooth = "gradients=s=192x144:r=25:d=1:c0=red:c1=blue:x0=10:y0=20:x1=180:y1=100:speed=0.01"
+    ffmpeg(tmp_path, "flat.mp4", "-f", "lavfi", "-i", smooth, "-c:v", "libx264", "-qp", "4")
+    phone = ffmpeg(tmp_path, "phone.mp4", "-display_rotation", "90", "-i", "flat.mp4", "-c", "copy")
+    found = surveyed(phone, frames=9)
+    assert (found.width, found.height) == (144, 192)
+    window = WindowReader().read("phone", lambda: str(phone), "phone", 9, found.windows[1].pts, 9)
+    shown = read_video(phone, 9, 9)
+    assert window.shape == shown.shape == (9, 192, 144, 3)
+    assert np.abs(window.astype(int) - shown).max() <= 2
+
+
+@pytest.mark.parametrize(("size", "matrix"), [("1280x720", "bt709"), ("320x240", "smpte170m")])
+def test_untagged_video(tmp_path: Path, size: str, matrix: str) -> None:
+    chain = (
+        f"format=gbrp,geq=r=32:g=192:b=64,scale=out_color_matrix={matrix}:out_range=tv:flags={EXACT},format=yuv420p,"
+        "setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown"
+    )
+    source = f"nullsrc=s={size}:r=25:d=0.08"
+    path = ffmpeg(tmp_path, "in.mp4", "-f", "lavfi", "-i", source, "-vf", chain, "-c:v", "libx264", "-qp", "0")
+    assert np.abs(read_window(path, 0, 1).astype(int) - (32, 192, 64)).max() <= 2
+
+
+def test_targets_are_not_darkened(tmp_path: Path) -> None:
+    """A grey ramp with colour: swscale's default loses about one level of 255 on average."""
+    ramp = "format=gbrp,geq=r='40+X/2':g='60+X/3':b='200-X/2',scale=out_color_matrix=smpte170m:flags=" + EXACT
+    source = "nullsrc=s=256x64:r=25:d=0.08"
+    options = ("-vf", f"{ramp},format=yuv444p", "-c:v", "ffv1")
+    path = ffmpeg(tmp_path, "in.mkv", "-f", "lavfi", "-i", source, *options)
+    x = np.arange(256)
+    wanted = np.stack([40 + x / 2, 60 + x / 3, 200 - x / 2], axis=-1)
+    error = read_window(path, 0, 1)[0].astype(float) - wanted
+    assert np.abs(error.mean((0, 1))).max() < 0.6 and np.abs(error).max() < 3
+
+
+def test_no_window_holds_a_cut(tmp_path: Path) -> None:
+    """Shots of 30, 10 and 50 frames: the one of 10 has no window of 21 frames, and none reaches into it."""
+    graph = (
+        "[1:v]trim=end_frame=10,setpts=PTS-STARTPTS,format=yuv420p[m];[0:v]format=yuv420p[a];"
+        "[2:v]format=yuv420p,negate[b];[a][m][b]concat=n=3[o]"
+    )
+    inputs = ("testsrc2=s=320x240:r=25:d=1.2", "mandelbrot=s=320x240:r=25", "testsrc=s=320x240:r=25:d=2")
+    sources = [word for text in inputs for word in ("-f", "lavfi", "-i", text)]
+    options = ("-filter_complex", graph, "-map", "[o]", "-c:v", "libx264", "-qp", "5")
+    path = ffmpeg(tmp_path, "shots.mp4", *sources, *options)
+    found = surveyed(path, frames=21, stride=3)
+    assert found.cuts == (30, 40)
+    starts = [window.start for window in found.windows]
+    assert starts and all(start + 21 <= 30 or start >= 40 for start in starts)
+    assert any(start >= 40 for start in starts)
+
+
+def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
+    options = ("-map", "0", "-map", "1", "-c:a", "libmp3lame", "-c:v", "png", "-disposition:v", "attached_pic")
+    inputs = ("-f", "lavfi", "-i", "sine=d=1", "-f", "lavfi", "-i", "color=red:s=32x32:d=0.04")
+    path = ffmpeg(tmp_path, "song.mp3", *inputs, *options)
+    with pytest.raises(UnreadableVideo, match="holds no video stream"):
+        opened(str(path), path.name)
