@@ -42,7 +42,7 @@ $(EFFECT): $(SAMPLES)
 	@touch $@
 
 effect: $(EFFECT) ## score the shipped models on held-out clips beside bicubic and Real-ESRGAN: runs/effect
-	PYTHONPATH=. $(BIN)/python benchmarks/effect/score.py --output runs/effect
+	$(BIN)/python benchmarks/effect/score.py --output runs/effect
 
 lint: $(INSTALLED) ## formatting, ruff, types, shell scripts
 	$(BIN)/ruff format --check .

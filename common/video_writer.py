@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import re
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -135,6 +137,11 @@ class VideoWriter:
         command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the writer)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=self._log)
+        # A thread waits for FFmpeg, so that the next clip is computed while this one is encoded.
+        self._waiting: queue.Queue[bytes | None] = queue.Queue(1)
+        self._broken = threading.Event()
+        self._feeder = threading.Thread(target=self._feed, daemon=True)
+        self._feeder.start()
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames (F, H, W, 3): uint8, or uint16 with 10-bit values for a 10-bit file."""
@@ -144,11 +151,19 @@ class VideoWriter:
             bits = 8 if frames.dtype == np.uint8 else 10
             wide = frames.astype(np.uint16)
             frames = (wide << (16 - bits)) | (wide >> (2 * bits - 16))  # white stays white
+        if self._broken.is_set():
+            raise UserError(f"cannot write {self.path}: {self._message()}")
+        self._waiting.put(np.ascontiguousarray(frames).tobytes())
+
+    def _feed(self) -> None:
+        """Hand over what waits, until None comes; after FFmpeg has stopped, throw it away."""
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(np.ascontiguousarray(frames).tobytes())
-        except (BrokenPipeError, OSError):
-            raise UserError(f"cannot write {self.path}: {self._message()}") from None
+        while (content := self._waiting.get()) is not None:
+            if not self._broken.is_set():
+                try:
+                    self._process.stdin.write(content)
+                except OSError:
+                    self._broken.set()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -156,11 +171,13 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._waiting.put(None)
+        self._feeder.join()
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # the process is gone; its exit status says so
             self._process.stdin.close()
-        if kind is not None:
-            self._process.kill()
         failed = self._process.wait() != 0
         message = self._message()
         self._log.close()

@@ -28,6 +28,7 @@ import torch
 from common.atomic import write_atomic
 from common.command_line import exit_on_sigterm
 from common.errors import UserError, run_command
+from common.prefetch import prefetch
 from common.progress import progress
 from common.scale import SCALE
 from common.scene_cuts import CONTEXT
@@ -301,7 +302,7 @@ def write_parts(
         deinterlace=arguments.deinterlace,
         bits=16 if job.bit_depth == 10 and job.info.bits > 8 else 8,
     )
-    frames = _until_damaged(reader) if arguments.on_error == "stop" else iter(reader)
+    frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
     enlarge = with_bicubic if arguments.bicubic else with_model
     clips = enlarge(frames, place.start, job, arguments, tiling, statistics)  # opens the model, so before any file
     open_writer = partial(

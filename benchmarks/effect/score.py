@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file, from anywhere
 
 from benchmarks.effect.held_out import CLIPS, FRAMES, HEIGHT, WIDTH, HeldOutClip
 from benchmarks.effect.real_esrgan import NAMES, RealEsrgan
@@ -38,6 +41,7 @@ SEEDS = (0, 1, 2)
 RECIPE = "light"
 METRICS = ("niqe", "vmaf", "vmaf_neg", "cvvdp", "psnr", "temporal", "grid", "noise")
 RESAMPLES = 2000
+SHIPPED = [f"preference={Path(__file__).resolve().parents[2] / 'assets' / 'small'}"]
 #: the frame that the images show
 SHOWN = FRAMES // 2
 
@@ -180,14 +184,19 @@ def contact_sheet(clip: HeldOutClip, methods: Iterable[str], output: Path, clips
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables, images and kept scores")
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER[:STEPS]")
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME=FOLDER[:STEPS]",
+        help="default: the repository's, preference=assets/small",
+    )
     parser.add_argument("--clips", type=Path, help="folder of the clips' files, instead of the installed wheels")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     methods: dict[str, tuple[Callable[[], Upscaler], str]] = {"bicubic": (lambda: bicubic, "1")}
     for name in NAMES:
         methods[name] = (lambda name=name: RealEsrgan(name), "1")  # type: ignore[misc]
-    for name, (folder, steps) in parse_models(arguments.model).items():
+    for name, (folder, steps) in parse_models(arguments.model or SHIPPED).items():
         version = f"{files_fingerprint(sorted(folder.rglob('*.safetensors')), folder)} {steps}"
         methods[name] = (lambda folder=folder, steps=steps: model_upscaler(folder, steps), version)  # type: ignore[misc]
     scores: Scores = {
