@@ -28,7 +28,7 @@ run_resumable() {
   "$@" &
   child=$!
   # through scancel: srun itself answers TERM by killing
-  trap 'asked=1; scancel --quiet --signal="$signal" "$SLURM_JOB_ID.$step"' USR1 TERM
+  trap 'asked=1; scancel --quiet --signal="$signal" "$SLURM_JOB_ID.$step" || true' USR1 TERM
   while :; do
     status=0
     wait "$child" || status=$?

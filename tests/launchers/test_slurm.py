@@ -171,3 +171,15 @@ def test_the_nodes_of_a_job_become_one_ray_cluster(cluster: SlurmCluster, notes:
 def test_an_unknown_command_is_named(cluster: SlurmCluster) -> None:
     with pytest.raises(AssertionError, match=r"no command 'trian'; there are .*train"):
         cluster.submit("trian", "--")
+
+
+def test_a_bad_video_does_not_end_the_others(cluster: SlurmCluster, tmp_path: Path) -> None:
+    videos, output, wrapper = tmp_path / "videos", tmp_path / "out", tmp_path / "python"
+    videos.mkdir()
+    for name in ("a.mp4", "broken.mp4", "c.webm"):
+        (videos / name).touch()
+    wrapper.write_text('#!/bin/sh\ncase "$3" in *broken*) exit 2;; esac\ntouch "$4"\n')
+    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    job = cluster.submit("upscale", "--", videos, output, "--bicubic", PYTHON=str(wrapper))
+    cluster.wait(job, "FAILED")
+    assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "c.webm"], cluster.log(job)
