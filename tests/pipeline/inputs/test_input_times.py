@@ -1,6 +1,7 @@
 """Every frame keeps its time, and sound its distance from the picture."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -108,6 +109,18 @@ def test_flashes_are_no_cuts(every):
         frame = np.full_like(scene, 255) if number % every == every // 2 else np.roll(scene, number, axis=1)
         cuts += finder.add(small_frame(frame))
     assert cuts + finder.finish() == []
+
+
+@pytest.mark.parametrize("white", ["eq(mod(n,10),5)", "eq(mod(n,2),1)"], ids=["flashes", "strobe"])
+def test_flashes_cost_no_evaluations(make, upscale, model_folder, tmp_path, white):
+    source = make(
+        "flashes.mp4", *picture(2), "-vf", f"drawbox=color=white:t=fill:enable='{white}'",
+        "-c:v", "libx264", "-qp", "1",
+    )  # fmt: skip
+    stats = tmp_path / "stats.json"
+    options = ("--model", model_folder, "--stats", stats, "--max-size", 64)
+    assert upscale(source, tmp_path / "out.mp4", *options).returncode == 0
+    assert json.loads(stats.read_text())["dit_evaluations"] == 3, "50 frames are three windows"
 
 
 def test_a_cut_beside_flashes_is_found():
