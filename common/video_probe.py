@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -29,12 +30,17 @@ VIDEO_SUFFIXES = (
 FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 #: a frame rate above it is a container's clock rather than a rate (webm as browsers record it: 1000)
 LARGEST_RATE = 240
+#: codecs whose first frames tell nothing: broadcasts and DVDs begin with progressive ones
+INTERLACED_CODECS = frozenset({"mpeg2video", "dvvideo", "vc1"})
 #: width or height from which untagged video is high definition, hence BT.709
 HD_WIDTH, HD_HEIGHT = 1280, 720
 
 #: ITU-T H.273 codes, as FFmpeg numbers them
 BT709, UNSPECIFIED, BT601, BT2020, BT2020_NCL, BT2020_CL, PQ, HLG = 1, 2, 6, 9, 9, 10, 16, 18
 
+_FRAME_SHAPE = re.compile(
+    r"showinfo.*\] n: *\d+ pts:.* sar:(?P<sar>\d+)/(?P<sar_den>\d+) s:(?P<width>\d+)x(?P<height>\d+)"
+)
 _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
@@ -70,7 +76,7 @@ class VideoInfo:
     #: codec of each sound track; None: nothing here decodes it
     audio_codecs: tuple[str | None, ...]
     colour: Colour = Colour()
-    #: its first frame holds two fields of different times
+    #: its first frame holds two fields of different times, or later ones may
     interlaced: bool = False
     #: it has a transparency channel
     alpha: bool = False
@@ -82,6 +88,8 @@ class VideoInfo:
     start_s: Fraction = Fraction(0)
     #: seconds from there to the end of the video; None where the container does not say
     end_s: float | None = None
+    #: time stamp of the first frame
+    first_s: Fraction = Fraction(0)
 
     @property
     def estimated_frames(self) -> int | None:
@@ -159,24 +167,35 @@ def _read(container: Any, path: str | Path) -> VideoInfo:
         raise UserError(f"{path} holds no frame that can be decoded; convert it or leave it out")
     if first.rotation % 90:
         raise UserError(f"{path} is to be shown turned by {first.rotation} degrees; only quarter turns are read")
-    # FFmpeg turns what a phone recorded on its side, and swaps the sides with it.
-    width, height = (first.width, first.height) if first.rotation % 180 == 0 else (first.height, first.width)
+    shown = _shown(path, stream.index)
+    codec = stream.codec_context.name
     return VideoInfo(
-        width,
-        height,
+        int(shown["width"]),
+        int(shown["height"]),
         Fraction(rate),
         stream.frames or None,
         container.duration / av.time_base if container.duration else None,
-        Fraction(stream.sample_aspect_ratio or 1),
+        Fraction(int(shown["sar"]), max(1, int(shown["sar_den"]))) or Fraction(1),
         tuple(track.codec_context.name if track.codec_context else None for track in container.streams.audio),
         Colour(int(first.colorspace), int(first.color_primaries), int(first.color_trc)),
-        bool(first.interlaced_frame),
-        any(component.is_alpha for component in first.format.components),
+        bool(first.interlaced_frame) or codec in INTERLACED_CODECS,
+        any(component.is_alpha for component in first.format.components) or stream.metadata.get("alpha_mode") == "1",
         stream.index,
         max(component.bits for component in first.format.components),
         Fraction(container.start_time or 0, av.time_base),
         _end_s(container, stream),
+        Fraction(0) if first.pts is None else first.pts * stream.time_base,
     )
+
+
+def _shown(path: str | Path, index: int) -> dict[str, str]:
+    """Size and pixel shape of the first frame as FFmpeg gives it out: cropped and turned as the container asks."""
+    command = [ffmpeg_binary(), "-hide_banner", "-nostdin", "-nostats", "-i", url(path), "-map", f"0:{index}"]
+    command += ["-frames:v", "1", "-vf", "showinfo=checksum=0", "-f", "null", "-"]
+    log = subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr.decode(errors="replace")
+    if (found := _FRAME_SHAPE.search(log)) is None:
+        raise UserError(f"{path} holds no frame that FFmpeg decodes; convert it or leave it out")
+    return found.groupdict()
 
 
 def _first_frame(container: Any, stream: Any) -> Any:
@@ -191,9 +210,9 @@ def _first_frame(container: Any, stream: Any) -> Any:
 
 
 def _end_s(container: Any, stream: Any) -> float | None:
-    start = float((stream.start_time or 0) * stream.time_base) - (container.start_time or 0) / av.time_base
+    start_s = (container.start_time or 0) / av.time_base
     if stream.duration:
-        return start + float(stream.duration * stream.time_base)
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - start_s
     if match := _DURATION.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska's; its end, not its length
-        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+        return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) - start_s
     return None

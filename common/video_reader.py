@@ -26,8 +26,10 @@ Deinterlace = Literal["auto", "bwdif", "off"]
 EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
 
 _TIME_BASE = re.compile(rb"showinfo.*config in time_base: (\d+)/(\d+)")
-_FRAME = re.compile(rb"showinfo.*\] n: *\d+ pts: *(-?\d+|NOPTS) ")
-_ERROR = re.compile(rb"\[(?:error|fatal|panic)\] ?(.*)")
+_FRAME = re.compile(rb"showinfo.*\] n: *\d+ pts: *(-?\d+|NOPTS) (?:.*? duration: *(\d+))?")
+_ERROR = re.compile(rb"^(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] ?(.*)")
+#: errors of the pipe that the frames come through, not of the file
+_OURS = re.compile(rb"^\[(?:rawvideo|out#)")
 
 
 class VideoReader:
@@ -68,6 +70,8 @@ class VideoReader:
         self.time_base = Fraction(1)
         #: time stamp of each frame that was given out, as in the file
         self.pts: list[int | None] = []
+        #: how long the last frame is shown, in the same unit; 0: not known
+        self.last_duration = 0
         #: FFmpeg's errors so far
         self.errors: list[str] = []
         self.count = 0
@@ -103,7 +107,8 @@ class VideoReader:
         trim: dict[str, int] = {"start_frame": self._start}
         if self._limit is not None:
             trim["end_frame"] = self._start + self._limit
-        stream = ffmpeg.input(url(self.path))[str(self.info.stream_index)]
+        # Without reinit_filter=0, frames would be counted anew where their size changes.
+        stream = ffmpeg.input(url(self.path), reinit_filter=0)[str(self.info.stream_index)]
         if deinterlace == "bwdif" or (deinterlace == "auto" and self.info.interlaced):
             marked = "interlaced" if deinterlace == "auto" else "all"
             stream = stream.filter("bwdif", mode="send_frame", deint=marked)
@@ -111,13 +116,14 @@ class VideoReader:
             stream = stream.filter("fps", f"{frame_rate.numerator}/{frame_rate.denominator}")
         stream = stream.filter("trim", **trim).filter("showinfo", checksum=0)
         resized = (self.width, self.height) != (self.info.width, self.info.height)
-        size = (self.width, self.height) if resized else ()
         flags = f"{'area' if resized else 'bicubic'}+{EXACT}"
-        stream = stream.filter("scale", *size, flags=flags, **self._matrix())
+        stream = stream.filter("scale", self.width, self.height, flags=flags, **self._matrix())
         stream = stream.filter("format", self._pixel_format)
         output = stream.output("pipe:", format="rawvideo", pix_fmt=self._pixel_format, fps_mode="passthrough")
-        # Without copyts, FFmpeg counts from the first stream of some containers and from the video of others.
-        quiet = ("-hide_banner", "-nostdin", "-nostats", "-copyts", "-loglevel", "repeat+level+info")
+        # With copyts, times are those of the file: FFmpeg counts from the first stream of some containers and from the
+        # video of others. A constant rate begins at the first frame, and there FFmpeg has to mend times that restart.
+        absolute = () if frame_rate is not None else ("-copyts",)
+        quiet = ("-hide_banner", "-nostdin", "-nostats", *absolute, "-loglevel", "repeat+level+info")
         return list(output.global_args(*quiet).compile(cmd=ffmpeg_binary()))
 
     def _matrix(self) -> dict[str, str]:
@@ -130,9 +136,10 @@ class VideoReader:
         while (line := log.readline()).endswith(b"\n"):
             if frame := _FRAME.search(line):
                 self.pts.append(None if frame[1] == b"NOPTS" else int(frame[1]))
+                self.last_duration = int(frame[2] or 0)
             elif base := _TIME_BASE.search(line):
                 self.time_base = Fraction(int(base[1]), int(base[2]))
-            elif error := _ERROR.search(line):
+            elif (error := _ERROR.search(line)) and not _OURS.search(line):
                 self.errors.append(error[1].decode(errors="replace").strip()[:300])
         log.seek(-len(line), 1)  # FFmpeg is in the middle of this one
 

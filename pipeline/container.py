@@ -20,7 +20,7 @@ from av.error import FFmpegError
 
 from common.atomic import atomic_file
 from common.errors import UserError
-from common.video_probe import ffmpeg_binary, url
+from common.video_probe import ffmpeg_binary, first_video, url
 from common.video_writer import ffmpeg_reason
 
 _MP4_AUDIO = frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac", "opus", "flac"})
@@ -30,15 +30,29 @@ COPIED_AUDIO: dict[str, frozenset[str]] = {
     ".mp4": _MP4_AUDIO,
     ".m4v": frozenset({"aac", "alac", "ac3"}),
     ".mov": frozenset({"aac", "mp3", "mp3float", "ac3", "eac3", "alac"}) | _PCM,
-    ".mkv": _MP4_AUDIO | _PCM | {"vorbis", "dca", "truehd", "mp2"},
+    ".mkv": (_MP4_AUDIO | _PCM | {"vorbis", "dca", "truehd", "mp2"}) - {"pcm_f32be"},
     ".webm": frozenset({"opus", "vorbis"}),
     ".avi": frozenset({"mp3", "mp3float", "ac3", "mp2", "pcm_s16le"}),
 }
 #: what other sound becomes
 NEW_AUDIO = {".avi": "libmp3lame", ".webm": "libopus"}
+#: channel layouts that the encoders take; others are mixed to the nearest
+LAYOUTS = {
+    "libopus": "aformat=channel_layouts=mono|stereo|3.0|quad|5.0|5.1|6.1|7.1",
+    "libmp3lame": "aformat=channel_layouts=mono|stereo",
+    "aac": "aformat=channel_layouts=mono|stereo|3.0|4.0|5.0|5.1|7.1",
+}
+#: MP4 takes no MP3 of a lower rate, samples/s
+MP3_IN_MP4_HZ = 16000
+#: subtitles that Matroska takes unchanged
+MATROSKA_SUBTITLES = frozenset(
+    {"subrip", "srt", "ass", "ssa", "webvtt", "hdmv_pgs_subtitle", "dvd_subtitle", "dvb_subtitle"}
+)
 TEXT_SUBTITLES = frozenset({"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"})
 #: what text subtitles become, where a container does not take each as it is
 NEW_SUBTITLES = {".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".webm": "webvtt"}
+#: time stamps that go back by more than this start anew, seconds
+RESTART_S = 1
 #: times that are so close to a constant rate have it: Matroska rounds to milliseconds
 REGULAR_S = Fraction(3, 2000)
 
@@ -72,35 +86,49 @@ def plan_tracks(source: Path, suffix: str) -> TrackPlan:
     dropped: list[str] = []
     try:
         with av.open(url(source)) as container:
+            chosen = first_video(container)
             for stream in container.streams:
-                codec = stream.codec_context.name if stream.codec_context else None
-                name = f"track {stream.index} ({stream.type}, {codec or 'a codec that FFmpeg does not know'})"
-                if stream.type == "audio":
-                    if codec is None:
-                        dropped.append(f"{name} is left out: nothing here decodes it")
-                    elif codec in COPIED_AUDIO[suffix]:
-                        kept.append(Track(stream.index, "audio", "copy"))
-                    else:
-                        kept.append(Track(stream.index, "audio", NEW_AUDIO.get(suffix, "aac")))
-                elif stream.type == "subtitle":
-                    if suffix == ".mkv" and codec not in ("mov_text", None):
-                        kept.append(Track(stream.index, "subtitle", "copy"))
-                    elif suffix == ".mkv" and codec == "mov_text":
-                        kept.append(Track(stream.index, "subtitle", "srt"))
-                    elif suffix in NEW_SUBTITLES and codec in TEXT_SUBTITLES:
-                        kept.append(Track(stream.index, "subtitle", NEW_SUBTITLES[suffix]))
-                    else:
-                        dropped.append(f"{name} is left out: {suffix} does not take it")
-                elif stream.type == "attachment":
-                    if suffix == ".mkv":
-                        kept.append(Track(stream.index, "attachment", "copy"))
-                    else:
-                        dropped.append(f"{name} is left out: only .mkv takes it")
-                elif stream.type == "data":
-                    dropped.append(f"{name} is left out")
+                if stream.type == "video" and stream.index == chosen.index:
+                    continue
+                if stream.type == "data" and container.chapters():
+                    continue  # they are kept as chapters
+                name = stream.codec_context.name if stream.codec_context else None
+                codec = _kept_as(stream, name, suffix)
+                if codec is not None:
+                    kept.append(Track(stream.index, stream.type, codec))
+                    continue
+                known = name or "a codec that FFmpeg does not know"
+                reason = "nothing here decodes it" if stream.type == "audio" else f"{suffix} does not take it"
+                reason = "one picture is upscaled" if stream.type == "video" else reason
+                dropped.append(f"track {stream.index} ({stream.type}, {known}) is left out: {reason}")
     except FFmpegError as error:
         raise UserError(f"{source} is not a readable video ({error})") from None
     return TrackPlan(tuple(kept), tuple(dropped))
+
+
+def _kept_as(stream: Any, codec: str | None, suffix: str) -> str | None:
+    """FFmpeg's encoder, copy, or None for a track that the container lacks."""
+    if stream.type == "audio" and codec is not None:
+        slow = codec.startswith("mp3") and suffix in (".mp4", ".m4v") and stream.codec_context.rate < MP3_IN_MP4_HZ
+        return "copy" if codec in COPIED_AUDIO[suffix] and not slow else NEW_AUDIO.get(suffix, "aac")
+    if stream.type == "subtitle" and suffix == ".mkv":
+        return "copy" if codec in MATROSKA_SUBTITLES else "srt" if codec in TEXT_SUBTITLES else None
+    if stream.type == "subtitle" and codec in TEXT_SUBTITLES:
+        return NEW_SUBTITLES.get(suffix)
+    return "copy" if stream.type == "attachment" and suffix == ".mkv" else None
+
+
+def times_restart(source: Path) -> bool:
+    """Whether the time stamps of the picture go back within the file, as in recordings put one after the other."""
+    with av.open(url(source)) as container:
+        previous = None
+        for packet in container.demux(first_video(container)):
+            if packet.dts is not None:
+                time = packet.dts * packet.time_base
+                if previous is not None and time < previous - RESTART_S:
+                    return True
+                previous = time
+    return False
 
 
 def frame_times(stamps: Sequence[Fraction | None], rate: Fraction) -> list[Fraction]:
@@ -118,23 +146,26 @@ def frame_times(stamps: Sequence[Fraction | None], rate: Fraction) -> list[Fract
     return times
 
 
-def join(parts: Sequence[Path], path: Path, times: Sequence[Fraction] | None = None) -> None:
+def join(
+    parts: Sequence[Path], path: Path, times: Sequence[Fraction] | None = None, last_s: Fraction | None = None
+) -> None:
     """Put the frames of `parts`, encoded alike, one after the other into `path`, without encoding them again.
 
     Args:
         times: seconds of each frame, rising; the file starts with the first one at zero. None: as in the parts.
+        last_s: how long the last frame is shown; None: as long as the one before.
 
     Raises:
         UserError: `path` cannot be written.
     """
     try:
         with atomic_file(path) as temporary, av.open(url(temporary), "w") as output:
-            _copy(parts, output, times)
+            _copy(parts, output, times, last_s)
     except (FFmpegError, OSError) as error:
         raise UserError(f"cannot write {path}: {ffmpeg_reason(str(error).encode())}") from None
 
 
-def _copy(parts: Sequence[Path], output: Any, times: Sequence[Fraction] | None) -> None:
+def _copy(parts: Sequence[Path], output: Any, times: Sequence[Fraction] | None, last_s: Fraction | None) -> None:
     counts, delay, rate = _measure(parts)
     number = sum(counts)
     base = _time_base(times, rate)
@@ -143,7 +174,8 @@ def _copy(parts: Sequence[Path], output: Any, times: Sequence[Fraction] | None) 
     if len(stamps) != number:
         raise UserError(f"{number} frames were written, {len(stamps)} times are known; run with --restart")
     period = stamps[-1] - stamps[-2] if number > 1 else round(1 / rate / base)
-    durations = [b - a for a, b in pairwise([*stamps, stamps[-1] + period])]
+    last = round(last_s / base) if last_s else period
+    durations = [b - a for a, b in pairwise([*stamps, stamps[-1] + last])]
     stream: Any = None
     place = before = 0
     for part, count in zip(parts, counts, strict=True):
@@ -157,6 +189,8 @@ def _copy(parts: Sequence[Path], output: Any, times: Sequence[Fraction] | None) 
                 copy = av.Packet(bytes(packet))
                 copy.stream, copy.time_base, copy.is_keyframe = stream, base, packet.is_keyframe
                 copy.pts, copy.duration = stamps[number], durations[number]
+                if place == len(stamps) - 1 and last != period:  # in MP4, what is decoded last lasts until the end
+                    copy.duration = stamps[-1] + last - stamps[number]
                 copy.dts = stamps[place - delay] if place >= delay else stamps[0] - (delay - place) * period
                 output.mux(copy)
                 place += 1
@@ -194,40 +228,59 @@ def _time_base(times: Sequence[Fraction] | None, rate: Fraction) -> Fraction:
 
 
 def write_output(
-    video: Path, output: Path, source: Path | None, tracks: TrackPlan, offset: Fraction, frame_rate: Fraction
+    video: Path,
+    output: Path,
+    source: Path | None,
+    tracks: TrackPlan,
+    offset: Fraction,
+    frame_rate: Fraction,
+    *,
+    restarts: bool = False,
+    limit_s: float | None = None,
 ) -> None:
     """The joined `video` and the kept tracks of `source` in a file of the output's kind, with chapters and titles.
 
     Args:
         offset: seconds from the start of the source's first stream to the first frame.
         frame_rate: of a container without time stamps.
+        restarts: the source's time stamps start anew within it; FFmpeg then mends those of the sound as well.
+        limit_s: write so many seconds, to see whether it can be written.
 
     Raises:
         UserError: the file cannot be written.
     """
-    command = [ffmpeg_binary(), "-loglevel", "error", "-nostdin", "-y", "-copyts"]
-    start_s = 0.0
+    suffix = output.suffix.lower()
+    start_s, index = 0.0, 0
     if source is not None:
         with av.open(url(source)) as container:
             start_s = (container.start_time or 0) / av.time_base
-    if output.suffix.lower() == ".avi":
+            index = first_video(container).index
+    # AVI has no times: what stands before the first sound or picture is written as silence or empty frames.
+    absolute = not restarts and suffix != ".avi"
+    command = [ffmpeg_binary(), "-loglevel", "error", "-nostdin", "-y", *(["-copyts"] if absolute else [])]
+    if suffix == ".avi":
         command += ["-r", str(frame_rate)]
-    command += ["-itsoffset", f"{float(offset) + start_s:.6f}", "-i", url(video)]
+    shift = float(offset) + (start_s if absolute else 0.0)
+    command += ["-itsoffset", f"{shift:.6f}", "-i", url(video)]
     maps = ["-map", "0:v:0"]
     if source is not None:
         # Shifted together at the end: FFmpeg 5 forgets an -itsoffset of MPEG-TS whose first stream is not mapped.
         command += ["-i", url(source)]
-        maps += ["-map_metadata", "1", "-map_chapters", "1", "-output_ts_offset", f"{-start_s:.6f}"]
+        maps += ["-map_metadata", "1", "-map_chapters", "1", "-map_metadata:s:v:0", f"1:s:{index}"]
+        maps += ["-output_ts_offset", f"{-start_s:.6f}"] if absolute else []
         counts: dict[str, int] = {}
         for track in tracks.kept:
             letter = {"audio": "a", "subtitle": "s", "attachment": "t"}[track.kind]
             place = counts[letter] = counts.get(letter, -1) + 1
             maps += ["-map", f"1:{track.index}", f"-c:{letter}:{place}", track.codec]
+            maps += [f"-map_metadata:s:{letter}:{place}", f"1:s:{track.index}"]
             if letter == "a" and track.codec != "copy":
-                maps += [f"-b:{letter}:{place}", "256k"]
-    maps += ["-c:v", "copy", "-max_interleave_delta", "0"]
-    if output.suffix.lower() in (".mp4", ".mov", ".m4v"):
-        maps += ["-movflags", "+faststart"]
+                maps += [f"-b:{letter}:{place}", "256k", f"-filter:{letter}:{place}", LAYOUTS[track.codec]]
+    maps += ["-c:v", "copy", "-max_interleave_delta", "0", "-fflags", "+bitexact"]  # a resumed file has the same bytes
+    if suffix in (".mp4", ".mov", ".m4v"):
+        maps += ["-movflags", "+faststart" + ("+use_metadata_tags" if suffix == ".mov" else "")]
+    if limit_s is not None:
+        maps += ["-t", f"{limit_s:.3f}"]
     with atomic_file(output) as temporary:
         done = subprocess.run([*command, *maps, url(temporary)], stderr=subprocess.PIPE, check=False)
         if done.returncode:

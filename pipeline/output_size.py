@@ -58,7 +58,7 @@ def choose_size(
         shrink = min(Fraction(1), Fraction(max_size) / max(wanted))
         wanted = (wanted[0] * shrink, wanted[1] * shrink)
     exact = scale is None and lines is None and size is None and max_size is None
-    output = (width * SCALE, height * SCALE) if exact else (_even(wanted[0]), _even(wanted[1]))
+    output = (width * SCALE, height * SCALE) if exact else (_even(wanted[0], max_size), _even(wanted[1], max_size))
     if min(output) < 8 or max(output) > LARGEST_SIDE:
         raise UserError(
             f"an output of {output[0]}x{output[1]}: sides are 8 to {LARGEST_SIDE} px; "
@@ -85,6 +85,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def _even(value: Fraction) -> int:
+def _even(value: Fraction, largest: int | None) -> int:
     """4:2:0 video has even sides."""
-    return 2 * round(value / 2)
+    even = 2 * round(value / 2)
+    return even - 2 if largest is not None and even > largest else even

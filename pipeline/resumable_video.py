@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -25,10 +26,14 @@ import numpy as np
 from common.atomic import fsync, write_atomic
 from common.errors import UserError
 from common.locking import LOCK_NAME, only_writer
+from common.video_probe import VideoInfo
 from common.video_reader import VideoReader
 from common.video_writer import VideoWriter
-from pipeline.container import TrackPlan, frame_times, join, write_output
+from pipeline.container import TrackPlan, frame_times, join, times_restart, write_output
 from pipeline.video_windows import Place
+
+#: says that the output was about to get its name
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Part:
     statistics: dict[str, float] = field(default_factory=dict)
     #: FFmpeg's errors while its frames were read
     errors: list[str] = field(default_factory=list)
+    #: how long the last frame is shown, in the unit of `pts`; 0: not known
+    last_duration: int = 0
 
 
 class VideoParts:
@@ -74,6 +81,7 @@ class VideoParts:
                 "give its options, or --restart to delete them"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / FINISHED).unlink(missing_ok=True)
         for unfinished in self._folder.glob(".*"):
             if not unfinished.name.startswith(LOCK_NAME):
                 unfinished.unlink()
@@ -97,8 +105,8 @@ class VideoParts:
 
     @property
     def errors(self) -> list[str]:
-        """FFmpeg's errors while the frames were read."""
-        return [error for part in self.complete for error in part.errors]
+        """FFmpeg's errors while the frames were read, each once: a resumed job reads some frames again."""
+        return list(dict.fromkeys(error for part in self.complete for error in part.errors))
 
     @property
     def times(self) -> list[tuple[int | None, Fraction]]:
@@ -143,32 +151,76 @@ class VideoParts:
             pts, read = reader.pts[read : read + written], read + written
             new_errors, errors = reader.errors[errors:], len(reader.errors)
             base = (reader.time_base.numerator, reader.time_base.denominator)
-            part = Part(written, None if clip is None else place, pts, base, dict(statistics), new_errors)
+            part = Part(
+                written, None if clip is None else place, pts, base, dict(statistics), new_errors, reader.last_duration
+            )
             write_atomic(path.with_suffix(".json"), json.dumps(asdict(part)) + "\n")
             self.complete.append(part)
 
-    def finish(self, source: Path | None, tracks: TrackPlan, frame_rate: Fraction, start_s: Fraction) -> list[Fraction]:
+    def rehearse(
+        self, source: Path | None, tracks: TrackPlan, open_writer: Callable[[Path], VideoWriter], black: np.ndarray
+    ) -> None:
+        """Write an output of one black frame and a moment of the other tracks, and delete it.
+
+        Raises:
+            UserError: the encoder or the container refuses what it is to be given.
+        """
+        frame, joined = self._folder / f"black{self._suffix}", self._folder / f"black-joined{self._suffix}"
+        named = self._folder / f"black-output{self._output.suffix}"
+        try:
+            with open_writer(frame) as writer:
+                writer.write(black)
+            join([frame], joined)
+            write_output(joined, named, source, tracks, Fraction(0), Fraction(25), limit_s=0.2)
+        except UserError as error:
+            reason = str(error).split(": ", 1)[-1]
+            raise UserError(f"cannot write {self._output}: {reason}") from None
+        finally:
+            for path in (frame, joined, named):
+                path.unlink(missing_ok=True)
+
+    def finish(
+        self, source: Path | None, tracks: TrackPlan, info: VideoInfo, constant_rate: Fraction | None
+    ) -> tuple[list[Fraction], Fraction]:
         """Join the parts under the output's name, with the other tracks of `source`.
 
         Args:
-            frame_rate: of frames without times, and of a container without time stamps.
-            start_s: when the first stream of the source starts.
+            info: of the source.
+            constant_rate: of the parts; None: every frame has a time of its own.
 
         Returns:
-            Seconds of each frame from there on.
+            Seconds of each frame from the start of the source's first stream, and how long the last one is shown.
 
         Raises:
             UserError: no frame was written, or the output cannot be.
         """
         if not self.frames:
             raise UserError(f"{self._output}: there is no frame to write; choose another --start")
-        times = frame_times([None if pts is None else pts * base - start_s for pts, base in self.times], frame_rate)
+        rate = constant_rate or info.frame_rate
+        stamps = [None if pts is None else pts * base for pts, base in self.times]
+        if constant_rate is not None and stamps[0] is not None:  # they count from the first frame
+            stamps = [None if stamp is None else stamp - stamps[0] + info.first_s for stamp in stamps]
+        times = frame_times([None if stamp is None else stamp - info.start_s for stamp in stamps], rate)
+        last_s = 1 / rate if constant_rate is not None else self._last_s(info, times[-1])
+        restarts = source is not None and times_restart(source)
         joined, named = self._folder / f"joined{self._suffix}", self._folder / f"output{self._output.suffix}"
-        join([self._path(index) for index in range(len(self.complete))], joined, times)
-        write_output(joined, named, source, tracks, times[0] if source else Fraction(0), frame_rate)
+        join([self._path(index) for index in range(len(self.complete))], joined, times, last_s)
+        offset = times[0] if source else Fraction(0)
+        write_output(joined, named, source, tracks, offset, rate, restarts=restarts)
+        write_atomic(self._folder / FINISHED, "")
         os.replace(named, self._output)
         fsync(self._output.parent)
-        return times
+        return times, last_s
+
+    def _last_s(self, info: VideoInfo, time: Fraction) -> Fraction:
+        """How long the last frame, shown at `time`, is shown; an FFmpeg before 6 leaves it to the header."""
+        last = self.complete[-1]
+        if last.last_duration:
+            return last.last_duration * Fraction(*last.time_base)
+        period = 1 / info.frame_rate
+        if self.errors or info.end_s is None:
+            return period
+        return max(period, Fraction(info.end_s).limit_denominator(90_000) - time)
 
     def leave(self, *, done: bool) -> None:
         """Delete what the next run cannot use: after a failure complete parts stay."""
@@ -212,6 +264,15 @@ class VideoParts:
 def parts_folder(output: Path) -> Path:
     """Hidden, beside the output."""
     return output.with_name(f".{output.name}.parts")
+
+
+def clear_finished(output: Path) -> bool:
+    """Whether a run was killed just after the output got its name; then its parts are deleted."""
+    folder = parts_folder(output)
+    if not (output.exists() and (folder / FINISHED).exists()) or (folder / f"output{output.suffix}").exists():
+        return False
+    shutil.rmtree(folder)
+    return True
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
@@ -40,8 +40,8 @@ from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.output_size import OutputSize, choose_size
-from pipeline.resumable_video import VideoParts, only_job
-from pipeline.upscale_options import check_output, check_writable, choose_codec, job_identity, parse_arguments
+from pipeline.resumable_video import VideoParts, clear_finished, only_job
+from pipeline.upscale_options import check_output, check_stats, choose_codec, job_identity, parse_arguments
 from pipeline.video_windows import Place, Windows, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline, smaller_tiles
 
@@ -145,9 +145,11 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"{arguments.output} is a file; a folder's videos need a folder")
     failed = []
-    for number, source in enumerate(sources, 1):
-        suffix = source.suffix if source.suffix.lower() in OUTPUT_SUFFIXES else ".mkv"
-        output = arguments.output / f"{source.stem}{suffix}"
+    names = [f"{source.stem}{_folder_suffix(source)}" for source in sources]
+    for number, (source, name) in enumerate(zip(sources, names, strict=True), 1):
+        if names.count(name) > 1 and source.name != name:
+            name = f"{source.name}{_folder_suffix(source)}"
+        output = arguments.output / name
         if output.exists() and not arguments.overwrite:
             print(f"{number} of {len(sources)}: {output} is there already", file=sys.stderr)
             continue
@@ -155,27 +157,37 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
         try:
             if upscale_file(source, output, arguments):
                 failed.append(f"damaged: {source}")
-        except UserError as error:
+        except (UserError, OSError) as error:
             failed.append(f"failed: {error}")
     for line in failed:
         print(line, file=sys.stderr)
     return bool(failed)
 
 
+def _folder_suffix(source: Path) -> str:
+    return source.suffix if source.suffix.lower() in OUTPUT_SUFFIXES else ".mkv"
+
+
 def upscale_file(source: Path, output: Path, arguments: argparse.Namespace) -> bool:
     """One video; returns whether it is damaged and `--on-error` is warn."""
+    if clear_finished(output):
+        print(f"{output} was complete already", file=sys.stderr)
+        return False
     job = plan(source, output, arguments)
     began = time.perf_counter()
     with only_job(output):
-        parts = VideoParts(output, job_identity(arguments, source), arguments.part_frames, restart=arguments.restart)
+        identity = job_identity(arguments, source) | {"codec": job.codec, "bit_depth": job.bit_depth}
+        parts = VideoParts(output, identity, arguments.part_frames, restart=arguments.restart)
         if parts.complete:
             print(f"resuming after {parts.frames} frames", file=sys.stderr)
         done, statistics = False, parts.statistics
         try:
+            tracks_from = None if arguments.start or arguments.frames else source
+            if not parts.complete:
+                black = np.zeros((1, *(side * SCALE for side in reversed(job.size.model_input)), 3), np.uint8)
+                parts.rehearse(tracks_from, job.tracks, _writer(job, arguments), black)
             _upscale_parts(parts, job, arguments, statistics)
-            part_of_it = arguments.start or arguments.frames
-            rate = job.frame_rate or job.info.frame_rate
-            times = parts.finish(None if part_of_it else source, job.tracks, rate, job.info.start_s)
+            times, last_s = parts.finish(tracks_from, job.tracks, job.info, job.frame_rate)
             done = True
         except KeyboardInterrupt:
             if parts.complete:
@@ -183,7 +195,7 @@ def upscale_file(source: Path, output: Path, arguments: argparse.Namespace) -> b
             raise
         finally:
             parts.leave(done=done)
-    damage = _damage(parts, times, job, arguments)
+    damage = _damage(parts, times[-1] + last_s, job, arguments)
     for line in damage:
         print(f"warning: {source}: {line}", file=sys.stderr)
     seconds = round(time.perf_counter() - began, 3)
@@ -217,7 +229,7 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
     codec = choose_codec(output, arguments.codec)
     check_output(source, output, overwrite=arguments.overwrite)
     if arguments.stats:
-        check_writable(arguments.stats)
+        check_stats(arguments.stats, source, output)
     size = choose_size(
         info.width,
         info.height,
@@ -239,7 +251,7 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
         if bit_depth == 8:
             said.append("HDR in 8 bits shows bands")
     elif info.bits > bit_depth:
-        said.append(f"{info.bits} bits become {bit_depth}; --bit-depth 10 keeps 10")
+        said.append(f"{info.bits} bits become {bit_depth}" + ("; --bit-depth 10 keeps 10" if bit_depth == 8 else ""))
     if info.alpha:
         said.append("its transparency is left out")
     if info.interlaced and arguments.deinterlace == "auto":
@@ -305,7 +317,12 @@ def write_parts(
     frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
     enlarge = with_bicubic if arguments.bicubic else with_model
     clips = enlarge(frames, place.start, job, arguments, tiling, statistics)  # opens the model, so before any file
-    open_writer = partial(
+    with progress(total, "upscaling", "frame", start=parts.frames) as bar:
+        parts.write(clips, reader, context, _writer(job, arguments), statistics, bar.advance)
+
+
+def _writer(job: Job, arguments: argparse.Namespace) -> Callable[[Path], VideoWriter]:
+    return partial(
         VideoWriter,
         width=job.size.model_input[0] * SCALE,
         height=job.size.model_input[1] * SCALE,
@@ -320,8 +337,6 @@ def write_parts(
         colour=job.info.colour,
         b_frames=job.output.suffix.lower() != ".avi",
     )
-    with progress(total, "upscaling", "frame", start=parts.frames) as bar:
-        parts.write(clips, reader, context, open_writer, statistics, bar.advance)
 
 
 def _until_damaged(reader: VideoReader) -> Iterator[np.ndarray]:
@@ -335,14 +350,14 @@ def _until_damaged(reader: VideoReader) -> Iterator[np.ndarray]:
         )
 
 
-def _damage(parts: VideoParts, times: list[Fraction], job: Job, arguments: argparse.Namespace) -> list[str]:
-    """What is wrong with the input, one line each."""
+def _damage(parts: VideoParts, end: Fraction, job: Job, arguments: argparse.Namespace) -> list[str]:
+    """What is wrong with the input's picture, one line each; `end` is when its last frame ends, in seconds."""
     damage = []
     if parts.errors:
-        damage.append(f"damaged, {len(parts.errors)} errors; the first: {parts.errors[0]}")
-    end_s, period_s = job.info.end_s, float(1 / job.info.frame_rate)
-    if arguments.frames is None and end_s is not None:
-        missing = round((end_s - float(times[-1]) - period_s) / period_s)
+        damage.append(f"damaged, {len(parts.errors)} kinds of errors; the first: {parts.errors[0]}")
+    if arguments.frames is None and job.info.end_s is not None:
+        period_s = 1 / (job.frame_rate or job.info.frame_rate)
+        missing = round((job.info.end_s - float(end)) / float(period_s))
         if missing >= MISSING_FRAMES:
             damage.append(f"it ends {missing} frames earlier than its header says")
     return damage

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 
@@ -19,7 +19,9 @@ from pipeline.model.prompts import DEFAULT_PROMPT
 from pipeline.output_size import parse_size
 
 #: options that do not decide pixels
-_INCIDENTAL = frozenset({"output", "stats", "part_frames", "restart", "overwrite", "on_error", "attention", "device"})
+_INCIDENTAL = frozenset(
+    {"output", "stats", "codec", "bit_depth", "part_frames", "restart", "overwrite", "on_error", "attention", "device"}
+)
 #: the smallest and largest value of each number
 _RANGES: dict[str, tuple[float, float | None]] = {
     "scale": (0, 32), "height": (8, None), "max_size": (8, None), "seed": (0, 2**63 - 1), "steps": (1, 1000),
@@ -27,6 +29,10 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 63),
     "part_frames": (1, None), "fps": (0.01, 1000),
 }  # fmt: skip
+#: bytes of a file name, so that those of its parts and temporary files fit into 255
+LONGEST_NAME = 220
+#: FFmpeg options that upscale itself sets
+_OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "qp", "s", "bf", "frames"})
 #: what is used without --model: a small model, trained on a CPU (docs/small.md)
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
 
@@ -47,6 +53,11 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--crf {arguments.crf} means nothing with --lossless; leave one of them out")
     if arguments.lossless and arguments.codec not in (None, "h264"):
         raise UserError(f"--lossless is h264; leave it or --codec {arguments.codec} out")
+    if arguments.encoder_options and (arguments.lossless or set(arguments.encoder_options) & _OWN_OPTIONS):
+        names = ", ".join(arguments.encoder_options)
+        raise UserError(f"--encoder-options {names}: set by options of upscale itself; leave it out")
+    if arguments.crf is not None and arguments.codec and ENCODERS[arguments.codec].crf is None:
+        raise UserError(f"--crf means nothing to {arguments.codec}; leave it out")
     if arguments.lossless and arguments.bit_depth == 10:
         raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
     if arguments.model is None and not arguments.bicubic:
@@ -103,11 +114,23 @@ def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
     check_writable(output)
 
 
+def check_stats(path: Path, source: Path, output: Path) -> None:
+    """
+    Raises:
+        UserError: the file cannot be made there, or it is the input or the output.
+    """
+    if path.resolve() in (source.resolve(), output.resolve()) or (path.exists() and os.path.samefile(path, source)):
+        raise UserError(f"--stats {path}: it is the input or the output; choose another name")
+    check_writable(path)
+
+
 def check_writable(path: Path) -> None:
     """
     Raises:
         UserError: the file cannot be made there.
     """
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UserError(f"cannot write {path}: its name is longer than {LONGEST_NAME} bytes; choose a shorter one")
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -140,8 +163,15 @@ def _state(path: Path) -> str:
     return f"{path.resolve()} of {state.st_size} bytes at {state.st_mtime_ns}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m pipeline.upscale", description="Upscale videos with a one-step model, ×4 or to any size."
     )
     parser.add_argument("input", type=Path, help="a video, or a folder of them")

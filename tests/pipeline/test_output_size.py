@@ -50,6 +50,10 @@ def test_impossible_sizes_are_refused(options: dict[str, object]) -> None:
         choose_size(320, 180, **options)  # type: ignore[arg-type]
 
 
+def test_no_side_is_larger_than_allowed() -> None:
+    assert choose_size(64, 48, max_size=99).output == (98, 74)
+
+
 def test_a_size_has_two_sides() -> None:
     assert parse_size("1920x1080") == (1920, 1080)
     with pytest.raises(ValueError, match="not enough values"):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from fractions import Fraction
 
 import av
 import pytest
@@ -125,3 +126,73 @@ def test_a_folder_goes_on_past_a_bad_file(base, upscale, tmp_path):
     assert done.returncode == 3
     assert done.stderr.strip().splitlines()[-1].startswith("failed: ") and "b.mp4" in done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "c.webm.mkv"]
+
+
+@pytest.mark.parametrize("name", ["[error] x.mp4", "titled.mp4"])
+def test_words_are_no_damage(base, make, upscale, tmp_path, name):
+    source = make(name, "-i", "base.mp4", "-c", "copy", "-metadata", "title=[error] T")
+    done = upscale(source, tmp_path / "out.mp4", "--bicubic", "--on-error", "stop")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cropped_picture_has_the_size_that_is_shown(make, upscale, tmp_path):
+    """FFmpeg 5 cuts less than asked where that leaves rows aligned: what it shows is what counts."""
+    make("plain.mp4", *picture(1), "-c:v", "libx264")
+    source = make("crop.mkv", "-i", "plain.mp4", "-c", "copy", "-bsf:v", "h264_metadata=crop_left=8:crop_right=8")
+    info = probe(source)
+    assert info.width in (48, 56) and info.height == 48
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic").returncode == 0
+    assert read_video(output).shape == (25, 192, 4 * info.width, 3)
+
+
+def test_pixels_of_a_turned_picture_are_turned_too(make, upscale, tmp_path):
+    make("sar.mp4", *picture(0.2), "-vf", "setsar=4/3", "-c:v", "libx264")
+    source = make("turned.mp4", "-display_rotation", "90", "-i", "sar.mp4", "-c", "copy")
+    info = probe(source)
+    assert (info.width, info.height, info.sample_aspect_ratio) == (48, 64, Fraction(3, 4))
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic").returncode == 0
+    assert probe(output).sample_aspect_ratio == Fraction(3, 4)
+
+
+def test_equal_stems_in_a_folder_get_names_of_their_own(base, make, upscale, tmp_path):
+    folder, output = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    for suffix in ("ts", "mpg", "mp4"):
+        make(f"videos/a.{suffix}", "-i", "base.mp4", "-t", "0.2", "-f", "mp4" if suffix == "mp4" else "mpegts")
+    done = upscale(folder, output, "--bicubic")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "a.mpg.mkv", "a.ts.mkv"]
+
+
+def test_statistics_replace_neither_input_nor_output(base, upscale, tmp_path):
+    content, output = base.read_bytes(), tmp_path / "out.mp4"
+    for stats in (base, output):
+        done = upscale(base, output, "--bicubic", "--stats", stats)
+        assert done.returncode == 2 and "it is the input or the output" in done.stderr
+    assert base.read_bytes() == content and not output.exists()
+
+
+def test_what_an_encoder_refuses_is_known_before_the_first_frame(base, upscale, tmp_path):
+    for options in (("--encoder-options", "preset=nope"), ("--codec", "hevc", "--crf", 60)):
+        done = upscale(base, tmp_path / "out.mp4", "--bicubic", *options)
+        assert done.returncode == 2 and "cannot write" in done.stderr and "upscaling:" not in done.stderr
+    for options in (("--encoder-options", "r=10"), ("--encoder-options", "x"), ("--size", "7")):
+        done = upscale(base, tmp_path / "out.mp4", "--bicubic", *options)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_job_killed_after_its_output_has_its_name_is_done(base, upscale, tmp_path):
+    output, parts = tmp_path / "out.mp4", tmp_path / ".out.mp4.parts"
+    assert upscale(base, output, "--bicubic").returncode == 0
+    parts.mkdir()
+    for name in ("job.json", "part-00000.mp4", "joined.mp4", "finished"):
+        (parts / name).touch()
+    done = upscale(base, output, "--bicubic")
+    assert done.returncode == 0 and "was complete already" in done.stderr and not parts.exists()
+
+
+def test_long_names_are_one_line(base, upscale, tmp_path):
+    done = upscale(base, tmp_path / f"{'x' * 240}.mp4", "--bicubic")
+    assert done.returncode == 2 and "longer than 220 bytes" in done.stderr

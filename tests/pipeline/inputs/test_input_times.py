@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import av
 import numpy as np
 import pytest
 
@@ -130,3 +131,46 @@ def test_a_cut_beside_flashes_is_found():
     for number, scene in enumerate(itertools.chain([scenes[0]] * 20, [scenes[1]] * 20)):
         cuts += finder.add(small_frame(np.full_like(scene, 255) if number in (8, 30) else scene))
     assert cuts + finder.finish() == [20]
+
+
+def test_time_stamps_that_start_anew(base, make, upscale, tmp_path):
+    """Two recordings in one file: picture and sound of both, one after the other, at any rate."""
+    single = make("one.ts", "-i", "base.mp4", "-t", "2", "-c", "copy")
+    source = tmp_path / "twice.ts"
+    source.write_bytes(single.read_bytes() * 2)
+    for name, options in (("out.mp4", ()), ("rate.mp4", ("--fps", 25))):
+        output = tmp_path / name
+        assert upscale(source, output, "--bicubic", *options).returncode == 0
+        times = frame_times(output)
+        assert len(times) == 100 and abs(times[-1] - times[0] - 3.96) < HALF_FRAME_S
+        with av.open(str(output)) as container:
+            sound = container.streams.audio[0]
+            assert float(sound.duration * sound.time_base) > 3.9
+
+
+def test_a_size_that_changes_counts_no_frame_anew(make, upscale, tmp_path):
+    first = make("s1.ts", *picture(1), "-c:v", "libx264", "-bf", "0")
+    second = make("s2.ts", *picture(1, "96x64"), "-c:v", "libx264", "-bf", "0", "-output_ts_offset", "1")
+    source = tmp_path / "sizes.ts"
+    source.write_bytes(first.read_bytes() + second.read_bytes())
+    for option, count in ((("--start", 10), 40), (("--start", 30), 20), (("--frames", 40), 40)):
+        output = tmp_path / f"{option[0]}-{count}.mp4"
+        assert upscale(source, output, "--bicubic", *option).returncode == 0
+        assert len(frame_times(output)) == count
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_last_frame_stays_as_long_as_it_did(make, upscale, tmp_path, suffix):
+    longer = "setts=duration=if(gte(N\\,24)\\,75\\,DURATION)"
+    source = make("still.mp4", *picture(1), "-c:v", "libx264", "-bf", "0", "-bsf:v", longer)
+    before, output = probe(source).duration_s, tmp_path / f"out.{suffix}"
+    assert before > 3
+    assert upscale(source, output, "--bicubic").returncode == 0
+    assert abs(probe(output).duration_s - before) < HALF_FRAME_S
+
+
+def test_streams_that_start_at_five_seconds_are_whole(base, make, upscale, tmp_path):
+    source = make("at5.mkv", "-i", "base.mp4", "-c", "copy", "-output_ts_offset", "5")
+    done = upscale(source, tmp_path / "out.mkv", "--bicubic")
+    assert done.returncode == 0 and "warning" not in done.stderr
+    assert upscale(source, tmp_path / "slow.mkv", "--bicubic", "--fps", 5).returncode == 0

@@ -35,7 +35,7 @@ def test_everything_that_matroska_takes(base, make, upscale, tmp_path):
 
     mp4 = tmp_path / "out.mp4"
     done = upscale(source, mp4, "--bicubic")
-    assert done.returncode == 0 and "only .mkv takes it" in done.stderr
+    assert done.returncode == 0 and "(attachment, " in done.stderr and ".mp4 does not take it" in done.stderr
     assert tracks(mp4) == [("video", "h264"), ("audio", "aac"), ("audio", "aac"), ("subtitle", "mov_text")]
 
 
@@ -64,6 +64,31 @@ def test_blu_ray_sound_is_encoded_anew(make, upscale, tmp_path):
     done = upscale(source, output, "--bicubic")
     assert done.returncode == 0, done.stderr
     assert probe(output).audio_codecs == ("aac",)
+
+
+@pytest.mark.parametrize(
+    ("codec", "layout", "suffix"),
+    [("ac3", "5.1(side)", "webm"), ("flac", "4.0", "webm"), ("flac", "2.1", "webm"), ("libmp3lame", "mono", "mp4")],
+)
+def test_layouts_and_rates_that_an_encoder_refuses_are_mixed(make, upscale, tmp_path, codec, layout, suffix):
+    rate = "8000" if codec == "libmp3lame" else "48000"
+    sound = ("-f", "lavfi", "-i", f"anullsrc=cl={layout}:r={rate}:d=0.4")
+    source = make("in.mkv", *picture(0.4), *sound, "-c:v", "libx264", "-c:a", codec)
+    done = upscale(source, tmp_path / f"out.{suffix}", "--bicubic")
+    assert done.returncode == 0, done.stderr
+    assert [kind for kind, _ in tracks(tmp_path / f"out.{suffix}")] == ["video", "audio"]
+
+
+def test_a_second_picture_is_named_and_the_first_keeps_its_tags(make, upscale, tmp_path):
+    source = make(
+        "two.mkv", *picture(0.4), *picture(0.4, "32x24"), "-map", "0", "-map", "1", "-c:v", "libx264",
+        "-metadata:s:v:0", "language=jpn",
+    )  # fmt: skip
+    output = tmp_path / "out.mkv"
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 0 and "track 1 (video, h264) is left out" in done.stderr
+    with av.open(str(output)) as container:
+        assert container.streams.video[0].metadata["language"] == "jpn"
 
 
 def test_a_track_that_nothing_decodes_is_named(make, upscale, tmp_path):
