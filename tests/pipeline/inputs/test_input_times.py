@@ -9,7 +9,7 @@ import pytest
 
 from common.scene_cuts import SceneCuts, small_frame
 from common.video_probe import probe
-from common.video_reader import read_video
+from common.video_reader import VideoReader, read_video
 from tests.pipeline.inputs.conftest import frame_times, picture, sound_start, tone
 
 #: of a frame at 25 frames/s
@@ -163,6 +163,10 @@ def test_a_size_that_changes_counts_no_frame_anew(make, upscale, tmp_path):
 def test_the_last_frame_stays_as_long_as_it_did(make, upscale, tmp_path, suffix):
     longer = "setts=duration=if(gte(N\\,24)\\,75\\,DURATION)"
     source = make("still.mp4", *picture(1), "-c:v", "libx264", "-bf", "0", "-bsf:v", longer)
+    reader = VideoReader(source)
+    assert len(list(reader)) == 25
+    if not reader.last_duration:
+        pytest.skip("an FFmpeg before 6 neither tells nor copies the duration of a last frame")
     before, output = probe(source).duration_s, tmp_path / f"out.{suffix}"
     assert before > 3
     assert upscale(source, output, "--bicubic").returncode == 0
