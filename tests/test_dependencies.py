@@ -39,6 +39,7 @@ INDIRECT = {
     "ftfy": "diffusers cleans prompts with it",
     "setuptools": "CLIP-IQA's package asks for pkg_resources",
     "pytest-timeout": "a plugin of pytest",
+    "pytest-xdist": "make test runs with it",
     "ruff": "a command",
     "mypy": "a command",
     "types-PyYAML": "read by mypy",
