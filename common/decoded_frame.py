@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from common.video_probe import HD_HEIGHT, HD_WIDTH, UNSPECIFIED
+from common.video_probe import BT601, BT709, UNSPECIFIED, untagged_matrix
 
 #: swscale's bicubic, accurate_rnd, full_chroma_int and full_chroma_inp: without them it darkens by a level and repeats
 #: chroma samples
 EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
 #: swscale's numbers for the matrices of untagged video
-_ITU709, _ITU601 = 1, 5
+_SWSCALE = {BT709: 1, BT601: 5}
 
 
 def rgb(frame: Any) -> np.ndarray:
@@ -22,8 +22,7 @@ def rgb(frame: Any) -> np.ndarray:
     """
     matrix = None
     if int(frame.colorspace) == UNSPECIFIED and frame.format.name.startswith("yuv"):
-        high = frame.width >= HD_WIDTH or frame.height >= HD_HEIGHT
-        matrix = _ITU709 if high else _ITU601
+        matrix = _SWSCALE[untagged_matrix(*upright_size(frame))]
     pixels = frame.reformat(format="rgb24", interpolation=EXACT, src_colorspace=matrix).to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, quarter_turns(frame)))
 

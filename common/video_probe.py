@@ -26,6 +26,8 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".y4m"),
     *(".m2ts", ".mts", ".vob", ".mxf", ".3gp", ".ogv"),
 )
+#: how the names of AppleDouble files begin, in which macOS keeps the attributes of the file of the same name
+APPLE_DOUBLE = "._"
 #: the variable that names another FFmpeg program than the bundled one
 FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 #: a frame rate above it is a container's clock rather than a rate (webm as browsers record it: 1000)
@@ -98,12 +100,15 @@ class VideoInfo:
             return self.frames
         return round(self.duration_s * self.frame_rate)
 
-    @property
-    def matrix(self) -> int:
-        """The matrix to decode with: the file's, else BT.709 for high definition and BT.601 below."""
-        if self.colour.matrix not in (UNSPECIFIED, 3):
-            return self.colour.matrix
-        return BT709 if self.width >= HD_WIDTH or self.height >= HD_HEIGHT else BT601
+
+def untagged_matrix(width: int, height: int) -> int:
+    """BT709 for high definition and BT601 below; width and height are those of the frame turned upright."""
+    return BT709 if width >= HD_WIDTH or height >= HD_HEIGHT else BT601
+
+
+def named_like_a_video(name: str) -> bool:
+    """By its suffix; AppleDouble files are none."""
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not os.path.basename(name).startswith(APPLE_DOUBLE)
 
 
 def ffmpeg_binary() -> str:

@@ -18,7 +18,7 @@ import ffmpeg
 import numpy as np
 
 from common.errors import UserError
-from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, url
+from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, untagged_matrix, url
 
 Deinterlace = Literal["auto", "bwdif", "off"]
 
@@ -130,7 +130,8 @@ class VideoReader:
         """What an untagged video is decoded with; a tagged one says it itself."""
         if self.info.colour.matrix != UNSPECIFIED:
             return {}
-        return {"in_color_matrix": "bt709" if self.info.matrix == BT709 else "smpte170m"}
+        matrix = untagged_matrix(self.info.width, self.info.height)
+        return {"in_color_matrix": "bt709" if matrix == BT709 else "smpte170m"}
 
     def _read_log(self, log: IO[bytes]) -> None:
         while (line := log.readline()).endswith(b"\n"):

@@ -13,12 +13,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.storage import StorageConfig, s3_errors, s3_filesystem
-from common.video_probe import VIDEO_SUFFIXES
+from common.video_probe import APPLE_DOUBLE, VIDEO_SUFFIXES, named_like_a_video
 
 #: columns of a table that hold the video's path, in order of preference
 PATH_COLUMNS = ("video", "path", "file", "url")
-#: how the names of AppleDouble files begin, in which macOS keeps the attributes of the file of the same name
-APPLE_DOUBLE = "._"
 #: types that are named in the line about files that were left out
 NAMED_TYPES = 5
 
@@ -82,14 +80,11 @@ def _left_out(others: Counter[str]) -> str:
 
 def _is_video(name: str, others: Counter[str]) -> bool:
     """Whether a file is a source by its name; one that is not is counted in `others` by its type."""
-    base = name.rpartition("/")[2]
-    suffix = os.path.splitext(base)[1].lower()
-    if base.startswith(APPLE_DOUBLE):
-        others[f"{APPLE_DOUBLE}*"] += 1
-    elif suffix in VIDEO_SUFFIXES:
+    if named_like_a_video(name):
         return True
-    else:
-        others[suffix or "without suffix"] += 1
+    base = name.rpartition("/")[2]
+    kind = os.path.splitext(base)[1].lower() or "without suffix"
+    others[f"{APPLE_DOUBLE}*" if base.startswith(APPLE_DOUBLE) else kind] += 1
     return False
 
 

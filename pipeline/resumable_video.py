@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -74,7 +73,7 @@ class VideoParts:
         # Both keep time stamps exactly, whatever the output's container does; one takes ProRes, the other VP9.
         self._suffix = ".mov" if output.suffix.lower() == ".mov" else ".mp4"
         if restart:
-            self._delete()
+            delete_parts(output)
         elif differences := self._differences(job):
             raise UserError(
                 f"{self._folder} holds parts of another job ({'; '.join(differences)}); "
@@ -225,12 +224,7 @@ class VideoParts:
     def leave(self, *, done: bool) -> None:
         """Delete what the next run cannot use: after a failure complete parts stay."""
         if done or not self.complete:
-            self._delete()
-
-    def _delete(self) -> None:
-        for path in self._folder.glob("*"):
-            if not path.name.startswith(LOCK_NAME):
-                path.unlink()
+            delete_parts(self._output)
 
     def _path(self, index: int) -> Path:
         return self._folder / f"part-{index:05d}{self._suffix}"
@@ -266,13 +260,23 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.parts")
 
 
-def clear_finished(output: Path) -> bool:
-    """Whether a run was killed just after the output got its name; then its parts are deleted."""
+def delete_parts(output: Path) -> None:
+    """All but the lock."""
+    for path in parts_folder(output).glob("*"):
+        if not path.name.startswith(LOCK_NAME):
+            path.unlink()
+
+
+def was_finished(output: Path, job: dict[str, Any]) -> bool:
+    """Whether a run of this job was killed just after the output got its name, before its parts were deleted."""
     folder = parts_folder(output)
     if not (output.exists() and (folder / FINISHED).exists()) or (folder / f"output{output.suffix}").exists():
         return False
-    shutil.rmtree(folder)
-    return True
+    try:
+        before = json.loads((folder / "job.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return all(before.get(name) == value for name, value in job.items())
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -32,17 +31,16 @@ from common.prefetch import prefetch
 from common.progress import progress
 from common.scale import SCALE
 from common.scene_cuts import CONTEXT
-from common.video_probe import VIDEO_SUFFIXES, VideoInfo, probe
+from common.video_probe import VIDEO_SUFFIXES, named_like_a_video
 from common.video_reader import VideoReader
 from common.video_writer import OUTPUT_SUFFIXES, VideoWriter
-from pipeline.container import TrackPlan, plan_tracks
 from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
 from pipeline.model.vae import to_frames, upsample_low_resolution
-from pipeline.output_size import OutputSize, choose_size
-from pipeline.resumable_video import VideoParts, clear_finished, only_job
-from pipeline.upscale_options import check_output, check_stats, choose_codec, job_identity, parse_arguments
-from pipeline.video_windows import Place, Windows, upscale_video
+from pipeline.resumable_video import VideoParts, delete_parts, only_job, was_finished
+from pipeline.upscale_job import Job, job_identity, plan
+from pipeline.upscale_options import parse_arguments
+from pipeline.video_windows import Place, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline, smaller_tiles
 
 #: exit status of a command whose input was damaged, or of a folder with a video that could not be upscaled
@@ -51,21 +49,6 @@ EXIT_DAMAGED = 3
 MISSING_FRAMES = 3
 
 Clips = Iterator[tuple[np.ndarray, Place | None]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video and what is to be made of it, decided before the first frame."""
-
-    source: Path
-    output: Path
-    info: VideoInfo
-    size: OutputSize
-    tracks: TrackPlan
-    #: None: every frame keeps its time
-    frame_rate: Fraction | None
-    bit_depth: Literal[8, 10]
-    codec: str
 
 
 @cache
@@ -79,8 +62,8 @@ def with_model(
     frames: Iterator[np.ndarray],
     first: int,
     job: Job,
-    arguments: argparse.Namespace,
     tiling: Tiling,
+    arguments: argparse.Namespace,
     statistics: dict[str, float],
 ) -> Clips:
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
@@ -88,7 +71,7 @@ def with_model(
     return upscale_video(
         _pipeline(arguments.model, arguments.device, dtype, arguments.attention),
         frames,
-        Windows(arguments.window, arguments.overlap),
+        job.windows,
         first=first,
         context=min(first, CONTEXT),
         statistics=statistics,
@@ -102,18 +85,10 @@ def with_model(
     )
 
 
-def with_bicubic(
-    frames: Iterator[np.ndarray],
-    first: int,
-    job: Job,
-    arguments: argparse.Namespace,
-    tiling: Tiling,
-    statistics: dict[str, float],
-) -> Clips:
+def with_bicubic(frames: Iterator[np.ndarray], first: int, bit_depth: Literal[8, 10]) -> Clips:
     """Frames enlarged as for z_LR, one by one."""
-    statistics["dit_evaluations"] = 0
     for number, frame in enumerate(itertools.islice(frames, min(first, CONTEXT), None), first):
-        yield (to_frames(upsample_low_resolution(frame[None]), job.bit_depth).numpy(), Place(number + 1, 0))
+        yield (to_frames(upsample_low_resolution(frame[None]), bit_depth).numpy(), Place(number + 1, 0))
 
 
 def main() -> None:
@@ -138,8 +113,7 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
     """
     if arguments.stats:
         raise UserError("--stats belongs to one video; leave it out for a folder")
-    sources = sorted(path for path in arguments.input.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-    sources = [path for path in sources if not path.name.startswith("._")]
+    sources = sorted(path for path in arguments.input.iterdir() if named_like_a_video(path.name))
     if not sources:
         raise UserError(f"no video in {arguments.input} ({', '.join(VIDEO_SUFFIXES)})")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -170,7 +144,7 @@ def _folder_suffix(source: Path) -> str:
 
 def upscale_file(source: Path, output: Path, arguments: argparse.Namespace) -> bool:
     """One video; returns whether it is damaged and `--on-error` is warn."""
-    if clear_finished(output):
+    if _was_complete(source, output, arguments):
         print(f"{output} was complete already", file=sys.stderr)
         return False
     job = plan(source, output, arguments)
@@ -217,48 +191,15 @@ def upscale_file(source: Path, output: Path, arguments: argparse.Namespace) -> b
     return bool(damage) and arguments.on_error == "warn"
 
 
-def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
-    """Check everything that can be checked before the first frame, and say what the output will not hold.
-
-    Raises:
-        UserError: the input is no video, or the output could not be written.
-    """
-    Windows(arguments.window, arguments.overlap)
-    _tiling(arguments)
-    info = probe(source)
-    codec = choose_codec(output, arguments.codec)
-    check_output(source, output, overwrite=arguments.overwrite)
-    if arguments.stats:
-        check_stats(arguments.stats, source, output)
-    size = choose_size(
-        info.width,
-        info.height,
-        info.sample_aspect_ratio,
-        scale=arguments.scale,
-        lines=arguments.height,
-        size=arguments.size,
-        max_size=arguments.max_size,
-    )
-    tracks = plan_tracks(source, output.suffix.lower())
-    frame_rate = None if arguments.fps is None else Fraction(arguments.fps).limit_denominator(1001)
-    said = list(tracks.dropped)
-    if output.suffix.lower() == ".avi" and frame_rate is None:
-        frame_rate = info.frame_rate  # the container has no time stamps
-    deep = codec == "prores" or (info.colour.hdr and not arguments.lossless)
-    bit_depth: Literal[8, 10] = arguments.bit_depth or (10 if deep else 8)
-    if info.colour.hdr:
-        said.append("HDR: its transfer function and primaries are kept, mastering data is left out")
-        if bit_depth == 8:
-            said.append("HDR in 8 bits shows bands")
-    elif info.bits > bit_depth:
-        said.append(f"{info.bits} bits become {bit_depth}" + ("; --bit-depth 10 keeps 10" if bit_depth == 8 else ""))
-    if info.alpha:
-        said.append("its transparency is left out")
-    if info.interlaced and arguments.deinterlace == "auto":
-        said.append("interlaced: deinterlaced by bwdif, one frame of two fields")
-    for line in said:
-        print(f"{source.name}: {line}", file=sys.stderr)
-    return Job(source, output, info, size, tracks, frame_rate, bit_depth, codec)
+def _was_complete(source: Path, output: Path, arguments: argparse.Namespace) -> bool:
+    """Whether this job was killed between its last act and its clean-up, which is done now."""
+    if arguments.overwrite or arguments.restart or not source.is_file():
+        return False
+    if not was_finished(output, job_identity(arguments, source)):
+        return False
+    with only_job(output):
+        delete_parts(output)
+    return True
 
 
 def _upscale_parts(parts: VideoParts, job: Job, arguments: argparse.Namespace, statistics: dict[str, float]) -> None:
@@ -267,7 +208,7 @@ def _upscale_parts(parts: VideoParts, job: Job, arguments: argparse.Namespace, s
     Raises:
         UserError: the smallest tiles do not fit either.
     """
-    tiling: Tiling | None = _tiling(arguments)
+    tiling: Tiling | None = job.tiling
     while parts.place is not None:
         assert tiling is not None
         try:
@@ -315,8 +256,11 @@ def write_parts(
         bits=16 if job.bit_depth == 10 and job.info.bits > 8 else 8,
     )
     frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
-    enlarge = with_bicubic if arguments.bicubic else with_model
-    clips = enlarge(frames, place.start, job, arguments, tiling, statistics)  # opens the model, so before any file
+    if arguments.bicubic:
+        statistics["dit_evaluations"] = 0
+        clips = with_bicubic(frames, place.start, job.bit_depth)
+    else:
+        clips = with_model(frames, place.start, job, tiling, arguments, statistics)
     with progress(total, "upscaling", "frame", start=parts.frames) as bar:
         parts.write(clips, reader, context, _writer(job, arguments), statistics, bar.advance)
 
@@ -327,7 +271,7 @@ def _writer(job: Job, arguments: argparse.Namespace) -> Callable[[Path], VideoWr
         width=job.size.model_input[0] * SCALE,
         height=job.size.model_input[1] * SCALE,
         size=job.size.output,
-        frame_rate=job.frame_rate or job.info.frame_rate,
+        frame_rate=job.written_rate,
         quality="lossless" if arguments.lossless else "lossy",
         crf=arguments.crf,
         codec=job.codec,
@@ -356,20 +300,11 @@ def _damage(parts: VideoParts, end: Fraction, job: Job, arguments: argparse.Name
     if parts.errors:
         damage.append(f"damaged, {len(parts.errors)} kinds of errors; the first: {parts.errors[0]}")
     if arguments.frames is None and job.info.end_s is not None:
-        period_s = 1 / (job.frame_rate or job.info.frame_rate)
+        period_s = 1 / job.written_rate
         missing = round((job.info.end_s - float(end)) / float(period_s))
         if missing >= MISSING_FRAMES:
             damage.append(f"it ends {missing} frames earlier than its header says")
     return damage
-
-
-def _tiling(arguments: argparse.Namespace) -> Tiling:
-    return Tiling(
-        transformer_tile_px=arguments.tile,
-        vae_tile_px=arguments.vae_tile,
-        decode_tile_px=arguments.decode_tile,
-        overlap_px=arguments.tile_overlap,
-    )
 
 
 if __name__ == "__main__":

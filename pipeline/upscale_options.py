@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import NoReturn, get_args
 
 import torch
 
 from common.errors import UserError
 from common.video_reader import Deinterlace
-from common.video_writer import ENCODERS, OUTPUT_SUFFIXES
+from common.video_writer import ENCODERS
 from pipeline.colour_fix import ColourFix
 from pipeline.model.config import Attention
 from pipeline.model.prompts import DEFAULT_PROMPT
 from pipeline.output_size import parse_size
 
-#: options that do not decide pixels
-_INCIDENTAL = frozenset(
-    {"output", "stats", "codec", "bit_depth", "part_frames", "restart", "overwrite", "on_error", "attention", "device"}
-)
 #: the smallest and largest value of each number
 _RANGES: dict[str, tuple[float, float | None]] = {
     "scale": (0, 32), "height": (8, None), "max_size": (8, None), "seed": (0, 2**63 - 1), "steps": (1, 1000),
@@ -29,8 +25,6 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 63),
     "part_frames": (1, None), "fps": (0.01, 1000),
 }  # fmt: skip
-#: bytes of a file name, so that those of its parts and temporary files fit into 255
-LONGEST_NAME = 220
 #: FFmpeg options that upscale itself sets
 _OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "qp", "s", "bf", "frames"})
 #: what is used without --model: a small model, trained on a CPU (docs/small.md)
@@ -82,69 +76,6 @@ def _default_model() -> Path:
     return DEFAULT_MODEL
 
 
-def choose_codec(output: Path, codec: str | None) -> str:
-    """The codec given, or the usual one of the container.
-
-    Raises:
-        UserError: a container that is not written here, or that does not take the codec.
-    """
-    suffix = output.suffix.lower()
-    if suffix not in OUTPUT_SUFFIXES:
-        raise UserError(f"cannot write {output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
-    codec = codec or ("vp9" if suffix == ".webm" else "h264")
-    if suffix not in ENCODERS[codec].suffixes:
-        raise UserError(
-            f"cannot write {output}: {suffix} does not take {codec}; choose {', '.join(ENCODERS[codec].suffixes)}"
-        )
-    return codec
-
-
-def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that could not be written hours later, or that would destroy the input.
-
-    Raises:
-        UserError: with the reason.
-    """
-    if output.is_dir():
-        raise UserError(f"cannot write {output}: it is a folder; name a file in it")
-    if output.exists() and os.path.samefile(source, output):
-        raise UserError(f"cannot write {output}: it is the input; choose another name")
-    if output.exists() and not overwrite:
-        raise UserError(f"cannot write {output}: it exists; choose another name, or --overwrite")
-    check_writable(output)
-
-
-def check_stats(path: Path, source: Path, output: Path) -> None:
-    """
-    Raises:
-        UserError: the file cannot be made there, or it is the input or the output.
-    """
-    if path.resolve() in (source.resolve(), output.resolve()) or (path.exists() and os.path.samefile(path, source)):
-        raise UserError(f"--stats {path}: it is the input or the output; choose another name")
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """
-    Raises:
-        UserError: the file cannot be made there.
-    """
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise UserError(f"cannot write {path}: its name is longer than {LONGEST_NAME} bytes; choose a shorter one")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise UserError(f"cannot write {path}: {path if path.is_dir() else folder} is not a folder to write in")
-
-
-def job_identity(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
-    """All that decides the pixels of the output, for people to read where it has changed."""
-    job = {name: str(value) for name, value in vars(arguments).items() if name not in _INCIDENTAL}
-    model = "bicubic" if arguments.bicubic else " ".join(map(_state, _files(arguments.model)))
-    return job | {"input": _state(source), "model": model}
-
-
 def _encoder_options(text: str) -> dict[str, str]:
     """`name=value,name=value`.
 
@@ -152,15 +83,6 @@ def _encoder_options(text: str) -> dict[str, str]:
         ValueError: another form (argparse names the option).
     """
     return dict(pair.split("=", 1) for pair in text.split(","))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
-
-
-def _state(path: Path) -> str:
-    state = path.stat()
-    return f"{path.resolve()} of {state.st_size} bytes at {state.st_mtime_ns}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--colour-fix", choices=get_args(ColourFix), default="wavelet")
     parser.add_argument("--start", type=int, default=0, help="first frame")
     parser.add_argument("--frames", type=int, help="how many frames; default: all")
-    parser.add_argument("--fps", type=float, help="a constant frame rate; default: every frame keeps its time")
+    parser.add_argument(
+        "--fps", type=Fraction, help="a constant rate, as 25 or 24000/1001; default: frames keep their times"
+    )
     parser.add_argument(
         "--deinterlace", choices=get_args(Deinterlace), default="auto", help="auto: frames marked as interlaced"
     )

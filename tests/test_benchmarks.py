@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.dual_stream_step import count_flops
+from benchmarks.effect.train import CONFIG, ROWS, chain
+from common.config import load_section
+from common.errors import UserError
+from trainer.config import config_class
+from trainer.stages import find_stage
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "def main" in path.read_text())
+SCRIPTS = sorted(
+    str(path.relative_to(FOLDER))
+    for path in (*FOLDER.glob("*.py"), *FOLDER.glob("effect/*.py"))
+    if "def main" in path.read_text()
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -27,3 +36,22 @@ def test_a_benchmark_starts_as_a_file(script: str, tmp_path: Path) -> None:
 def test_a_round_needs_0_73_of_the_operations_of_a_literal_one() -> None:
     flops = count_flops(argparse.Namespace(frames=21, height=720, width=1280, batch=1), ("ours", "literal"))
     assert flops["ours"] / flops["literal"] == pytest.approx(0.7307, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_ablations_is_a_valid_configuration(name: str) -> None:
+    row = ROWS[name]
+    stage = find_stage(row.stage)
+    config = load_section(FOLDER.parent / CONFIG, "trainer", config_class(stage), list(row.settings))
+    assert (
+        config.section_of(stage)
+        != load_section(FOLDER.parent / CONFIG, "trainer", config_class(stage), []).section_of(stage)
+        or not row.settings
+    )
+
+
+def test_rows_come_after_the_rows_they_start_from() -> None:
+    assert chain(["swapped_labels"]) == ["progressive", "dual_stream", "swapped_labels"]
+    assert chain(["without_dual_stream", "decoupled_dmd"]) == ["progressive", "without_dual_stream", "decoupled_dmd"]
+    with pytest.raises(UserError, match="--rows dmd: choose from progressive"):
+        chain(["dmd"])

@@ -43,6 +43,12 @@ class TransformerConfig(Section):
     #: the difference to (z_t - z_LR)/t [ours]
     low_resolution_deviation: float = Field(0.0, ge=0)
 
+    @model_validator(mode="after")
+    def _deviation_needs_the_skip(self) -> TransformerConfig:
+        if self.low_resolution_deviation and not self.low_resolution_skip:
+            raise ValueError("low_resolution_deviation means nothing without low_resolution_skip: true; set it, or 0")
+        return self
+
 
 class ModelConfig(Section):
     """The networks and the folders their weights come from."""

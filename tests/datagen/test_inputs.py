@@ -52,6 +52,18 @@ def test_untagged_video(tmp_path: Path, size: str, matrix: str) -> None:
     assert np.abs(read_window(path, 0, 1).astype(int) - (32, 192, 64)).max() <= 2
 
 
+def test_a_turned_untagged_video_has_the_matrix_of_its_turned_size(tmp_path: Path) -> None:
+    """1200 x 640 turned is 640 x 1200: high definition by its lines, for datagen as for upscaling."""
+    picture = "format=gbrp,geq=r=32:g=192:b=64,scale=out_color_matrix=bt709:out_range=tv:flags=" + EXACT
+    tags = "format=yuv420p,setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown"
+    options = ("-vf", f"{picture},{tags}", "-c:v", "libx264", "-qp", "0")
+    ffmpeg(tmp_path, "flat.mp4", "-f", "lavfi", "-i", "nullsrc=s=1200x640:r=25:d=0.08", *options)
+    path = ffmpeg(tmp_path, "turned.mp4", "-display_rotation", "90", "-i", "flat.mp4", "-c", "copy")
+    for frames in (read_window(path, 0, 1), read_video(path, 0, 1)):
+        assert frames.shape == (1, 1200, 640, 3)
+        assert np.abs(frames.astype(int) - (32, 192, 64)).max() <= 2
+
+
 def test_targets_are_not_darkened(tmp_path: Path) -> None:
     """A grey ramp with colour: swscale's default loses about one level of 255 on average."""
     ramp = "format=gbrp,geq=r='40+X/2':g='60+X/3':b='200-X/2',scale=out_color_matrix=smpte170m:flags=" + EXACT

@@ -72,3 +72,9 @@ def test_seeds_depend_on_every_part_and_nothing_else():
         == 5
     )
     assert seeded_noise((4,), 1, "a").equal(seeded_noise((4,), 1, "a"))
+
+
+def test_a_deviation_without_the_skip_is_refused(tmp_path):
+    text = "model: {vae: v, prompts: p, transformer: {low_resolution_deviation: 0.25}}"
+    with pytest.raises(UserError, match="means nothing without low_resolution_skip: true"):
+        load_section(write(tmp_path, text), "model", ModelConfig)

@@ -183,12 +183,14 @@ def test_what_an_encoder_refuses_is_known_before_the_first_frame(base, upscale, 
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_job_killed_after_its_output_has_its_name_is_done(base, upscale, tmp_path):
+def test_a_job_killed_after_its_output_has_its_name_is_done(base, upscale, tmp_path, monkeypatch):
     output, parts = tmp_path / "out.mp4", tmp_path / ".out.mp4.parts"
-    assert upscale(base, output, "--bicubic").returncode == 0
-    parts.mkdir()
-    for name in ("job.json", "part-00000.mp4", "joined.mp4", "finished"):
-        (parts / name).touch()
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.resumable_video.delete_parts", lambda _: None)  # killed before it
+        assert upscale(base, output, "--bicubic").returncode == 0
+    assert (parts / "joined.mp4").exists()
+    done = upscale(base, output, "--bicubic", "--scale", 2)
+    assert done.returncode == 2 and "it exists" in done.stderr and parts.exists(), "another job is not this one"
     done = upscale(base, output, "--bicubic")
     assert done.returncode == 0 and "was complete already" in done.stderr and not parts.exists()
 
