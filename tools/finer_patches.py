@@ -4,8 +4,8 @@
 
 A small model learns the coarse things fast with few tokens, and local detail only with many. The patch embedding
 becomes its sum over the rows and columns of a patch, the output projection its mean: on latents that are constant
-within a patch, all tokens of a patch start as the one they were. The rotary positions are finer by two, and training has to
-follow (docs/small.md: 300 steps). The output is what `model.initial_weights` reads.
+within a patch, all tokens of a patch start as the one they were. The rotary positions are finer by two: some hundred
+steps of training follow (docs/small.md). The output is what `model.initial_weights` reads.
 """
 
 from __future__ import annotations
