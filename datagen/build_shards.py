@@ -71,7 +71,7 @@ def build(
             to reuse that other code made.
     """
     sources = find_sources(inputs, storage)
-    versions = code_versions() | {"vae": vae_hash(vae)}
+    versions = code_versions(config.sharpen_targets) | {"vae": vae_hash(vae)}
     if reuse:
         check_reusable(reuse, versions, storage)
     folder = open_folder(output, storage)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config import Section
 from datagen.degradation.recipe import Mixture
+from datagen.degradation.sharpen import SharpenConfig
 
 
 class ClipConfig(Section):
@@ -91,6 +92,10 @@ class DatagenConfig(Section):
     seed: int = 0
     clip: ClipConfig = ClipConfig()
     filters: FilterConfig = FilterConfig()
+    #: unsharp mask of the HR clips, before the VAE and before the degradation: the model learns sharpened videos, as
+    #: the pixel losses of RealBasicVSR and Real-ESRGAN do; recipes must not sharpen again. null = clips as they are
+    #: [peer]
+    sharpen_targets: SharpenConfig | None = None
     #: recipes of datagen/degradation/recipe.py with weights; each variant of each clip draws one
     degradation: Mixture = Mixture()
     #: degradations per clip
@@ -110,3 +115,12 @@ class DatagenConfig(Section):
     max_quarantined: float = Field(default=0.1, ge=0, le=1)
     #: seconds a clip may take to decode before it is quarantined [ours]
     decode_timeout_s: float = Field(default=300.0, gt=0)
+
+    @model_validator(mode="after")
+    def _sharpened_once(self) -> DatagenConfig:
+        names = self.degradation.weights if self.sharpen_targets else ()
+        if twice := [name for name in names if self.degradation.recipe(name).sharpen]:
+            raise ValueError(
+                f"sharpen_targets is set, and the recipe {twice[0]} sharpens HR again; set its sharpen to null"
+            )
+        return self

@@ -152,6 +152,8 @@ def _plan_hash(samples: list[SamplePlan], config: dict[str, Any], versions: dict
 def deciding(config: DatagenConfig) -> dict[str, Any]:
     """The part of the configuration that decides what is in the dataset: all but how fast and from where."""
     left_out = {"encode", "max_quarantined", "decode_timeout_s"}
+    if config.sharpen_targets is None:  # older than the field: their plans stay valid
+        left_out.add("sharpen_targets")
     return config.model_dump(mode="json", exclude=left_out)
 
 

@@ -1,6 +1,6 @@
 """Turn photographs into clips: a window that pans, zooms and turns over an image, as a lossless video.
 
-    python -m tools.photo_clips --input DIR_OR_PICTURE … --output DIR [--clips-per-photo 6] [--seed 0]
+    python -m tools.photo_clips --input DIR_OR_PICTURE … --output DIR [--clips-per-photo 6] [--shrink 0.25 0.9]
 
 For tiny models on machines without a video collection: Debian's wallpaper packages hold sharp photographs whose
 licences allow it. The motion is exact (cubic interpolation at sub-pixel positions), so there is no compression
@@ -40,13 +40,18 @@ def find_photos(inputs: list[Path]) -> list[Path]:
     return sorted(found)
 
 
-def moving_crop(photo: np.ndarray, frames: int, size: int, rng: np.random.Generator) -> np.ndarray:
+def moving_crop(
+    photo: np.ndarray, frames: int, size: int, shrink: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
     """One clip, uint8 (frames, size, size, 3), over `photo` (uint8 (H, W, 3)) shrunk by a random factor.
 
     Shrinking is by area averaging, so that what the sensor or JPEG blurred becomes sharp again.
+
+    Args:
+        shrink: range of the factor, drawn uniform in its logarithm; a small photograph is shrunk less.
     """
     margin = 1.35
-    scale = max(float(np.exp(rng.uniform(np.log(0.25), np.log(0.9)))), size * margin / min(photo.shape[:2]))
+    scale = max(float(np.exp(rng.uniform(*np.log(shrink)))), size * margin / min(photo.shape[:2]))
     small = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else photo
     height, width = small.shape[:2]
     half = size / 2
@@ -75,7 +80,7 @@ def moving_crop(photo: np.ndarray, frames: int, size: int, rng: np.random.Genera
 def _clips(photo: np.ndarray, name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, np.ndarray]]:
     for number in range(arguments.clips_per_photo):
         rng = np.random.default_rng(derive_seed(arguments.seed, name, number))
-        yield f"{name}-{number:02d}", moving_crop(photo, arguments.frames, arguments.size, rng)
+        yield f"{name}-{number:02d}", moving_crop(photo, arguments.frames, arguments.size, arguments.shrink, rng)
 
 
 def main() -> None:
@@ -85,8 +90,14 @@ def main() -> None:
     parser.add_argument("--clips-per-photo", type=int, default=6)
     parser.add_argument("--frames", type=int, default=9)
     parser.add_argument("--size", type=int, default=192, help="side of the square clip in pixels")
+    parser.add_argument(
+        "--shrink", type=float, nargs=2, default=(0.25, 0.9), metavar=("LOW", "HIGH"),
+        help="range of the factor by which photographs are shrunk; below 0.4, 4K photographs are sharp to the pixel",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not 0 < arguments.shrink[0] <= arguments.shrink[1] <= 1:
+        raise UserError(f"--shrink {arguments.shrink}: two factors, 0 < LOW <= HIGH <= 1")
     photos = find_photos(arguments.input)
     arguments.output.mkdir(parents=True, exist_ok=True)
     written = skipped = 0

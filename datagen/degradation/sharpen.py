@@ -38,6 +38,12 @@ class Sharpen(Operation):
         return [sharpen_frame(frame, size, weight, threshold) for frame in frames]
 
 
+def sharpened(clip: np.ndarray, config: SharpenConfig) -> np.ndarray:
+    """A clip, uint8 (F, H, W, 3) in either order of the colours."""
+    values = (config.kernel_size, config.weight, config.threshold)
+    return np.stack([sharpen_frame(frame, *values) for frame in clip])
+
+
 def sharpen_frame(frame: np.ndarray, size: int, weight: float, threshold: float) -> np.ndarray:
     """Real-ESRGAN's unsharp mask: sharpened where structure is, faded in by the blurred mask of structure."""
     sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8  # OpenCV's own rule for a Gaussian given by its size

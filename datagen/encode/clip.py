@@ -18,6 +18,7 @@ from common.storage import StorageConfig
 from datagen.config import DatagenConfig, FilterConfig
 from datagen.dataset.shard_format import Sample
 from datagen.degradation.degrade import degrade_clip
+from datagen.degradation.sharpen import sharpened
 from datagen.plan import SamplePlan
 from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated
@@ -67,6 +68,8 @@ def make_clip(plans: list[SamplePlan], config: DatagenConfig, storage: StorageCo
         reason = empty_crop(hr, config.filters)
         if reason:
             return Fault(reason, "filtered")
+        if config.sharpen_targets:
+            hr = sharpened(hr, config.sharpen_targets)
         stored = encode_bytes(hr) if config.store_clips else b""
     except Exception as error:
         return _fault(error, plan)

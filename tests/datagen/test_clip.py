@@ -6,18 +6,24 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pytest
 from safetensors.torch import load
 
 from common.config import load_section
+from common.errors import UserError
 from common.lossless_clip import write_lossless
 from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
+from datagen.degradation.degrade import degrade_clip
+from datagen.degradation.sharpen import SharpenConfig, sharpen_frame
 from datagen.encode.clip import Clip, Fault, Variant, make_clip
 from datagen.encode.latent_reuse import LATENTS
 from datagen.encode.ray_jobs import _degraded, _EncodeActor, _samples
-from datagen.plan import SamplePlan, make_plan
+from datagen.format_revision import code_versions
+from datagen.plan import SamplePlan, deciding, make_plan
 from datagen.sources import Source
 from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import moving_picture
@@ -68,3 +74,30 @@ def test_a_variant_that_fails_does_not_take_the_others_with_it(config_file: Path
     assert table["hr"][0].as_py() == b""
     (row,) = actor(table).to_pylist()
     assert [(taken.made, taken.reused) for taken in _samples(row, {})] == [(sample, True) for sample in samples]
+
+
+def test_sharpened_targets_are_the_target_and_what_is_degraded(config_file: Path, tmp_path: Path) -> None:
+    write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
+    config = load_section(config_file, "datagen", DatagenConfig, ["datagen.degradation.weights={light: 1.0}"])
+    sharpening = config.model_copy(update={"sharpen_targets": SharpenConfig()})
+    plans = plans_of(tmp_path / "a.mkv", config, 0)
+    plain, made = make_clip(plans, config, StorageConfig()), make_clip(plans, sharpening, StorageConfig())
+    assert isinstance(plain, Clip) and isinstance(made, Clip) and isinstance(made.variants[0], Variant)
+    expected = np.stack([sharpen_frame(frame, 51, 0.5, 10.0) for frame in plain.hr])
+    assert np.array_equal(made.hr, expected) and not np.array_equal(made.hr, plain.hr)
+    assert np.array_equal(made.variants[0].lr, degrade_clip(expected, config.degradation, plans[0].seed)[0])
+
+
+def test_sharpened_targets_decide_the_plan_and_the_versions_only_where_they_are_on(config_file: Path) -> None:
+    plain = load_section(config_file, "datagen", DatagenConfig, ["datagen.degradation.weights={light: 1.0}"])
+    sharpening = plain.model_copy(update={"sharpen_targets": SharpenConfig(weight=0.3)})
+    assert "sharpen_targets" not in deciding(plain) and deciding(sharpening)["sharpen_targets"]["weight"] == 0.3
+    assert (
+        code_versions(sharpening.sharpen_targets)["encoding"] == code_versions()["encoding"] + ", sharpened 51/0.3/10.0"
+    )
+
+
+def test_sharpening_twice_is_refused(config_file: Path) -> None:
+    twice = ["datagen.sharpen_targets={}", "datagen.degradation.weights={light: 1.0, mild: 1.0}"]
+    with pytest.raises(UserError, match="the recipe mild sharpens HR again; set its sharpen to null"):
+        load_section(config_file, "datagen", DatagenConfig, twice)
