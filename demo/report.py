@@ -13,7 +13,7 @@ from demo.contact_sheet import contact_sheet
 #: method -> what a reader calls it
 LABELS = {
     "bicubic": "bicubic",
-    "base": "base, 50 steps",
+    "base": "base, 8 steps",
     "progressive": "stage I, one step",
     "dual_stream": "stage II, one step",
     "preference": "stage III, one step",

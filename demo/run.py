@@ -31,9 +31,11 @@ DEGRADATION_SEEDS = (0, 1, 2)
 METRICS = "psnr,ssim,vmaf_neg,niqe_fitted"
 #: the degradation of the held-out clips
 RECIPE = "light"
+#: Euler steps of the base model here
+BASE_STEPS = 8
 #: method -> (folder of the model, number of Euler steps); bicubic has no model, shipped is the repository's own
 MODELS = {
-    "base": ("base/model", 50),
+    "base": ("base/model", BASE_STEPS),
     "progressive": ("progressive/model", 1),
     "dual_stream": ("dual_stream/model", 1),
     "preference": ("preference/model", 1),
