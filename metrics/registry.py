@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.plugins import load_class
 from metrics.clipiqa import ClipIqa
 from metrics.cvvdp import Cvvdp
-from metrics.dover import Dover
+from metrics.dover import Dover, DoverAntialias
 from metrics.flat_noise import FlatNoise
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.gmsd import Gmsd
@@ -26,14 +26,14 @@ from metrics.niqe import FittedNiqe, Niqe
 from metrics.psnr import Psnr
 from metrics.ssim import Ssim
 from metrics.vmaf import Vmaf, VmafNeg
-from metrics.warping_error import DisWarpingError, WarpingError
+from metrics.warping_error import DisWarpingError, OwnDisWarpingError, OwnWarpingError, WarpingError
 
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     for metric in (
         *(Psnr, Ssim, Gmsd, Lpips, Vmaf, VmafNeg, Cvvdp),
-        *(Niqe, FittedNiqe, Musiq, ClipIqa, Dover),
-        *(WarpingError, DisWarpingError, Grid, FlatNoise),
+        *(Niqe, FittedNiqe, Musiq, ClipIqa, Dover, DoverAntialias),
+        *(WarpingError, OwnWarpingError, DisWarpingError, OwnDisWarpingError, Grid, FlatNoise),
     )
 }
 
