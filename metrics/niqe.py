@@ -149,9 +149,13 @@ class Niqe(FrameMetric):
         self.model = NiqeModel(mean, covariance, OFFICIAL_BLOCK)
 
     def frame(self, frame: Tensor, reference: Tensor | None = None) -> float | None:
-        features = _features(frame, self.model)
+        features = block_features(self.plane(frame), self.model.block)
         flat = (~np.isnan(features).any(axis=1)).sum() < 2
         return None if flat else self.model.distance(features)
+
+    def plane(self, frame: Tensor) -> NDArray[np.float64]:
+        """The luma (H, W) that is looked at."""
+        return np.round(luma(frame))
 
 
 class FittedNiqe(Metric):
@@ -181,14 +185,10 @@ class _FittedScorer(Scorer):
         self._model, self._gaussian = model, RunningGaussian()
 
     def add(self, frame: Tensor, reference: Tensor | None = None) -> None:
-        self.left_out += not self._gaussian.add(_features(frame, self._model))
+        self.left_out += not self._gaussian.add(block_features(np.round(luma(frame)), self._model.block))
 
     def finish(self) -> float:
         return self._model.distance_to(*self._gaussian.moments())
-
-
-def _features(frame: Tensor, model: NiqeModel) -> NDArray[np.float64]:
-    return block_features(np.round(luma(frame)), model.block)
 
 
 def _official_prior(folder: Path | None) -> Path:
