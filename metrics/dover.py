@@ -9,6 +9,7 @@ frames of 224×224, however long the clip is.
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,6 +54,8 @@ class Dover(WeightedMetric):
     def load(self, module: Any, path: Path) -> None:
         wanted = ["CUDAExecutionProvider"] if self.settings.device.startswith("cuda") else []
         providers = [name for name in wanted if name in module.get_available_providers()]
+        if wanted and not providers:
+            print("dover runs on the CPU: this onnxruntime has no CUDA; install onnxruntime-gpu", file=sys.stderr)
         try:
             self._session = module.InferenceSession(str(path), providers=[*providers, "CPUExecutionProvider"])
             inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}

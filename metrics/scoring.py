@@ -59,7 +59,8 @@ def score_clip(video: Clip, reference: Clip | None, metrics: list[Metric], crop_
             for metric in metrics:
                 scorers[metric.name].add(frame, target if metric.needs_reference else None)
         if count != size.frames:
-            raise UserError(f"{video.path} gave {count} of {size.frames} frames; it is damaged, or being written")
+            whose = video.path if reference is None else f"{video.path} or its reference"
+            raise UserError(f"{whose} gave {count} of {size.frames} frames; it is damaged, or being written")
         return {name: Score(scorer.finish(), scorer.left_out) for name, scorer in scorers.items()}
 
 

@@ -208,6 +208,12 @@ def test_a_set_without_hr_clips_gets_its_no_reference_metrics(folders: Path, mon
     line = options(folders, "--output", folders / "c", "--set", "VideoLQ", methods=("good", "poor"))
     run(monkeypatch, *line)
     result = json.loads((folders / "c/compare.json").read_text())
+    table, tex = (folders / "c/compare.md").read_text(), (folders / "c/compare.tex").read_text()
+    for row in result["results"]:
+        mean = row["methods"]["good"]["mean"]
+        digits = 2 if max(values["mean"] for values in row["methods"].values()) >= 2 else 4
+        assert row["methods"]["good"]["mark"] == "best" and row["methods"]["poor"]["mark"] == "second"
+        assert f"| **{mean:.{digits}f} (" in table and rf"\textbf{{{mean:.{digits}f}}} & \underline" in tex
     found = Counter((row["set"], row["metric"]) for row in result["results"])
     assert found == Counter([*(("real", n) for n in ("psnr", "ssim", "temporal_own")), ("VideoLQ", "temporal_own")])
     with pytest.raises(UserError, match="VideoLQ has no HR clips, and psnr need them"):
