@@ -12,6 +12,8 @@ from metrics.comparison.clip_sets import ComparedMethod, ComparedSet
 from metrics.comparison.summary import Mark, Row
 
 NOTHING = "–"
+#: below it a percentile bootstrap covers clearly less than 95 %: three equal signs of a coin would be told [ours]
+FEW_CLIPS = 10
 #: facts of methods, with their headings
 FACTS = {"seconds": "seconds", "parameters_b": "parameters, 10⁹"}
 _LATEX = {
@@ -41,6 +43,11 @@ class Comparison:
             f"{RESAMPLES} draws). Behind a set: its clips.",
             "Bold: best, and the interval of its paired difference to the second best excludes 0. Underlined: second "
             "best; the best too where that interval includes 0 or there is one clip.",
+            *(
+                f"{clip_set.name}: intervals over {len(clip_set.clips)} clips are too narrow; bold says little."
+                for clip_set in self.sets
+                if len(clip_set.clips) < FEW_CLIPS
+            ),
             *(remark for clip_set in self.sets for remark in clip_set.remarks),
         ]
 
