@@ -154,6 +154,22 @@ def probe(path: str | Path) -> VideoInfo:
         raise UserError(f"{path} is not a readable video ({error.strerror}); convert it or leave it out") from None
 
 
+def count_frames(path: str | Path, info: VideoInfo, limit: int | None = None) -> int:
+    """Frames that FFmpeg decodes, at most `limit`: a header may promise others. The video is decoded once.
+
+    Raises:
+        UserError: none.
+    """
+    command = [ffmpeg_binary(), "-v", "error", "-nostdin", "-nostats", "-progress", "pipe:1", "-i", url(path)]
+    command += ["-map", f"0:{info.stream_index}", "-fps_mode", "passthrough"]
+    command += ["-frames:v", str(limit)] if limit is not None else []
+    done = subprocess.run([*command, "-f", "null", "-"], capture_output=True, text=True, check=False)
+    counts = re.findall(r"^frame=(\d+)", done.stdout, re.MULTILINE)
+    if not counts or not int(counts[-1]):
+        raise UserError(f"{path} holds no frame that FFmpeg decodes; convert it or leave it out")
+    return int(counts[-1])
+
+
 def first_video(container: Any) -> Any:
     """The stream that FFmpeg's `0:v:0` is, without a song's cover; None without any."""
     attached = av.stream.Disposition.attached_pic

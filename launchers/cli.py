@@ -22,6 +22,7 @@ COMMANDS = {
     "study": ("preference.study", "a blind study with people"),
     "upscale": ("pipeline.upscale", "upscale a video four times"),
     "evaluate": ("metrics.evaluate", "score videos"),
+    "compare": ("metrics.compare", "methods on sets of clips in one table"),
     "report": ("metrics.report", "a page of frames, crops and figures"),
 }
 

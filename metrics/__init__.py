@@ -1,1 +1,1 @@
-"""Every quality metric behind one protocol (base.py), `python -m metrics.evaluate`, and the HTML report."""
+"""Every quality metric behind one protocol (frame_metric.py), `metrics.evaluate`, `metrics.compare`, and reports."""

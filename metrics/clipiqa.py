@@ -19,6 +19,7 @@ class ClipIqa(WeightedMetric, FrameMetric):
     label = "CLIP-IQA"
     lower_is_better = False
     needs_reference = False
+    packages = ("pyiqa",)
     package, module = "pyiqa", "pyiqa.archs.clipiqa_arch"
     file = "RN50.pt"
     source = "the RN50 link of https://github.com/openai/CLIP (clip/clip.py)"

@@ -2,14 +2,16 @@
 User Generated Contents from Aesthetic and Technical Perspectives", 2023).
 
 The authors' code is for non-commercial use and is not part of this repository. Their own export to ONNX holds
-the whole network; the two views it looks at and the fusion of its two heads are made here.
+the whole network; the two views it looks at and the fusion of its two heads are made here. The views hold 32 and 96
+frames of 224×224, however long the clip is.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.frame_metric import check_video
+from metrics.frame_metric import ClipSize, Scorer
 from metrics.weights import WeightedMetric
 
 _CLIP_FRAMES = 32
@@ -28,24 +30,32 @@ _GRID = 7
 _FRAGMENT = 32
 _SIDE = _GRID * _FRAGMENT
 
-_MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1, 1)
-_DEVIATION = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1, 1)
+_MEAN = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
+_DEVIATION = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
 
 
 class Dover(WeightedMetric):
-    """Fused DOVER score in 0…100. Fragments are drawn with a fixed seed: equal clips get equal scores."""
+    """Fused DOVER score in 0…100. Fragments are drawn with a fixed seed: equal clips get equal scores.
+
+    The aesthetic view is resized without antialiasing, as the network was trained.
+    """
 
     name = "dover"
     label = "DOVER"
     lower_is_better = False
     needs_reference = False
+    version = 2  # 1 was antialiased
+    packages = ("onnxruntime",)
     package, module = "onnxruntime", "onnxruntime"
+    antialias: ClassVar[bool] = False
     file = "onnx_dover.onnx"
     source = "convert_to_onnx.py of https://github.com/VQAssessment/DOVER, run on its DOVER.pth"
 
     def load(self, module: Any, path: Path) -> None:
         wanted = ["CUDAExecutionProvider"] if self.settings.device.startswith("cuda") else []
         providers = [name for name in wanted if name in module.get_available_providers()]
+        if wanted and not providers:
+            print("dover runs on the CPU: this onnxruntime has no CUDA; install onnxruntime-gpu", file=sys.stderr)
         try:
             self._session = module.InferenceSession(str(path), providers=[*providers, "CPUExecutionProvider"])
             inputs = {entry.name: entry.shape for entry in self._session.get_inputs()}
@@ -55,15 +65,34 @@ class Dover(WeightedMetric):
         # the authors' script exports a fixed batch of four, their protocol scores three clips
         self._batch = declared if isinstance(declared, int) else _TECHNICAL_CLIPS
 
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        frames = check_video(video).cpu().transpose(0, 1).float() * 255
-        generator = np.random.default_rng(0)
-        aesthetic = aesthetic_view(frames, generator)
-        technical = technical_view(frames, generator)
+    def start(self, size: ClipSize) -> Scorer:
+        return _DoverScorer(self, size)
+
+    def heads(self, aesthetic: NDArray[np.float32], technical: NDArray[np.float32]) -> tuple[float, float]:
+        """Technical and aesthetic score of the two views."""
         filled = np.resize(technical, (self._batch, *technical.shape[1:]))
-        views = {"aes_view": aesthetic, "tech_view": filled}
-        scores_a, scores_t = (np.asarray(output) for output in self._session.run(None, views))
-        return fuse(float(scores_t[: len(technical)].mean()), float(scores_a.mean()))
+        scores = self._session.run(None, {"aes_view": aesthetic, "tech_view": filled})
+        scores_a, scores_t = (np.asarray(output) for output in scores)
+        return float(scores_t[: len(technical)].mean()), float(scores_a.mean())
+
+
+class DoverAntialias(Dover):
+    """DOVER as a recent torchvision computes it: the aesthetic view is resized with antialiasing."""
+
+    name = "dover_antialias"
+    label = "DOVER (antialias)"
+    antialias = True
+
+
+class _DoverScorer(Scorer):
+    def __init__(self, metric: Dover, size: ClipSize) -> None:
+        self._metric, self._views = metric, Views(size, antialias=metric.antialias)
+
+    def add(self, frame: Tensor, reference: Tensor | None = None) -> None:
+        self._views.add(frame.cpu().float() * 255)
+
+    def finish(self) -> float:
+        return fuse(*self._metric.heads(self._views.aesthetic, self._views.technical))
 
 
 def fuse(technical: float, aesthetic: float) -> float:
@@ -72,24 +101,42 @@ def fuse(technical: float, aesthetic: float) -> float:
     return 100 / (1 + math.exp(-x))
 
 
-def aesthetic_view(frames: Tensor, generator: np.random.Generator) -> NDArray[np.float32]:
-    """One frame from each of 32 stretches, the whole picture at 224×224: (1, 3, 32, 224, 224), normalised.
+class Views:
+    """The two views, filled from the frames that they need; the others are passed over. Fixed random seed.
 
-    Args:
-        frames: (3, F, H, W) in [0, 255].
+    Attributes:
+        aesthetic: float32 (1, 3, 32, 224, 224), normalised: one frame from each of 32 stretches, the whole picture.
+        technical: float32 (3, 3, 32, 224, 224), normalised: three clips of 7×7 fragments at full resolution.
     """
-    chosen = frames[:, frame_indices(frames.shape[1], _CLIP_FRAMES, 1, generator)]
-    small = functional.interpolate(
-        chosen.transpose(0, 1), size=(_SIDE, _SIDE), mode="bilinear", antialias=True
-    ).transpose(0, 1)
-    return _normalised(small)[None]
 
+    def __init__(self, size: ClipSize, *, antialias: bool) -> None:
+        self._generator = np.random.default_rng(0)
+        self._antialias = antialias
+        self._chosen = frame_indices(size.frames, _CLIP_FRAMES, 1, self._generator)
+        self._cut = frame_indices(size.frames, _TECHNICAL_CLIPS, _CLIP_FRAMES, self._generator)
+        self._cut = self._cut.reshape(_TECHNICAL_CLIPS, _CLIP_FRAMES)
+        self._places: list[list[tuple[int, int]]] = []
+        self._next = 0
+        self.aesthetic = np.zeros((1, 3, _CLIP_FRAMES, _SIDE, _SIDE), np.float32)
+        self.technical = np.zeros((_TECHNICAL_CLIPS, 3, _CLIP_FRAMES, _SIDE, _SIDE), np.float32)
 
-def technical_view(frames: Tensor, generator: np.random.Generator) -> NDArray[np.float32]:
-    """Three clips of 32 frames made of 7×7 fragments at full resolution: (3, 3, 32, 224, 224), normalised."""
-    indices = frame_indices(frames.shape[1], _TECHNICAL_CLIPS, _CLIP_FRAMES, generator)
-    clips = [_normalised(fragments(frames[:, part], generator)) for part in np.split(indices, _TECHNICAL_CLIPS)]
-    return np.stack(clips)
+    def add(self, frame: Tensor) -> None:
+        """The next frame, (3, H, W) in [0, 255]."""
+        chosen, cut = np.flatnonzero(self._chosen == self._next), np.argwhere(self._cut == self._next)
+        self._next += 1
+        if len(chosen):
+            self.aesthetic[0][:, chosen] = _normalised(self._resized(frame, size=(_SIDE, _SIDE)))[:, None]
+        ratio = min(frame.shape[1:]) / _SIDE
+        if ratio < 1 and (len(cut) or not self._places):  # smaller pictures are enlarged first
+            frame = self._resized(frame, scale_factor=1 / ratio)
+        if not self._places:
+            self._places = [fragment_places(frame.shape[1], frame.shape[2], self._generator) for _ in self._cut]
+        for clip, position in cut:
+            self.technical[clip][:, position] = _normalised(fragments(frame, self._places[clip]))
+
+    def _resized(self, frame: Tensor, **target: Any) -> Tensor:
+        antialias = self._antialias and "size" in target
+        return functional.interpolate(frame[None], mode="bilinear", antialias=antialias, **target)[0]
 
 
 def frame_indices(frames: int, stretches: int, length: int, generator: np.random.Generator) -> NDArray[np.intp]:
@@ -103,21 +150,16 @@ def frame_indices(frames: int, stretches: int, length: int, generator: np.random
     return ((starts[:, None] + np.arange(length) * _FRAME_STEP) % frames).reshape(-1)
 
 
-def fragments(clip: Tensor, generator: np.random.Generator) -> Tensor:
-    """One 32 px square, the same in all frames, from each cell of a 7×7 grid, side by side: (3, F, 224, 224).
-    Smaller pictures are enlarged first."""
-    ratio = min(clip.shape[2:]) / _SIDE
-    if ratio < 1:
-        clip = functional.interpolate(clip.transpose(0, 1), scale_factor=1 / ratio, mode="bilinear").transpose(0, 1)
-    height, width = clip.shape[2:]
-    rows = []
-    for row in range(_GRID):
-        cells = []
-        for column in range(_GRID):
-            top = _place(row, height, generator)
-            left = _place(column, width, generator)
-            cells.append(clip[..., top : top + _FRAGMENT, left : left + _FRAGMENT])
-        rows.append(torch.cat(cells, dim=-1))
+def fragment_places(height: int, width: int, generator: np.random.Generator) -> list[tuple[int, int]]:
+    """Top and left of one 32 px square in each cell of a 7×7 grid, by rows."""
+    cells = [(row, column) for row in range(_GRID) for column in range(_GRID)]
+    return [(_place(row, height, generator), _place(column, width, generator)) for row, column in cells]
+
+
+def fragments(frame: Tensor, places: list[tuple[int, int]]) -> Tensor:
+    """The squares at `places`, side by side: (3, 224, 224)."""
+    squares = [frame[:, top : top + _FRAGMENT, left : left + _FRAGMENT] for top, left in places]
+    rows = [torch.cat(squares[start : start + _GRID], dim=-1) for start in range(0, len(squares), _GRID)]
     return torch.cat(rows, dim=-2)
 
 
@@ -128,5 +170,5 @@ def _place(index: int, size: int, generator: np.random.Generator) -> int:
     return min(cell * index, size - _FRAGMENT) + jitter
 
 
-def _normalised(frames: Tensor) -> NDArray[np.float32]:
-    return ((frames - _MEAN) / _DEVIATION).numpy()
+def _normalised(frame: Tensor) -> NDArray[np.float32]:
+    return ((frame - _MEAN) / _DEVIATION).numpy()

@@ -5,14 +5,14 @@
         --metrics weight-free --niqe-model niqe.safetensors
     python -m metrics.evaluate --video OUT --reference HR --output metrics.json --metrics psnr,my_package.vmaf:Vmaf
 
-OUT and HR are clips (metrics/clips.py) or folders of clips paired by name. metrics.json holds every clip's
-scores, their means, and what produced them.
+OUT and HR are clips (metrics/clips.py) or folders of clips paired by name. Frames are streamed: a clip's length does
+not show in memory. metrics.json holds every clip's scores, their means, and what produced them. Several methods on
+several sets: metrics.compare.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterable
@@ -24,7 +24,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from common.atomic import write_atomic
 from common.command_line import add_config_options, load_sections
@@ -32,10 +31,11 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from common.storage import StorageConfig, local_copy
 from common.video_probe import VIDEO_SUFFIXES
-from metrics.clips import find_clips, load_clip
+from metrics.clips import find_clips, open_clip
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.published import load_published
 from metrics.registry import METRICS, SETS, create_all, find_metric, resolve_names
+from metrics.scoring import Score, protocol, score_clip, versions
 
 DEFAULT_METRICS = "psnr,ssim"
 
@@ -43,14 +43,13 @@ DEFAULT_METRICS = "psnr,ssim"
 _OTHER_LABELS = {"seconds": "s", "parameters_b": "B"}
 
 
-def score(video: Tensor, reference: Tensor | None, metrics: list[Metric]) -> dict[str, float]:
-    """Every metric of one clip; see `Metric` for the tensors."""
-    return {metric.name: metric(video, reference) for metric in metrics}
-
-
 def evaluate(
-    videos: dict[str, Path], references: dict[str, Path] | None, metrics: list[Metric], max_frames: int | None = None
-) -> dict[str, dict[str, float]]:
+    videos: dict[str, Path],
+    references: dict[str, Path] | None,
+    metrics: list[Metric],
+    max_frames: int | None = None,
+    crop_border: int = 0,
+) -> dict[str, dict[str, Score]]:
     """Scores by clip name.
 
     Raises:
@@ -59,11 +58,8 @@ def evaluate(
     scores = {}
     with progress(len(videos), "scoring", "clips") as bar:
         for name, path in videos.items():
-            video = load_clip(path, max_frames)
-            reference = load_clip(references[name], max_frames) if references else None
-            if reference is not None and reference.shape != video.shape:
-                raise UserError(f"{path} is {_size(video)}, but its reference is {_size(reference)}")
-            scores[name] = score(video, reference, metrics)
+            reference = open_clip(references[name], max_frames) if references else None
+            scores[name] = score_clip(open_clip(path, max_frames), reference, metrics, crop_border)
             bar.advance(1)
     return scores
 
@@ -95,10 +91,6 @@ def pair_clips(videos: Path, references: Path | None) -> tuple[dict[str, Path], 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write `document` atomically."""
     write_atomic(path, json.dumps(document, indent=2) + "\n")
-
-
-def _size(video: Tensor) -> str:
-    return f"{video.shape[0]} frames of {video.shape[3]}×{video.shape[2]}"
 
 
 def _heading(metric: type[Metric]) -> str:
@@ -151,6 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
+    parser.add_argument("--crop-border", type=int, default=0, help="px left out on each side of every frame")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--published", action="store_true", help="also print the figures the authors published")
     return parser.parse_args()
@@ -163,6 +156,8 @@ def main() -> None:
             raise UserError(f"--set {override}: a set of metrics is given with --metrics: write --metrics {override}")
     (storage,) = load_sections(arguments, storage=StorageConfig)
     names = resolve_names(arguments.metrics)
+    if arguments.crop_border < 0 or (arguments.max_frames is not None and arguments.max_frames < 1):
+        raise UserError("--crop-border must be at least 0 and --max-frames at least 1")
     needing = [name for name in names if find_metric(name).needs_reference]
     if needing and arguments.reference is None:
         raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
@@ -175,8 +170,14 @@ def main() -> None:
         ]
         assert local[0] is not None
         videos, references = pair_clips(local[0], local[1])
-        scores = evaluate(videos, references, metrics, arguments.max_frames)
+        found = evaluate(videos, references, metrics, arguments.max_frames, arguments.crop_border)
+    scores = {clip: {name: score.value for name, score in values.items()} for clip, values in found.items()}
     means = mean_scores(scores)
+    left_out = {
+        clip: {name: score.left_out for name, score in values.items() if score.left_out}
+        for clip, values in found.items()
+        if any(score.left_out for score in values.values())
+    }
 
     write_json(
         arguments.output,
@@ -187,11 +188,16 @@ def main() -> None:
             "video": arguments.video,
             "reference": arguments.reference,
             "max_frames": arguments.max_frames,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")},
+            "crop_border": arguments.crop_border,
+            "left_out": left_out,
+            "protocols": [protocol(metric) for metric in metrics],
+            "versions": versions(),
         },
     )
     console = Console()
     _print_scores(console, scores, means, metrics)
+    for clip, counts in left_out.items():
+        console.print(f"{clip}: frames left out of the mean, flat or without a visible pixel: {counts}")
     if any(path.suffix.lower() in VIDEO_SUFFIXES for path in videos.values()):
         console.print(
             "Video files are scored as they decode: for comparable figures give frames before a lossy encode."

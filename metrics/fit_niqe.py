@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError, run_command
 from common.progress import progress
-from metrics.clips import find_clips, load_clip
+from metrics.clips import find_clips, open_clip
 from metrics.luma import luma
 from metrics.niqe import OFFICIAL_BLOCK, NiqeModel, gaussian
 from metrics.niqe_features import FEATURES, OFFICIAL_SHARPNESS, sharp_block_features
@@ -24,9 +25,13 @@ _FEWEST_BLOCKS = 2 * FEATURES
 
 
 def fit_niqe(
-    clips: Iterable[Tensor], block: int = OFFICIAL_BLOCK, *, frame_step: int = 1, sharpness: float = OFFICIAL_SHARPNESS
+    clips: Iterable[Iterable[Tensor]],
+    block: int = OFFICIAL_BLOCK,
+    *,
+    frame_step: int = 1,
+    sharpness: float = OFFICIAL_SHARPNESS,
 ) -> tuple[NiqeModel, int]:
-    """Gaussian over the sharp blocks of `clips`, each float32 (F, 3, H, W) in [0, 1].
+    """Gaussian over the sharp blocks of `clips`, each the frames of a clip, float32 (3, H, W) in [0, 1].
 
     Args:
         frame_step: only every n-th frame is used; neighbours say nearly the same.
@@ -39,7 +44,9 @@ def fit_niqe(
         UserError: too few blocks with contrast.
     """
     parts = [
-        sharp_block_features(np.round(luma(frame)), block, sharpness) for clip in clips for frame in clip[::frame_step]
+        sharp_block_features(np.round(luma(frame)), block, sharpness)
+        for clip in clips
+        for frame in islice(clip, 0, None, frame_step)
     ]
     features = np.concatenate(parts) if parts else np.empty((0, FEATURES))
     features = features[~np.isnan(features).any(axis=1)]
@@ -70,10 +77,10 @@ def main() -> None:
 
     found = find_clips(arguments.input)
 
-    def clips() -> Iterable[Tensor]:
+    def clips() -> Iterable[Iterable[Tensor]]:
         with progress(len(found), "fitting NIQE", "clips") as bar:
             for path in found.values():
-                yield load_clip(path)
+                yield open_clip(path).frames()
                 bar.advance(1)
 
     model, blocks = fit_niqe(clips(), arguments.block, frame_step=arguments.frame_step, sharpness=arguments.sharpness)

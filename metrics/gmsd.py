@@ -28,11 +28,16 @@ class Gmsd(FrameMetric):
         return gmsd_plane(luma(frame), luma(reference))
 
 
-def gmsd_plane(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """GMSD of two planes (H, W) in [0, 255]."""
-    gradient_x, gradient_y = _gradient_magnitude(_halve(x)), _gradient_magnitude(_halve(y))
+def gmsd_plane(x: NDArray[np.float64], y: NDArray[np.float64], border: str = "nearest", lost_degrees: int = 0) -> float:
+    """GMSD of two planes (H, W) in [0, 255].
+
+    Args:
+        border: what lies outside, as scipy.ndimage names it.
+        lost_degrees: the deviation divides by as many less than the pixels.
+    """
+    gradient_x, gradient_y = (_gradient_magnitude(_halve(plane), border) for plane in (x, y))
     similarity = (2 * gradient_x * gradient_y + _STABILISER) / (gradient_x**2 + gradient_y**2 + _STABILISER)
-    return float(np.std(similarity))
+    return float(np.std(similarity, ddof=lost_degrees))
 
 
 def _halve(plane: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -41,9 +46,9 @@ def _halve(plane: NDArray[np.float64]) -> NDArray[np.float64]:
     return plane[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
 
 
-def _gradient_magnitude(plane: NDArray[np.float64]) -> NDArray[np.float64]:
+def _gradient_magnitude(plane: NDArray[np.float64], border: str) -> NDArray[np.float64]:
     """Prewitt gradient with kernels that sum to 1 on each side."""
     difference, mean = [1.0, 0.0, -1.0], [1 / 3, 1 / 3, 1 / 3]
-    horizontal = correlate1d(correlate1d(plane, difference, axis=1, mode="nearest"), mean, axis=0, mode="nearest")
-    vertical = correlate1d(correlate1d(plane, difference, axis=0, mode="nearest"), mean, axis=1, mode="nearest")
+    horizontal = correlate1d(correlate1d(plane, difference, axis=1, mode=border), mean, axis=0, mode=border)
+    vertical = correlate1d(correlate1d(plane, difference, axis=0, mode=border), mean, axis=1, mode=border)
     return np.hypot(horizontal, vertical)

@@ -26,6 +26,7 @@ class Lpips(WeightedMetric, FrameMetric):
     label = "LPIPS"
     lower_is_better = True
     needs_reference = True
+    packages = ("lpips",)
     package, module = "lpips", "lpips"
     file = "alexnet-owt-7be5be79.pth"
     source = _SOURCE

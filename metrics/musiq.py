@@ -22,6 +22,7 @@ class Musiq(WeightedMetric, FrameMetric):
     label = "MUSIQ"
     lower_is_better = False
     needs_reference = False
+    packages = ("pyiqa",)
     package, module = "pyiqa", "pyiqa.archs.musiq_arch"
     file = "musiq_koniq_ckpt-e95806b9.pth"
     source = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.atomic import atomic_file
 from common.errors import UserError
-from metrics.frame_metric import FrameMetric, Metric, MetricSettings, check_video
+from metrics.frame_metric import ClipSize, FrameMetric, Metric, MetricSettings, Scorer
 from metrics.luma import luma
 from metrics.niqe_features import FEATURES, block_features
 from metrics.weights import find_weights
@@ -44,7 +44,10 @@ class NiqeModel:
 
     def distance(self, features: NDArray[np.float64]) -> float:
         """√((ν₁-ν₂)ᵀ ((Σ₁+Σ₂)/2)⁺ (ν₁-ν₂)) to the Gaussian of `features` (blocks, 36)."""
-        mean, covariance = gaussian(features)
+        return self.distance_to(*gaussian(features))
+
+    def distance_to(self, mean: NDArray[np.float64], covariance: NDArray[np.float64]) -> float:
+        """The same, to a Gaussian that is known."""
         difference = self.mean - mean
         inverse = np.linalg.pinv((self.covariance + covariance) / 2)
         return float(np.sqrt(difference @ inverse @ difference))
@@ -85,17 +88,51 @@ def gaussian(features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
     Raises:
         UserError: fewer than two usable blocks.
     """
-    usable = features[~np.isnan(features).any(axis=1)]
-    if len(usable) < 2:
-        raise UserError(
-            f"NIQE found {len(usable)} usable blocks: the picture is flat or smaller than two blocks; "
-            "use larger frames, or a model fitted with a smaller --block"
-        )
-    return np.nanmean(features, axis=0), np.cov(usable, rowvar=False)
+    running = RunningGaussian()
+    running.add(features)
+    return running.moments()
+
+
+class RunningGaussian:
+    """Mean and covariance of features that come in parts (Chan et al., "Updating Formulae", 1979): blocks are not kept.
+
+    Flat blocks (NaN) are left out of the covariance, and of the mean where they are NaN.
+    """
+
+    def __init__(self) -> None:
+        self._sums, self._counts = np.zeros(FEATURES), np.zeros(FEATURES)
+        self._usable, self._mean, self._scatter = 0, np.zeros(FEATURES), np.zeros((FEATURES, FEATURES))
+
+    def add(self, features: NDArray[np.float64]) -> int:
+        """Take (blocks, 36) in; how many of them were usable."""
+        self._sums += np.nansum(features, axis=0)
+        self._counts += (~np.isnan(features)).sum(axis=0)
+        usable = features[~np.isnan(features).any(axis=1)]
+        if len(usable):
+            mean = usable.mean(axis=0)
+            shift, total = mean - self._mean, self._usable + len(usable)
+            self._scatter += (usable - mean).T @ (usable - mean)
+            self._scatter += np.outer(shift, shift) * (self._usable * len(usable) / total)
+            self._mean += shift * (len(usable) / total)
+            self._usable = total
+        return len(usable)
+
+    def moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """
+        Raises:
+            UserError: fewer than two usable blocks.
+        """
+        if self._usable < 2:
+            raise UserError(
+                f"NIQE found {self._usable} usable blocks: the picture is flat or smaller than two blocks; "
+                "use larger frames, or a model fitted with a smaller --block"
+            )
+        return self._sums / self._counts, self._scatter / (self._usable - 1)
 
 
 class Niqe(FrameMetric):
-    """NIQE with the authors' prior, read from an installed basicsr or a weight folder; mean over frames."""
+    """NIQE with the authors' prior, read from an installed basicsr or a weight folder; mean over frames, of which flat
+    ones (fewer than two blocks with contrast) are left out."""
 
     name = "niqe"
     label = "NIQE"
@@ -104,14 +141,21 @@ class Niqe(FrameMetric):
 
     def __init__(self, settings: MetricSettings | None = None) -> None:
         super().__init__(settings)
-        with np.load(_official_prior(self.settings.weights), allow_pickle=False) as prior:
+        self.files = [_official_prior(self.settings.weights)]
+        with np.load(self.files[0], allow_pickle=False) as prior:
             mean, covariance = prior["mu_pris_param"].reshape(-1), prior["cov_pris_param"]
         if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
             raise UserError(f"{_OFFICIAL_FILE} does not hold NIQE's 36 features; get it again")
         self.model = NiqeModel(mean, covariance, OFFICIAL_BLOCK)
 
-    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
-        return self.model.distance(_features(frame, self.model))
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float | None:
+        features = block_features(self.plane(frame), self.model.block)
+        flat = (~np.isnan(features).any(axis=1)).sum() < 2
+        return None if flat else self.model.distance(features)
+
+    def plane(self, frame: Tensor) -> NDArray[np.float64]:
+        """The luma (H, W) that is looked at."""
+        return np.round(luma(frame))
 
 
 class FittedNiqe(Metric):
@@ -129,14 +173,22 @@ class FittedNiqe(Metric):
                 "niqe_fitted needs --niqe-model FILE; make it from HR clips with "
                 "python -m metrics.fit_niqe --input HR --output FILE"
             )
+        self.files = [self.settings.niqe_model]
         self.model = NiqeModel.load(self.settings.niqe_model)
 
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        return self.model.distance(np.concatenate([_features(frame, self.model) for frame in check_video(video)]))
+    def start(self, size: ClipSize) -> Scorer:
+        return _FittedScorer(self.model)
 
 
-def _features(frame: Tensor, model: NiqeModel) -> NDArray[np.float64]:
-    return block_features(np.round(luma(frame)), model.block)
+class _FittedScorer(Scorer):
+    def __init__(self, model: NiqeModel) -> None:
+        self._model, self._gaussian = model, RunningGaussian()
+
+    def add(self, frame: Tensor, reference: Tensor | None = None) -> None:
+        self.left_out += not self._gaussian.add(block_features(np.round(luma(frame)), self._model.block))
+
+    def finish(self) -> float:
+        return self._model.distance_to(*self._gaussian.moments())
 
 
 def _official_prior(folder: Path | None) -> Path:

@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.plugins import load_class
 from metrics.clipiqa import ClipIqa
 from metrics.cvvdp import Cvvdp
-from metrics.dover import Dover
+from metrics.dists import Dists
+from metrics.dover import Dover, DoverAntialias
 from metrics.flat_noise import FlatNoise
 from metrics.frame_metric import Metric, MetricSettings
 from metrics.gmsd import Gmsd
@@ -24,16 +25,18 @@ from metrics.lpips import Lpips
 from metrics.musiq import Musiq
 from metrics.niqe import FittedNiqe, Niqe
 from metrics.psnr import Psnr
+from metrics.pyiqa_conventions import GmsdPyiqa, NiqePyiqa, SsimPyiqa
 from metrics.ssim import Ssim
 from metrics.vmaf import Vmaf, VmafNeg
-from metrics.warping_error import DisWarpingError, WarpingError
+from metrics.warping_error import DisWarpingError, OwnDisWarpingError, OwnWarpingError, WarpingError
 
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     for metric in (
-        *(Psnr, Ssim, Gmsd, Lpips, Vmaf, VmafNeg, Cvvdp),
-        *(Niqe, FittedNiqe, Musiq, ClipIqa, Dover),
-        *(WarpingError, DisWarpingError, Grid, FlatNoise),
+        *(Psnr, Ssim, Gmsd, Lpips, Dists, Vmaf, VmafNeg, Cvvdp),
+        *(Niqe, FittedNiqe, Musiq, ClipIqa, Dover, DoverAntialias),
+        *(SsimPyiqa, GmsdPyiqa, NiqePyiqa),
+        *(WarpingError, OwnWarpingError, DisWarpingError, OwnDisWarpingError, Grid, FlatNoise),
     )
 }
 

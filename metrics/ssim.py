@@ -30,18 +30,22 @@ class Ssim(FrameMetric):
         assert reference is not None
         if min(frame.shape[1:]) <= 2 * _RADIUS:
             raise UserError(f"ssim needs frames of at least {2 * _RADIUS + 1} px, not {tuple(frame.shape[1:])}")
-        return ssim_plane(luma(frame), luma(reference))
+        return self.planes(frame, reference)
+
+    def planes(self, x: Tensor, y: Tensor) -> float:
+        """SSIM of two frames (3, H, W)."""
+        return ssim_plane(luma(x), luma(y))
 
 
-def ssim_plane(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """SSIM of two planes (H, W) in [0, 255]."""
+def ssim_plane(x: NDArray[np.float64], y: NDArray[np.float64], lowest_structure: float = -np.inf) -> float:
+    """SSIM of two planes (H, W) in [0, 255]; the structure term is cut at `lowest_structure`."""
     mean_x, mean_y = _window(x), _window(y)
     variance_x = _window(x * x) - mean_x**2
     variance_y = _window(y * y) - mean_y**2
     covariance = _window(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
     structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
-    return float(np.mean(luminance * structure))
+    return float(np.mean(luminance * np.maximum(structure, lowest_structure)))
 
 
 def _window(plane: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,6 +1,7 @@
 """VMAF and VMAF-NEG, by the libvmaf inside the bundled FFmpeg (Netflix, models vmaf_v0.6.1 and vmaf_v0.6.1neg).
 
-NEG leaves out the gain that mere sharpening or contrast brings. Both look at luma only.
+NEG leaves out the gain that mere sharpening or contrast brings. Both look at luma only. Frames go to FFmpeg through one
+pipe, the video's above the reference's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.video_probe import ffmpeg_binary
-from metrics.frame_metric import Metric, check_video
+from metrics.frame_metric import ClipSize, Metric, Scorer
 from metrics.luma import luma
 
 #: four scales of 17-tap filters need so many pixels along each side
@@ -30,36 +31,18 @@ class Vmaf(Metric):
     label = "VMAF"
     lower_is_better = False
     needs_reference = True
+    packages = ("imageio-ffmpeg",)
     model: ClassVar[str] = "vmaf_v0.6.1"
 
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+    def start(self, size: ClipSize) -> Scorer:
         """
         Raises:
-            UserError: frames smaller than 96 px, or an FFmpeg without libvmaf.
+            UserError: frames smaller than 96 px.
         """
-        assert reference is not None
-        height, width = check_video(video).shape[2:]
-        if min(height, width) < SMALLEST_SIDE:
-            raise UserError(f"{self.name} needs frames of at least {SMALLEST_SIDE} px, not {width}x{height}")
-        with tempfile.TemporaryDirectory() as folder:
-            inputs: list[str] = []
-            for name, clip in (("video", video), ("reference", reference)):
-                path = Path(folder, f"{name}.raw")
-                path.write_bytes(_luma_planes(clip))
-                inputs += ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", f"{width // 2 * 2}x{height // 2 * 2}"]
-                inputs += ["-r", "25", "-i", str(path)]
-            log = Path(folder, "vmaf.json")
-            # The log's path is given relative to the working folder: a filter's argument has its own escapes.
-            graph = f"[0:v][1:v]libvmaf=model=version={self.model}:log_fmt=json:log_path={log.name}:n_threads=1"
-            command = [ffmpeg_binary(), "-v", "error", "-nostdin", *inputs, "-lavfi", graph, "-f", "null", "-"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode or not log.is_file():
-                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise UserError(
-                    f"{self.name}: {ffmpeg_binary()} failed ({reason}); it needs an FFmpeg with libvmaf, as the "
-                    "bundled one: unset DUO_VSR_FFMPEG"
-                )
-            return float(json.loads(log.read_text())["pooled_metrics"]["vmaf"]["mean"])
+        if min(size.height, size.width) < SMALLEST_SIDE:
+            wanted = f"frames of at least {SMALLEST_SIDE} px"
+            raise UserError(f"{self.name} needs {wanted}, not {size.width}x{size.height}")
+        return _VmafScorer(self.name, self.model, size)
 
 
 class VmafNeg(Vmaf):
@@ -70,11 +53,53 @@ class VmafNeg(Vmaf):
     model = "vmaf_v0.6.1neg"
 
 
-def _luma_planes(clip: Tensor) -> bytes:
-    """yuv420p frames with neutral chroma; an odd last row or column is left out."""
-    planes = []
-    for frame in clip:
-        y = np.round(luma(frame)).astype(np.uint8)
-        y = y[: len(y) // 2 * 2, : y.shape[1] // 2 * 2]
-        planes += [y.tobytes(), bytes([128]) * (y.size // 2)]
-    return b"".join(planes)
+class _VmafScorer(Scorer):
+    def __init__(self, name: str, model: str, size: ClipSize) -> None:
+        self._name = name
+        self._height, self._width = size.height // 2 * 2, size.width // 2 * 2  # an odd last row or column is left out
+        self._folder = tempfile.TemporaryDirectory()
+        self._report, log = Path(self._folder.name, "vmaf.json"), Path(self._folder.name, "log")
+        # The report's path is given relative to the working folder: a filter's argument has its own escapes.
+        graph = "[0:v]split[a][b];[a]crop=iw:ih/2:0:0[video];[b]crop=iw:ih/2:0:ih/2[reference];[video][reference]"
+        graph += f"libvmaf=model=version={model}:log_fmt=json:log_path={self._report.name}:n_threads=1"
+        command = [ffmpeg_binary(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "yuv420p", "-r", "25"]
+        command += ["-s", f"{self._width}x{2 * self._height}", "-i", "pipe:0", "-lavfi", graph, "-f", "null", "-"]
+        self._log = log
+        with log.open("wb") as errors:
+            self._ffmpeg = subprocess.Popen(command, cwd=self._folder.name, stdin=subprocess.PIPE, stderr=errors)
+
+    def add(self, frame: Tensor, reference: Tensor | None = None) -> None:
+        assert reference is not None and self._ffmpeg.stdin is not None
+        planes = [np.round(luma(image)).astype(np.uint8)[: self._height, : self._width] for image in (frame, reference)]
+        neutral = bytes([128]) * planes[0].size  # chroma of both, a quarter each
+        try:
+            self._ffmpeg.stdin.write(b"".join((*(plane.tobytes() for plane in planes), neutral)))
+        except BrokenPipeError:
+            raise self._failed() from None
+
+    def finish(self) -> float:
+        """
+        Raises:
+            UserError: an FFmpeg without libvmaf.
+        """
+        assert self._ffmpeg.stdin is not None
+        try:
+            self._ffmpeg.stdin.close()
+        except BrokenPipeError:
+            raise self._failed() from None
+        if self._ffmpeg.wait() or not self._report.is_file():
+            raise self._failed()
+        return float(json.loads(self._report.read_text())["pooled_metrics"]["vmaf"]["mean"])
+
+    def close(self) -> None:
+        self._ffmpeg.kill()
+        self._ffmpeg.wait()
+        self._folder.cleanup()
+
+    def _failed(self) -> UserError:
+        self._ffmpeg.wait()
+        reason = (self._log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+        return UserError(
+            f"{self._name}: {ffmpeg_binary()} failed ({reason}); it needs an FFmpeg with libvmaf, as the "
+            "bundled one: unset DUO_VSR_FFMPEG"
+        )

@@ -2,13 +2,15 @@
 Temporal Consistency", 2018).
 
 Frame t+1 is warped onto frame t by optical flow and compared where both show the same thing. The flow (RAFT)
-is that of the HR clip where there is one, so a method is not judged by flow of its own artefacts. A blurred
-clip scores well: read E*_warp only beside a measure of sharpness.
+is that of the HR clip, so a method is not judged by flow of its own artefacts. Where a set has no HR clips the flow is
+the method's own, and the metric has another name: its values do not compare with those on HR flow. A blurred clip
+scores well: read E*_warp only beside a measure of sharpness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.frame_metric import Metric, MetricSettings, check_video
+from metrics.frame_metric import ClipSize, Metric, MetricSettings, Scorer
 from metrics.luma import luma
 from metrics.weights import find_weights, load_state_dict
 
@@ -32,7 +34,7 @@ _SMALLEST_RAFT_SIDE = 128
 
 class WarpingError(Metric):
     """E*_warp = 1000 × mean squared difference over RGB of non-occluded pixels, frames in [0, 1], mean over
-    neighbouring pairs. `reference` may be absent; then the flow is the video's own."""
+    neighbouring pairs; a pair without a visible pixel is left out. The flow is the reference's."""
 
     name = "warping_error"
     label = "E*warp"
@@ -42,29 +44,43 @@ class WarpingError(Metric):
 
     def __init__(self, settings: MetricSettings | None = None, flow: FlowEstimator | None = None) -> None:
         super().__init__(settings)
-        self._flow = flow or raft(self.settings)
+        if flow is None:
+            self.files = [find_weights(self.name, _FILE, _SOURCE, self.settings.weights)]
+            flow = raft(self.files[0], self.settings.device)
+        self.flow = flow
 
-    @torch.inference_mode()
-    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
-        guide = video if reference is None else reference
-        if check_video(guide).shape != check_video(video).shape:
-            raise ValueError(f"video {tuple(video.shape)} and reference {tuple(guide.shape)} differ in shape")
-        if len(video) < 2:
-            raise UserError("warping_error compares neighbouring frames: give a clip of at least two")
-        video, guide = video.to(self.settings.device), guide.to(self.settings.device)
-        errors = []
-        for index in range(len(video) - 1):
-            here, there = guide[index : index + 1], guide[index + 1 : index + 2]
-            forward, backward = self._flow(here, there), self._flow(there, here)
+    def start(self, size: ClipSize) -> Scorer:
+        if size.frames < 2:
+            raise UserError(f"{self.name} compares neighbouring frames: give a clip of at least two")
+        return _WarpingScorer(self)
+
+
+class _WarpingScorer(Scorer):
+    def __init__(self, metric: WarpingError) -> None:
+        self._metric = metric
+        #: the frame before and the one its flow is taken from, (1, 3, H, W)
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._errors: list[float] = []
+
+    def add(self, frame: Tensor, reference: Tensor | None = None) -> None:
+        video = frame[None].to(self._metric.settings.device)
+        guide = video if reference is None else reference[None].to(video)
+        if self._last is not None:
+            before, here = self._last
+            forward, backward = self._metric.flow(here, guide), self._metric.flow(guide, here)
             visible = ~(occluded(forward, backward) | motion_boundary(forward))
             visible &= inside(forward)
-            warped = warp(video[index + 1 : index + 2], forward)
-            squared = (warped - video[index : index + 1]).square().mean(dim=1, keepdim=True)
+            squared = (warp(video, forward) - before).square().mean(dim=1, keepdim=True)
             if visible.any():
-                errors.append(squared[visible].mean().item())
-        if not errors:
-            raise UserError("warping_error found no pixel that stays visible between any two frames")
-        return 1000 * sum(errors) / len(errors)
+                self._errors.append(squared[visible].mean().item())
+            else:
+                self.left_out += 1
+        self._last = video, guide
+
+    def finish(self) -> float:
+        if not self._errors:
+            raise UserError(f"{self._metric.name} found no pixel that stays visible between any two frames")
+        return 1000 * sum(self._errors) / len(self._errors)
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:
@@ -97,18 +113,17 @@ def motion_boundary(flow: Tensor) -> Tensor:
     return change > 0.01 * _squared_length(flow) + 0.002
 
 
-def raft(settings: MetricSettings) -> FlowEstimator:
+def raft(path: Path, device: str) -> FlowEstimator:
     """torchvision's RAFT (large) from a local weight file.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is damaged.
     """
     from torchvision.models.optical_flow import raft_large
 
-    path = find_weights("warping_error", _FILE, _SOURCE, settings.weights)
     network = raft_large(weights=None)
     network.load_state_dict(load_state_dict(path))
-    network = network.requires_grad_(False).eval().to(settings.device)
+    network = network.requires_grad_(False).eval().to(device)
 
     def estimate(first: Tensor, second: Tensor) -> Tensor:
         height, width = first.shape[2:]
@@ -142,9 +157,26 @@ class DisWarpingError(WarpingError):
     name = "temporal"
     label = "E*warp (DIS)"
     needs_weights = False
+    packages = ("opencv-python-headless",)
 
     def __init__(self, settings: MetricSettings | None = None) -> None:
         super().__init__(settings, flow=dis())
+
+
+class OwnWarpingError(WarpingError):
+    """E*_warp on RAFT flow of the scored clip itself, for sets without HR clips."""
+
+    name = "warping_error_own"
+    label = "E*warp (own flow)"
+    needs_reference = False
+
+
+class OwnDisWarpingError(DisWarpingError):
+    """E*_warp on DIS flow of the scored clip itself, for sets without HR clips."""
+
+    name = "temporal_own"
+    label = "E*warp (DIS, own flow)"
+    needs_reference = False
 
 
 def dis() -> FlowEstimator:

@@ -87,7 +87,8 @@ class WeightedMetric(Metric):
                 f"{self.name} needs the package {self.package} ({error}; pip install {self.package}) and "
                 f"{self.file} from {self.source}"
             ) from None
-        self.load(module, find_weights(self.name, self.file, self.source, self.settings.weights))
+        self.files = [find_weights(self.name, self.file, self.source, self.settings.weights)]
+        self.load(module, self.files[0])
 
     @abstractmethod
     def load(self, module: Any, path: Path) -> None:

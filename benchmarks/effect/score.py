@@ -34,6 +34,9 @@ from common.errors import UserError, run_command
 from common.fingerprint import files_fingerprint
 from common.progress import progress
 from datagen.degradation.degrade import degrade_clip
+from metrics.bootstrap import Estimate, estimate, interval
+from metrics.clips import to_tensor
+from metrics.comparison.tables import pipe_table, text
 from metrics.registry import create_all, find_metric
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.vsr_pipeline import open_pipeline
@@ -41,7 +44,6 @@ from pipeline.vsr_pipeline import open_pipeline
 SEEDS = (0, 1, 2)
 RECIPE = "light"
 METRICS = ("niqe", "vmaf", "vmaf_neg", "cvvdp", "psnr", "temporal", "grid", "noise")
-RESAMPLES = 2000
 SHIPPED = [f"preference={Path(__file__).resolve().parents[2] / 'assets' / 'small'}"]
 #: the frame that the images show
 SHOWN = FRAMES // 2
@@ -106,7 +108,7 @@ def run_method(name: str, upscaler: Callable[[], Upscaler], version: str, output
                     frames = upscale(degrade_clip(high, RECIPE, seed)[0])
                     if seed == SEEDS[0]:
                         save_image(Image.fromarray(frames[SHOWN]), image)
-                    video, reference = as_tensor(frames), as_tensor(high)
+                    video, reference = to_tensor(frames), to_tensor(high)
                     known["scores"][clip.name][str(seed)] = {
                         metric.name: metric(video, reference if metric.needs_reference else None) for metric in metrics
                     }
@@ -115,21 +117,9 @@ def run_method(name: str, upscaler: Callable[[], Upscaler], version: str, output
     return known["scores"]
 
 
-def as_tensor(frames: np.ndarray) -> torch.Tensor:
-    """uint8 (F, H, W, 3) to float32 (F, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-
-
 def per_clip(scores: Scores, method: str, metric: str) -> np.ndarray:
     """One number per clip, the mean of its seeds."""
     return np.array([np.mean([seed[metric] for seed in clip.values()]) for clip in scores[method].values()])
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """95 % percentile bootstrap of the mean over clips."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
-    return [float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))]
 
 
 def summary(scores: Scores) -> dict[str, Any]:
@@ -137,13 +127,7 @@ def summary(scores: Scores) -> dict[str, Any]:
     names = list(scores)
     values = {name: {metric: per_clip(scores, name, metric) for metric in METRICS} for name in names}
     differences = {
-        f"{a} - {b}": {
-            metric: [
-                float((values[a][metric] - values[b][metric]).mean()),
-                *interval(values[a][metric] - values[b][metric]),
-            ]
-            for metric in METRICS
-        }
+        f"{a} - {b}": {metric: list(estimate(values[a][metric] - values[b][metric])) for metric in METRICS}
         for a in names
         for b in names
         if a != b
@@ -161,14 +145,11 @@ def summary(scores: Scores) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown: mean and 95 % interval by method and metric."""
     arrows = [f"{metric} {'↓' if find_metric(metric).lower_is_better else '↑'}" for metric in METRICS]
-    lines = ["| | " + " | ".join(arrows) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for name, means in result["methods"].items():
-        cells = []
-        for metric in METRICS:
-            low, high = result["intervals"][name][metric]
-            cells.append(f"{means[metric]:.2f} ({low:.2f}…{high:.2f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    body = [
+        [name, *(text(Estimate(means[metric], *result["intervals"][name][metric]), 2) for metric in METRICS)]
+        for name, means in result["methods"].items()
+    ]
+    return pipe_table(["", *arrows], body)
 
 
 def save_image(image: Image.Image, path: Path) -> None:

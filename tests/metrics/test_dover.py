@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from metrics.dover import aesthetic_view, fragments, frame_indices, fuse, technical_view
-from metrics.frame_metric import MetricSettings
+from metrics.dover import Views, fragment_places, fragments, frame_indices, fuse
+from metrics.frame_metric import ClipSize, MetricSettings
 from metrics.registry import create
 
 
@@ -33,26 +33,27 @@ def test_frames_come_from_their_own_stretch(frames: int) -> None:
 
 def test_fragments_are_untouched_squares_of_their_cells() -> None:
     height, width = 300, 420
-    ramp = torch.arange(height * width).reshape(height, width).float().expand(3, 2, -1, -1)
-    result = fragments(ramp, np.random.default_rng(0))
-    assert result.shape == (3, 2, 224, 224)
+    ramp = torch.arange(height * width).reshape(height, width).float().expand(3, -1, -1)
+    result = fragments(ramp, fragment_places(height, width, np.random.default_rng(0)))
+    assert result.shape == (3, 224, 224)
     for row in range(7):
         for column in range(7):
-            corner = int(result[0, 0, 32 * row, 32 * column])
+            corner = int(result[0, 32 * row, 32 * column])
             top, left = divmod(corner, width)
             assert row * (height // 7) <= top <= (row + 1) * (height // 7) - 32
             assert column * (width // 7) <= left <= (column + 1) * (width // 7) - 32
-            square = result[0, 1, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
-            assert torch.equal(square, ramp[0, 1, top : top + 32, left : left + 32])
+            square = result[1, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            assert torch.equal(square, ramp[1, top : top + 32, left : left + 32])
 
 
 def test_views_have_the_sizes_the_network_was_trained_with(real_clip: Tensor) -> None:
-    small = (real_clip * 255).transpose(0, 1)[..., :100, :120]  # below 224: enlarged
-    generator = np.random.default_rng(0)
-    assert aesthetic_view(small, generator).shape == (1, 3, 32, 224, 224)
-    technical = technical_view(small, generator)
-    assert technical.shape == (3, 3, 32, 224, 224)
-    assert np.isfinite(technical).all()
+    views = Views(ClipSize(len(real_clip), 100, 120), antialias=False)
+    for frame in real_clip[..., :100, :120] * 255:  # below 224: enlarged
+        views.add(frame)
+    assert views.aesthetic.shape == (1, 3, 32, 224, 224)
+    assert views.technical.shape == (3, 3, 32, 224, 224)
+    assert np.ptp(views.aesthetic, axis=(1, 3, 4)).min() > 1, "every frame is filled"
+    assert np.ptp(views.technical, axis=(1, 3, 4)).min() > 1
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_raft_runs_from_a_local_file(tmp_path: Path, real_clip: Tensor) -> None:
     torch.save(raft_large(weights=None).state_dict(), tmp_path / "raft_large_C_T_SKHT_V2-ff5fadd5.pth")
     metric = create("warping_error", MetricSettings(weights=tmp_path))
     clip = real_clip[:2, :, :100, :130]  # neither side a multiple of 8, one below RAFT's smallest
-    flow = metric._flow(clip[:1], clip[1:])  # type: ignore[attr-defined]
+    flow = metric.flow(clip[:1], clip[1:])  # type: ignore[attr-defined]
     assert flow.shape == (1, 2, 100, 130)
     assert torch.isfinite(flow).all()
 

@@ -1,0 +1,189 @@
+"""Compare methods on sets of clips: one table of means, intervals and paired differences.
+
+    python -m metrics.compare --method bicubic=out/bicubic --method ours=out/ours \
+        --set SPMCS=data/SPMCS/HR --set VideoLQ --metrics psnr,ssim,lpips,niqe --output compare/
+
+A method's clips lie in FOLDER/SET/, or in FOLDER where there is one set; they are paired with the HR clips by name
+(metrics/clips.py). A set without HR clips is named alone, and only no-reference metrics are computed on it. Beside a
+method's folder, FOLDER.method.yaml may hold `seconds` and `parameters_b`.
+
+Written are compare.md, .tex, .csv and .json. Scores are kept in --cache under what they depend on: a killed run goes on
+when the command is run again, and a new method, set or metric costs only itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.atomic import write_atomic
+from common.errors import UserError, run_command
+from common.progress import progress
+from metrics.bootstrap import RESAMPLES
+from metrics.comparison.clip_sets import EXPECTED_CLIPS, ComparedSet, gather_sets, parse_methods
+from metrics.comparison.kept_scores import KeptScores
+from metrics.comparison.summary import Row
+from metrics.comparison.tables import Comparison, comma_separated, latex, markdown
+from metrics.frame_metric import Metric, MetricSettings
+from metrics.registry import METRICS, SETS, create_all, resolve_names
+from metrics.scoring import Score, protocol, versions
+
+DEFAULT_METRICS = "psnr,ssim"
+
+#: [method][clip][metric]
+SetScores = dict[str, dict[str, dict[str, Score]]]
+
+
+def score_sets(sets: list[ComparedSet], metrics: list[Metric], kept: KeptScores) -> dict[str, SetScores]:
+    """Every score of every set; see `KeptScores` for what is not computed again."""
+    scores: dict[str, SetScores] = {}
+    total = sum(len(clip_set.videos) * len(clip_set.clips) for clip_set in sets)
+    with progress(total, "scoring", "clips") as counter:
+        for clip_set in sets:
+            wanted = usable(clip_set, metrics)
+            found = scores.setdefault(clip_set.name, {})
+            for method, videos in clip_set.videos.items():
+                found[method] = {}
+                for clip in clip_set.clips:
+                    reference = clip_set.references[clip] if clip_set.references else None
+                    found[method][clip] = kept.score(videos[clip], reference, wanted)
+                    counter.advance(1)
+    return scores
+
+
+def usable(clip_set: ComparedSet, metrics: list[Metric]) -> list[Metric]:
+    """The metrics that the set can be scored by.
+
+    Raises:
+        UserError: none.
+    """
+    found = [metric for metric in metrics if clip_set.references is not None or not metric.needs_reference]
+    if not found:
+        names = ", ".join(metric.name for metric in metrics)
+        raise UserError(f"{clip_set.name} has no HR clips, and {names} need them: add a no-reference metric, as niqe")
+    return found
+
+
+def rows(sets: list[ComparedSet], metrics: list[Metric], scores: dict[str, SetScores]) -> list[Row]:
+    """One row per set and metric."""
+    return [
+        Row(
+            clip_set.name,
+            type(metric),
+            {
+                method: np.array([clips[clip][metric.name].value for clip in clip_set.clips])
+                for method, clips in scores[clip_set.name].items()
+            },
+        )
+        for clip_set in sets
+        for metric in usable(clip_set, metrics)
+    ]
+
+
+def document(comparison: Comparison, scores: dict[str, SetScores], metrics: list[Metric]) -> dict[str, Any]:
+    """compare.json."""
+    base = comparison.reference_method
+    results = [
+        {
+            "set": row.set_name,
+            "metric": row.metric.name,
+            "lower_is_better": row.metric.lower_is_better,
+            "methods": {
+                name: {
+                    **row.mean(name)._asdict(),
+                    "mark": mark,
+                    f"difference_to_{base}": row.difference(name, base)._asdict(),
+                }
+                for name, mark in row.marks().items()
+            },
+        }
+        for row in comparison.rows
+    ]
+    return {
+        "legend": comparison.legend(),
+        "reference_method": base,
+        "resamples": RESAMPLES,
+        "results": results,
+        "methods": {m.name: {"folder": str(m.folder), **m.facts.model_dump()} for m in comparison.methods},
+        "sets": {
+            clip_set.name: {"clips": clip_set.clips, "expected": clip_set.expected, "missing": clip_set.missing}
+            for clip_set in comparison.sets
+        },
+        "per_clip": _nested(scores, lambda score: score.value),
+        "left_out": _nested(scores, lambda score: score.left_out),
+        "protocols": [protocol(metric) for metric in metrics],
+        "versions": versions(),
+    }
+
+
+def _nested(scores: Any, value: Any) -> Any:
+    if isinstance(scores, Score):
+        return value(scores)
+    return {name: _nested(inner, value) for name, inner in scores.items()}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare methods on sets of clips.")
+    parser.add_argument("--method", action="append", required=True, metavar="NAME=FOLDER", help="repeatable")
+    counts = ", ".join(f"{name} {count}" for name, count in EXPECTED_CLIPS.items())
+    parser.add_argument(
+        "--set",
+        action="append",
+        required=True,
+        metavar="NAME[=HR_FOLDER]",
+        help=f"repeatable; clips that are expected: {counts}",
+    )
+    parser.add_argument(
+        "--metrics",
+        default=DEFAULT_METRICS,
+        help=f"a set ({', '.join(SETS)}) or names separated by commas: {', '.join(METRICS)}, or package.module:Class",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--cache", type=Path, help="folder of kept scores; default: OUTPUT/cache")
+    parser.add_argument("--reference-method", help="differences are to this method; default: the first")
+    parser.add_argument("--allow-missing", action="store_true", help="compare only the clips that all methods have")
+    parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
+    parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
+    parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
+    parser.add_argument("--crop-border", type=int, default=0, help="px left out on each side of every frame")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.crop_border < 0 or (arguments.max_frames is not None and arguments.max_frames < 1):
+        raise UserError("--crop-border must be at least 0 and --max-frames at least 1")
+    methods = parse_methods(arguments.method)
+    base = arguments.reference_method or methods[0].name
+    if base not in [method.name for method in methods]:
+        raise UserError(f"--reference-method {base}: choose {', '.join(method.name for method in methods)}")
+    sets = gather_sets(arguments.set, methods, allow_missing=arguments.allow_missing)
+    settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
+    metrics = create_all(resolve_names(arguments.metrics), settings)
+    kept = KeptScores(arguments.cache or arguments.output / "cache", arguments.max_frames, arguments.crop_border)
+    scores = score_sets(sets, metrics, kept)
+    print(f"{kept.computed} scores computed, {kept.found} found in the cache", file=sys.stderr)
+
+    comparison = Comparison(methods, sets, rows(sets, metrics, scores), base)
+    result = {
+        **document(comparison, scores, metrics),
+        "crop_border": arguments.crop_border,
+        "max_frames": arguments.max_frames,
+    }
+    write_atomic(arguments.output / "compare.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(arguments.output / "compare.csv", comma_separated(comparison))
+    write_atomic(arguments.output / "compare.tex", latex(comparison))
+    write_atomic(arguments.output / "compare.md", markdown(comparison))
+    print(markdown(comparison))
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""What `python -m metrics.compare` is made of: the clips, the kept scores, their summary, the tables."""
