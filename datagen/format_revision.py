@@ -12,7 +12,7 @@ from datagen.degradation.sharpen import SharpenConfig
 #: How a video becomes z_hr: decoded, cropped, encoded.
 ENCODING_REVISION = 2
 #: How HR becomes LR.
-DEGRADATION_REVISION = 1
+DEGRADATION_REVISION = 2
 #: What the survey measures. Its finished parts are resumed only at the same revision.
 SURVEY_REVISION = 2
 
