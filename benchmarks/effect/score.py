@@ -34,6 +34,7 @@ from common.errors import UserError, run_command
 from common.fingerprint import files_fingerprint
 from common.progress import progress
 from datagen.degradation.degrade import degrade_clip
+from datagen.format_revision import DEGRADATION_REVISION
 from metrics.bootstrap import Estimate, estimate, interval
 from metrics.clips import to_tensor
 from metrics.comparison.tables import pipe_table, text
@@ -94,6 +95,7 @@ def run_method(name: str, upscaler: Callable[[], Upscaler], version: str, output
     """Scores of one method by clip and seed; what is in `output/cache` is not computed again."""
     file = output / "cache" / f"{name}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
+    version += f", degradation {DEGRADATION_REVISION}"
     if known.get("version") != version:
         known = {"version": version, "scores": {}}
     metrics, upscale = None, None
