@@ -11,7 +11,6 @@ steps of training follow (docs/small.md). The output is what `model.initial_weig
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from common.errors import UserError, run_command
 from pipeline.model.config import TransformerConfig
-from pipeline.model.load_weights import load_transformer
+from pipeline.model.load_weights import load_transformer, saved_config
 from pipeline.model.transformer import VSRTransformer
 
 
@@ -53,14 +52,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a DiT of ours, with its config.json")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    folder = arguments.model / "transformer" if (arguments.model / "transformer").is_dir() else arguments.model
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model {arguments.model}: no config.json there; give a model folder that training wrote")
-    saved = json.loads((folder / "config.json").read_text())
-    names = TransformerConfig.model_fields
-    config = TransformerConfig(**{name: value for name, value in saved.items() if name in names})
     with torch.no_grad():
-        finer(load_transformer(folder, config)).save_pretrained(arguments.output)
+        finer(load_transformer(arguments.model, saved_config(arguments.model))).save_pretrained(arguments.output)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,16 @@ class TransformerConfig(Section):
     #: σ of z_HR - z_LR, only with low_resolution_skip: what is left for the network then has unit size at every t; 0:
     #: the difference to (z_t - z_LR)/t [ours]
     low_resolution_deviation: float = Field(0.0, ge=0)
+    #: a linear filter of z_LR in the place of z_LR there, and a σ for each channel, which begins at
+    #: low_resolution_deviation; both are trained with the network [ours]
+    low_resolution_predictor: bool = False
 
     @model_validator(mode="after")
     def _deviation_needs_the_skip(self) -> TransformerConfig:
         if self.low_resolution_deviation and not self.low_resolution_skip:
             raise ValueError("low_resolution_deviation means nothing without low_resolution_skip: true; set it, or 0")
+        if self.low_resolution_predictor and not self.low_resolution_deviation:
+            raise ValueError("low_resolution_predictor needs a low_resolution_deviation above 0; set it, or false")
         return self
 
 

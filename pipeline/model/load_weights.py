@@ -87,6 +87,20 @@ def load_transformer(folder: str | Path, config: TransformerConfig) -> VSRTransf
     return model
 
 
+def saved_config(folder: str | Path) -> TransformerConfig:
+    """The shape of a DiT that training wrote, from its config.json.
+
+    Raises:
+        UserError: no config.json there.
+    """
+    for candidate in (Path(folder) / "transformer" / "config.json", Path(folder) / "config.json"):
+        if candidate.is_file():
+            names = TransformerConfig.model_fields
+            saved = json.loads(candidate.read_text())
+            return TransformerConfig(**{name: value for name, value in saved.items() if name in names})
+    raise UserError(f"{folder} holds no config.json of a DiT; give a model folder that training wrote")
+
+
 def rename_original(name: str) -> str:
     """A parameter name of the original Wan2.1 release in diffusers' spelling."""
     for pattern, replacement in ORIGINAL_NAMES:
@@ -114,7 +128,11 @@ def _require_same_kind(folder: Path, config: TransformerConfig) -> None:
         if candidate.is_file():
             saved = json.loads(candidate.read_text())
             ours = saved.get("_class_name") == "VSRTransformer"
-            for name, absent in (("low_resolution_skip", False), ("low_resolution_deviation", 0.0)):
+            for name, absent in (
+                ("low_resolution_skip", False),
+                ("low_resolution_deviation", 0.0),
+                ("low_resolution_predictor", False),
+            ):
                 found = saved.get(name, absent)
                 if ours and found != getattr(config, name):
                     raise UserError(f"{candidate} says {name}: {found}; set model.transformer.{name} to the same")
