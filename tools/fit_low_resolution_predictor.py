@@ -51,8 +51,8 @@ def fit(predictor: LowResolutionPredictor, batches: Iterable[tuple[Tensor, Tenso
         right += (x.T @ y).double()
         squares += y.square().sum(0).double()
         count += len(y)
-    normal += RIDGE * normal.diagonal().mean() * torch.eye(size, dtype=torch.float64)
-    solution = torch.linalg.solve(normal, right)
+    ridge = RIDGE * normal.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    solution = torch.linalg.solve(normal + ridge, right)
     residual = (squares - (solution * (2 * right - normal @ solution)).sum(0)).clamp_min(0) / count
     with torch.no_grad():
         predictor.filter.weight.copy_(solution[:-1].T.reshape(channels, channels, 1, 3, 3))

@@ -94,15 +94,45 @@ def test_the_skip_is_the_posterior_mean_of_a_gaussian():
         assert left.std() < 1.01 * np.sqrt(1 + sigma**2)
 
 
-@pytest.mark.parametrize("deviation", [0.0, 0.25])
-def test_low_resolution_skip_starts_as_z_lr(inputs, deviation):
+def test_each_channel_has_its_own_deviation():
+    z_t, z_lr = torch.randn(2, 2, 3, 1, 2, 2, dtype=torch.float64).unbind(0)
+    t, deviations = torch.rand(2, 1, 1, 1, 1, dtype=torch.float64), [0.1, 0.5, 2.0]
+    together = skip_velocity(z_t, t, z_lr, torch.tensor(deviations, dtype=torch.float64).view(1, 3, 1, 1, 1))
+    apart = [skip_velocity(z_t[:, [c]], t, z_lr[:, [c]], sigma) for c, sigma in enumerate(deviations)]
+    assert torch.allclose(together, torch.cat(apart, 1), rtol=1e-12)
+
+
+def test_the_predictor_takes_the_place_of_z_lr_in_the_skip(inputs):
+    from pipeline.model.load_weights import build_transformer
+
+    z_t, t, z_lr, prompt = inputs
+    config = TransformerConfig(
+        latent_channels=4, low_resolution_skip=True, low_resolution_deviation=0.3, low_resolution_predictor=True, **TINY
+    )
+    network = build_transformer(config)
+    with torch.no_grad():
+        network.predictor.filter.weight.normal_(std=0.2)
+        network.predictor.log_deviation.copy_(torch.tensor([0.1, 0.2, 0.5, 1.0]).log())
+    padded = torch.nn.functional.pad(z_lr, (1, 1, 1, 1, 0, 0), mode="replicate")
+    expected = z_lr + torch.nn.functional.conv3d(padded, network.predictor.filter.weight)
+    sigma = torch.tensor([0.1, 0.2, 0.5, 1.0]).view(1, 4, 1, 1, 1)
+    v = network(z_t, t, z_lr, prompt).velocity
+    assert torch.allclose(v, skip_velocity(z_t, t.view(-1, 1, 1, 1, 1), expected, sigma), atol=1e-5)
+    v.square().mean().backward()
+    assert network.predictor.filter.weight.grad.abs().sum() > 0
+    assert network.predictor.log_deviation.grad.abs().min() > 0
+    half = network.to(torch.bfloat16)(z_t, t, z_lr, prompt).velocity
+    assert torch.allclose(half.float(), v, atol=0.1)
+
+
+@pytest.mark.parametrize(("deviation", "predictor"), [(0.0, False), (0.25, False), (0.25, True)])
+def test_low_resolution_skip_starts_as_z_lr(inputs, deviation, predictor):
     from pipeline.model.load_weights import build_transformer
     from pipeline.sampling import one_step
 
     z_t, _, z_lr, prompt = inputs
-    network = build_transformer(
-        TransformerConfig(latent_channels=4, low_resolution_skip=True, low_resolution_deviation=deviation, **TINY)
-    )
+    skip = {"low_resolution_deviation": deviation, "low_resolution_predictor": predictor}
+    network = build_transformer(TransformerConfig(latent_channels=4, low_resolution_skip=True, **skip, **TINY))
     z0 = one_step(lambda *x: network(*x).velocity, z_t, z_lr, prompt)
     assert torch.allclose(z0, z_lr, atol=1e-6)
 

@@ -1,0 +1,61 @@
+"""The linear prediction of z_HR: least squares against NumPy, and what the command leaves."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from pipeline.model.load_weights import load_transformer, saved_config
+from pipeline.model.transformer import LowResolutionPredictor
+from tests.trainer.presets import write_preset
+from tools.fit_low_resolution_predictor import fit, main
+
+
+def test_least_squares_agree_with_numpy_and_with_the_residual():
+    generator = torch.Generator().manual_seed(0)
+    z_lr = torch.randn(6, 3, 2, 5, 4, generator=generator)
+    truth = LowResolutionPredictor(3, 0.5)
+    with torch.no_grad():
+        truth.filter.weight.normal_(std=0.3, generator=generator)
+        truth.filter.bias.normal_(generator=generator)
+        noise = torch.tensor([0.1, 0.4, 1.0]).view(1, 3, 1, 1, 1) * torch.randn(z_lr.shape, generator=generator)
+        z_hr = truth(z_lr)[0] + noise
+    found = LowResolutionPredictor(3, 0.5)
+    left = fit(found, [(z_lr[:2], z_hr[:2]), (z_lr[2:], z_hr[2:])])
+
+    padded = np.pad(z_lr.numpy().astype(np.float64), ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    rows = [
+        [*padded[b, :, t, y : y + 3, x : x + 3].reshape(-1), 1.0]
+        for b in range(6) for t in range(2) for y in range(5) for x in range(4)
+    ]  # fmt: skip
+    target = (z_hr - z_lr).permute(0, 2, 3, 4, 1).reshape(-1, 3).numpy().astype(np.float64)
+    solution, _, _, _ = np.linalg.lstsq(np.array(rows), target, rcond=None)
+    residual = target - np.array(rows) @ solution
+    expected = solution[:-1].T.reshape(3, 3, 1, 3, 3)
+    assert np.abs(found.filter.weight.detach().numpy() - expected).max() < 2e-3  # the ridge
+    deviations = found.log_deviation.detach().exp().numpy()
+    assert np.allclose(deviations, np.sqrt((residual**2).mean(0)), rtol=1e-3)
+    assert left == pytest.approx((residual**2).sum() / (target**2).sum(), rel=1e-3)
+
+
+def test_the_command_leaves_initial_weights_that_begin_at_the_prediction(tmp_path, monkeypatch):
+    preset = write_preset(tmp_path)
+    line = ["fit", "--config", str(preset), "--data", str(tmp_path / "clips"), "--samples", "8"]
+    line += ["--set", "model.transformer.low_resolution_skip=true"]
+    line += ["--set", "model.transformer.low_resolution_deviation=0.5"]
+    predictor = ["--set", "model.transformer.low_resolution_predictor=true"]
+    monkeypatch.setattr(sys, "argv", [*line, "--output", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="low_resolution_predictor is false"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*line, *predictor, "--output", str(tmp_path / "first")])
+    main()
+    again = [*line, *predictor, "--output", str(tmp_path / "second"), "--model", str(tmp_path / "first"), "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", again)
+    main()
+    model = load_transformer(tmp_path / "second", saved_config(tmp_path / "second"))
+    assert not model.proj_out.weight.any() and model.predictor.filter.weight.any()
+    first = load_file(tmp_path / "first" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(model.blocks[0].ffn.net[2].weight, first["blocks.0.ffn.net.2.weight"])
