@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.seeding import seeded_noise
 from pipeline.model.sequence_parallel import ALONE, SequenceGroup, form_sequence_groups
-from pipeline.model.transformer import VSRTransformer
+from pipeline.model.transformer import LowResolutionPredictor, VSRTransformer
 from tests.trainer import scenarios, toys
 from tests.trainer.presets import losses, run_command, write_preset
 from tests.trainer.ranks import run_on_ranks
@@ -118,8 +118,11 @@ def all_of_it(world: World) -> dict[str, Any]:
 
 def errors(world: World, group: SequenceGroup, latent: tuple[int, ...]) -> dict[str, float]:
     """Relative errors of outputs and gradients against the same network alone, each group on a clip of its own."""
-    alone = toys.transformer(5).double()
-    alone.register_to_config(low_resolution_skip=True)
+    alone = toys.transformer(5)
+    alone.register_to_config(low_resolution_skip=True, low_resolution_predictor=True)
+    alone.predictor = LowResolutionPredictor(toys.LATENT[0], 0.5)
+    torch.nn.init.normal_(alone.predictor.filter.weight, std=0.1)
+    alone = alone.double()
     shared = copy.deepcopy(alone)
     shared.share_sequence(group)
     found: dict[str, float] = {}
