@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from common.encoders import BitDepth
 from common.errors import UserError
 from common.seeding import seeded_noise
 from pipeline.colour_fix import ColourFix, fix_colour
@@ -45,7 +45,7 @@ from pipeline.tiling import blend_windows, spans
 class VSRResult:
     """What one call returns."""
 
-    #: (F, 4h, 4w, 3) RGB: uint8, or uint16 holding 10-bit values if those were asked for
+    #: (F, 4h, 4w, 3) RGB: uint8, or uint16 holding values of 10 or 16 bits if those were asked for
     frames: np.ndarray
     #: forwards of the DiT: one per window and tile for a one-step model
     dit_evaluations: int
@@ -141,7 +141,7 @@ class VSRPipeline(DiffusionPipeline):
         guidance_weight: float | None = None,
         tiling: Tiling = Tiling(),
         colour_fix: ColourFix = "none",
-        bit_depth: Literal[8, 10] = 8,
+        bit_depth: BitDepth = 8,
         first_frame: int = 0,
     ) -> VSRResult:
         """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from common.encoders import BitDepth
 from common.errors import UserError
 from common.scale import SCALE
 from pipeline.model.small_vae import SmallVideoVAE
@@ -110,9 +111,9 @@ def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
     return tensor.permute(3, 0, 1, 2).float() / half - 1
 
 
-def to_frames(pixels: Tensor, bit_depth: Literal[8, 10] = 8) -> Tensor:
-    """float (3, F, H, W) in [-1, 1] to (F, H, W, 3), rounded: uint8, or uint16 in 0…1023 for 10 bits."""
-    white, dtype = (255, torch.uint8) if bit_depth == 8 else (1023, torch.uint16)
+def to_frames(pixels: Tensor, bit_depth: BitDepth = 8) -> Tensor:
+    """float (3, F, H, W) in [-1, 1] to (F, H, W, 3), rounded: uint8, or uint16 of `bit_depth` bits."""
+    white, dtype = 2**bit_depth - 1, torch.uint8 if bit_depth == 8 else torch.uint16
     return ((pixels.float() + 1) * (white / 2)).round().clamp(0, white).to(dtype).permute(1, 2, 3, 0)
 
 
