@@ -15,6 +15,9 @@ from common.video_probe import VideoInfo
 #: a header is one line; anything longer is none, bytes
 LONGEST_HEADER = 1024
 _CHUNK = 1 << 20
+_FRAME = b"FRAME\n"
+#: samples of a frame for each pixel: of chroma and alpha beside one of luma
+_CHROMA = {"420": (2, 2), "411": (4, 1), "422": (2, 1), "444": (1, 1)}
 _REMEDY = "pipe `ffmpeg -i in.mp4 -f yuv4mpegpipe -`"
 
 
@@ -33,22 +36,28 @@ class PipedVideo:
         self.name = name
         self._descriptor = descriptor
         self._header = b""
+        #: the last frame was not complete; known after it
+        self.cut_short = False
         while not self._header.endswith(b"\n"):
             byte = os.read(descriptor, 1)
             if not byte or len(self._header) > LONGEST_HEADER:
                 raise UserError(f"{name} holds no y4m video; {_REMEDY}")
             self._header += byte
-        self.info = _info(self._header.decode("ascii", errors="replace"), name)
+        text = self._header.decode("ascii", errors="replace")
+        self.info = _info(text, name)
+        self._frame_bytes = len(_FRAME) + _bytes_of_frame(self.info, text)
 
     def feed(self, destination: IO[bytes]) -> threading.Thread:
         """Start a thread that writes the header and all that follows, until either side ends."""
 
         def copy() -> None:
             with suppress(OSError, ValueError):
-                chunk = self._header
+                chunk, read = self._header, -len(self._header)
                 while chunk:
                     destination.write(chunk)
+                    read += len(chunk)
                     chunk = os.read(self._descriptor, _CHUNK)
+                self.cut_short = read % self._frame_bytes != 0
             with suppress(OSError, ValueError):
                 destination.close()
 
@@ -80,6 +89,17 @@ def _info(header: str, name: str) -> VideoInfo:
         )
     except (ValueError, KeyError, ZeroDivisionError):
         raise UserError(f"{name} holds no y4m video (it begins with {header[:40]!r}); {_REMEDY}") from None
+
+
+def _bytes_of_frame(info: VideoInfo, header: str) -> int:
+    """Of its samples; a line of few bytes comes before them."""
+    pixel_format = next((field[1:] for field in header.split()[1:] if field[0] == "C"), "420jpeg")
+    luma = info.width * info.height
+    samples = luma
+    if (ratio := _CHROMA.get(pixel_format[:3])) is not None:
+        samples += 2 * -(-info.width // ratio[0]) * -(-info.height // ratio[1])
+    samples += luma if info.alpha else 0
+    return samples * (1 if info.bits == 8 else 2)
 
 
 def _ratio(text: str) -> Fraction:

@@ -101,6 +101,8 @@ class VideoReader:
                 process.kill()
                 process.wait()
                 process.stdout.close()
+        if self._piped and self._piped.cut_short:
+            self.errors.append("it ends within a frame")
         if (failed or self.count == 0) and not self.errors and self._limit != 0:
             self.errors.append("no more frames")
 
