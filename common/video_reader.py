@@ -120,9 +120,10 @@ class VideoReader:
         # Without reinit_filter=0, frames would be counted anew where their size changes.
         source = {"filename": "pipe:0", "format": "yuv4mpegpipe"} if self._piped else {"filename": url(self.path)}
         stream = ffmpeg.input(**source, reinit_filter=0)[str(self.info.stream_index)]
-        if deinterlace == "bwdif" or (deinterlace == "auto" and self.info.interlaced):
-            marked = "interlaced" if deinterlace == "auto" else "all"
-            stream = stream.filter("bwdif", mode="send_frame", deint=marked)
+        marked = self.info.interlaced or self.info.may_turn_interlaced  # frames that are not marked pass unchanged
+        if deinterlace == "bwdif" or (deinterlace == "auto" and marked):
+            which = "interlaced" if deinterlace == "auto" else "all"
+            stream = stream.filter("bwdif", mode="send_frame", deint=which)
         if frame_rate is not None:
             stream = stream.filter("fps", f"{frame_rate.numerator}/{frame_rate.denominator}")
         stream = stream.filter("trim", **trim).filter("showinfo", checksum=0)

@@ -33,6 +33,7 @@ from common.video_probe import VIDEO_SUFFIXES, named_like_a_video
 from pipeline.finish_output import finish, rehearse
 from pipeline.image_output import stills_of
 from pipeline.resumable_video import VideoParts, delete_parts, only_job, was_finished
+from pipeline.sound_check import sound_damage
 from pipeline.upscale_job import Job, job_identity, plan
 from pipeline.upscale_options import parse_arguments
 from pipeline.upscale_run import Watch, damage_of, upscale_parts, write_to_pipe, writer_of
@@ -148,6 +149,10 @@ def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch:
 
 def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> tuple[int, list[str], dict[str, float]]:
     """Number of frames, damage of the input, statistics."""
+    tracks_from = None if arguments.start or arguments.frames else job.source.file
+    sound = sound_damage(tracks_from, job.tracks) if tracks_from else []
+    if sound and arguments.on_error == "stop":
+        raise UserError(f"{tracks_from}: {sound[0]}; --on-error keep goes on")
     with only_job(job.output):
         identity = job_identity(arguments, job.source) | {"codec": job.codec, "bit_depth": job.bit_depth}
         parts = VideoParts(job.output, identity, arguments.part_frames, restart=arguments.restart, images=job.images)
@@ -155,7 +160,6 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
             print(f"resuming after {parts.frames} frames", file=sys.stderr)
         done, statistics = False, parts.statistics
         try:
-            tracks_from = None if arguments.start or arguments.frames else job.source.file
             if not parts.complete:
                 black = np.zeros((1, *(side * SCALE for side in reversed(job.size.model_input)), 3), np.uint8)
                 rehearse(parts, tracks_from, job.tracks, writer_of(job, arguments), black)
@@ -168,7 +172,8 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
             raise
         finally:
             parts.leave(done=done or job.source.piped is not None)
-    return parts.frames, damage_of(parts.errors, times[-1] + last_s if times else None, job, arguments), statistics
+    damage = damage_of(parts.errors, times[-1] + last_s if times else None, job, arguments)
+    return parts.frames, damage + sound, statistics
 
 
 def _to_pipe(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> tuple[int, list[str], dict[str, float]]:
