@@ -30,6 +30,7 @@ from common.errors import UserError, run_command
 from common.image_files import holds_a_sequence, images_in
 from common.scale import SCALE
 from common.video_probe import VIDEO_SUFFIXES, named_like_a_video
+from pipeline.dry_run import report
 from pipeline.finish_output import finish, rehearse
 from pipeline.image_output import stills_of
 from pipeline.resumable_video import VideoParts, delete_parts, only_job, was_finished
@@ -119,10 +120,13 @@ def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch:
         Whether it is damaged and `--on-error` is warn.
     """
     source = open_source(path, arguments.fps)
-    if _was_complete(source, output, arguments):
+    if not arguments.dry_run and _was_complete(source, output, arguments):
         print(f"{output} was complete already", file=sys.stderr)
         return False
     job = plan(source, output, arguments)
+    if arguments.dry_run:
+        print("\n".join(report(job, arguments)))
+        return False
     began = time.perf_counter()
     frames, damage, statistics = (_to_pipe if output == PIPE else _to_files)(job, arguments, watch)
     for line in damage:

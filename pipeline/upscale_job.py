@@ -35,6 +35,7 @@ _INCIDENTAL = frozenset(
         "attention",
         "device",
         "stills",
+        "dry_run",
     }
 )
 #: bytes of a file name, so that those of its parts and temporary files fit into 255

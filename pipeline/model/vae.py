@@ -33,6 +33,19 @@ def load_vae(folder: str | Path) -> VAE:
     Raises:
         UserError: no such folder, an unknown class, or missing weights.
     """
+    try:
+        vae = vae_class(folder).from_pretrained(folder, use_safetensors=True)
+    except OSError as error:
+        raise UserError(f"cannot load the VAE in {folder}: {str(error).splitlines()[0]}") from None
+    return vae.requires_grad_(False).eval()
+
+
+def vae_class(folder: str | Path) -> type[VAE]:
+    """What `_class_name` in a VAE folder's config.json names.
+
+    Raises:
+        UserError: no such folder, or an unknown class.
+    """
     folder = Path(folder)
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
@@ -47,11 +60,7 @@ def load_vae(folder: str | Path) -> VAE:
     }
     if name not in classes:
         raise UserError(f"{folder} holds a {name}; known VAEs: {', '.join(classes)}")
-    try:
-        vae = classes[name].from_pretrained(folder, use_safetensors=True)
-    except OSError as error:
-        raise UserError(f"cannot load the VAE in {folder}: {str(error).splitlines()[0]}") from None
-    return vae.requires_grad_(False).eval()
+    return classes[name]
 
 
 def latent_shape(vae: VAE, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
