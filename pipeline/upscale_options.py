@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -31,13 +32,16 @@ _OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec"
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line.
+
+    Args:
+        words: in place of the process's own.
 
     Raises:
         UserError: a value outside its range, two options that exclude each other, a device that is not there.
     """
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     for name, (low, high) in _RANGES.items():
         value = getattr(arguments, name)
         if value is not None and not (low <= value and (high is None or value <= high)):
