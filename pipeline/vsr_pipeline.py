@@ -40,6 +40,9 @@ from pipeline.model.vae import (
 from pipeline.sampling import euler_sample
 from pipeline.tiling import blend_windows, spans
 
+#: what a call spends its time on
+STEPS = ("upsample", "encode", "transformer", "decode", "colour")
+
 
 @dataclass
 class VSRResult:
@@ -49,7 +52,7 @@ class VSRResult:
     frames: np.ndarray
     #: forwards of the DiT: one per window and tile for a one-step model
     dit_evaluations: int
-    #: wall time by part: encode, transformer, decode
+    #: wall time of each of STEPS
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -168,7 +171,9 @@ class VSRPipeline(DiffusionPipeline):
         )
         enlarged = run.clip(frames, first_frame)
         if colour_fix != "none":
+            began = time.perf_counter()
             enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
+            run.lap("colour", began)
         return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
 
 
@@ -184,28 +189,30 @@ class _Run:
         self._prompt = pipeline.prompts.embed([prompt]).to(device)
         self._null_prompt = pipeline.prompts.embed([NULL_PROMPT]).to(device) if guidance_weight else None
         self.dit_evaluations = 0
-        self.seconds = {"encode": 0.0, "transformer": 0.0, "decode": 0.0}
+        self.seconds = dict.fromkeys(STEPS, 0.0)
 
     def clip(self, frames: Tensor, first_frame: int) -> Tensor:
         """uint8 or uint16 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
         count = len(frames)
+        began = time.perf_counter()
         pixels = upsample_low_resolution(_repeat_last(frames))
         height, width = pixels.shape[2:]
         pixels = _mirror(pixels, self._multiple())
-        began = time.perf_counter()
+        began = self.lap("upsample", began)
         z_lr = self._encode(pixels[None])
-        began = self._lap("encode", began)
+        began = self.lap("encode", began)
         z = self._transform(z_lr, first_frame)
-        began = self._lap("transformer", began)
+        began = self.lap("transformer", began)
         decoded = self._decode(z)[0]
-        self._lap("decode", began)
+        self.lap("decode", began)
         return decoded[:, :count, :height, :width].cpu()
 
     def _multiple(self) -> int:
         patch = self._pipeline.transformer.config.patch_size
         return SPATIAL_FACTOR * max(patch[1], patch[2])
 
-    def _lap(self, part: str, began: float) -> float:
+    def lap(self, part: str, began: float) -> float:
+        """Add the time since `began` to a part; returns now."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
