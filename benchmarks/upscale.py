@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -93,9 +92,15 @@ def one_window(width: int, height: int, arguments: argparse.Namespace) -> int:
         before = torch.cuda.memory_allocated()
         pipeline(frames)
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status_bytes("VmRSS")
     pipeline(frames)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    """Linux's account of this process; ru_maxrss would begin with the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
