@@ -45,7 +45,7 @@ IMAGE_ENCODERS: dict[str, Encoder] = {
     "jpeg": Encoder("mjpeg", (".jpg", ".jpeg"), None, ("yuvj444p", "yuvj444p"), {"q:v": 2}),
 }
 #: standard output: raw frames after one line that says their size, rate and format
-Y4M = Encoder("rawvideo", (), None, options={"format": "yuv4mpegpipe", "strict": -1})
+Y4M = Encoder("wrapped_avframe", (), None, options={"format": "yuv4mpegpipe", "strict": -1})
 #: images that are written
 IMAGE_OUTPUT_SUFFIXES = tuple(suffix for encoder in IMAGE_ENCODERS.values() for suffix in encoder.suffixes)
 #: containers that take what is written here

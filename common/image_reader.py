@@ -137,7 +137,7 @@ class ImageReader:
             for number in range(max(wanted, default=-1) + 1):
                 try:
                     image.seek(number)
-                    pixels: np.ndarray | None = np.asarray(image.convert("RGB"))
+                    pixels: np.ndarray | None = np.array(image.convert("RGB"))
                 except (OSError, EOFError) as error:
                     self.errors.append(f"frame {number}: {error}")
                     pixels = None
