@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, from anywhere
 
 from benchmarks.literal_dual_stream import LiteralDualStream
-from benchmarks.memory import LiveBytes
+from common.live_bytes import LiveBytes
 from datagen.dataset.loader import Batch
 from pipeline.model.transformer import VSRTransformer, tapped_layers
 from trainer.engine.config import DeepSpeedConfig

@@ -13,13 +13,10 @@ import argparse
 import gc
 import logging
 import os
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # DeepSpeed looks for an accelerator on import; a machine without one is a CPU machine, not an error.
 if not torch.cuda.is_available():
@@ -27,6 +24,7 @@ if not torch.cuda.is_available():
 
 from common.config import load_section
 from common.errors import run_command
+from common.live_bytes import LiveBytes
 from datagen.dataset.loader import Batch
 from pipeline.model.attention import set_attention
 from pipeline.model.config import ModelConfig, TransformerConfig
@@ -53,46 +51,6 @@ SMALL = TransformerConfig(
     text_dim=32,
     latent_channels=16,
 )
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made on one kind of device inside `with`, now and at most."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._device = device
-        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            self._add(tensor, made_here=False)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            self._add(tensor, made_here=True)
-        return result
-
-    def _add(self, tensor: Any, *, made_here: bool) -> None:
-        if not isinstance(tensor, torch.Tensor) or tensor.device.type != self._device:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known and self._known[key][0]() is storage:
-            return
-        self._forget(key)
-        size = storage.nbytes() if made_here else 0
-
-        def ended(reference: Any) -> None:
-            if key in self._known and self._known[key][0] is reference:
-                self._forget(key)
-
-        self._known[key] = (weakref.ref(storage, ended), size)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int) -> None:
-        if key in self._known:
-            self.now -= self._known.pop(key)[1]
 
 
 def held_by_a_block(

@@ -34,6 +34,8 @@ FFMPEG_VARIABLE = "DUO_VSR_FFMPEG"
 LARGEST_RATE = 240
 #: codecs whose first frames tell nothing: broadcasts and DVDs begin with progressive ones
 INTERLACED_CODECS = frozenset({"mpeg2video", "dvvideo", "vc1"})
+#: codecs of which recordings begin progressive and turn interlaced, as broadcasts do
+TURNING_CODECS = frozenset({"h264", "mpeg4"})
 #: width or height from which untagged video is high definition, hence BT.709
 HD_WIDTH, HD_HEIGHT = 1280, 720
 
@@ -80,6 +82,8 @@ class VideoInfo:
     colour: Colour = Colour()
     #: its first frame holds two fields of different times, or later ones may
     interlaced: bool = False
+    #: its first frame is progressive, and later ones may not be
+    may_turn_interlaced: bool = False
     #: it has a transparency channel
     alpha: bool = False
     #: of the video among the file's streams
@@ -200,6 +204,7 @@ def _read(container: Any, path: str | Path) -> VideoInfo:
         tuple(track.codec_context.name if track.codec_context else None for track in container.streams.audio),
         Colour(int(first.colorspace), int(first.color_primaries), int(first.color_trc)),
         bool(first.interlaced_frame) or codec in INTERLACED_CODECS,
+        codec in TURNING_CODECS and first.format.name.startswith("yuv"),
         any(component.is_alpha for component in first.format.components) or stream.metadata.get("alpha_mode") == "1",
         stream.index,
         max(component.bits for component in first.format.components),

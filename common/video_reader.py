@@ -18,6 +18,7 @@ import ffmpeg
 import numpy as np
 
 from common.errors import UserError
+from common.piped_video import PipedVideo
 from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, untagged_matrix, url
 
 Deinterlace = Literal["auto", "bwdif", "off"]
@@ -51,6 +52,7 @@ class VideoReader:
         frame_rate: Fraction | None = None,
         deinterlace: Deinterlace = "off",
         bits: Literal[8, 16] = 8,
+        piped: PipedVideo | None = None,
     ) -> None:
         """
         Args:
@@ -60,11 +62,13 @@ class VideoReader:
             frame_rate: frames are repeated and dropped to this constant rate; None: all, with the times they have.
             deinterlace: bwdif, or auto: bwdif for the frames that are marked as interlaced.
             bits: 16 for videos of more than 8 bits.
+            piped: read this instead of the file `path`, once.
         """
         self.path, self._start, self._limit = path, start, frames
         self._kind: type = np.uint8 if bits == 8 else np.uint16
         self._pixel_format = "rgb24" if bits == 8 else "rgb48le"
-        self.info = probe(path)
+        self._piped = piped
+        self.info = piped.info if piped else probe(path)
         self.width, self.height = size or (self.info.width, self.info.height)
         #: seconds of one unit of `pts`
         self.time_base = Fraction(1)
@@ -80,8 +84,12 @@ class VideoReader:
     def __iter__(self) -> Iterator[np.ndarray]:
         shape = (self.height, self.width, 3)
         with tempfile.NamedTemporaryFile() as log, open(log.name, "rb") as lines:
-            process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log)
+            stdin = subprocess.PIPE if self._piped else None
+            process = subprocess.Popen(self._command, stdin=stdin, stdout=subprocess.PIPE, stderr=log)
             assert process.stdout is not None
+            if self._piped:
+                assert process.stdin is not None
+                self._piped.feed(process.stdin)
             try:
                 while process.stdout.readinto(frame := np.empty(shape, self._kind)) == frame.nbytes:  # type: ignore
                     self.count += 1
@@ -93,6 +101,8 @@ class VideoReader:
                 process.kill()
                 process.wait()
                 process.stdout.close()
+        if self._piped and self._piped.cut_short:
+            self.errors.append("it ends within a frame")
         if (failed or self.count == 0) and not self.errors and self._limit != 0:
             self.errors.append("no more frames")
 
@@ -108,10 +118,12 @@ class VideoReader:
         if self._limit is not None:
             trim["end_frame"] = self._start + self._limit
         # Without reinit_filter=0, frames would be counted anew where their size changes.
-        stream = ffmpeg.input(url(self.path), reinit_filter=0)[str(self.info.stream_index)]
-        if deinterlace == "bwdif" or (deinterlace == "auto" and self.info.interlaced):
-            marked = "interlaced" if deinterlace == "auto" else "all"
-            stream = stream.filter("bwdif", mode="send_frame", deint=marked)
+        source = {"filename": "pipe:0", "format": "yuv4mpegpipe"} if self._piped else {"filename": url(self.path)}
+        stream = ffmpeg.input(**source, reinit_filter=0)[str(self.info.stream_index)]
+        marked = self.info.interlaced or self.info.may_turn_interlaced  # frames that are not marked pass unchanged
+        if deinterlace == "bwdif" or (deinterlace == "auto" and marked):
+            which = "interlaced" if deinterlace == "auto" else "all"
+            stream = stream.filter("bwdif", mode="send_frame", deint=which)
         if frame_rate is not None:
             stream = stream.filter("fps", f"{frame_rate.numerator}/{frame_rate.denominator}")
         stream = stream.filter("trim", **trim).filter("showinfo", checksum=0)

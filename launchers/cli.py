@@ -21,6 +21,7 @@ COMMANDS = {
     "build-preference": ("preference.build", "five candidates per clip, judged, to preference pairs"),
     "study": ("preference.study", "a blind study with people"),
     "upscale": ("pipeline.upscale", "upscale a video four times"),
+    "web": ("pipeline.web", "a page to upscale videos on this machine"),
     "evaluate": ("metrics.evaluate", "score videos"),
     "compare": ("metrics.compare", "methods on sets of clips in one table"),
     "report": ("metrics.report", "a page of frames, crops and figures"),

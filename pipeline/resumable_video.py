@@ -6,13 +6,13 @@
         part-00000.json   its frames and their times, and where the video continues: written last, so a part without it
                           does not count
 
-Parts are joined without being encoded again. Their folder lies beside the output and is removed when that is complete.
+Parts are joined without being encoded again, and go when the joined video is complete: the disk never holds more than
+two of parts, joined video and output. Their folder lies beside the output and is removed with the last of them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from common.atomic import fsync, write_atomic
+from common.atomic import write_atomic
 from common.errors import UserError
 from common.locking import LOCK_NAME, only_writer
-from common.video_probe import VideoInfo
-from common.video_reader import VideoReader
 from common.video_writer import VideoWriter
-from pipeline.container import TrackPlan, frame_times, join, times_restart, write_output
+from pipeline.image_output import ImageOutput
+from pipeline.upscale_source import FrameReader
 from pipeline.video_windows import Place
 
 #: says that the output was about to get its name
@@ -57,34 +56,44 @@ class Part:
 class VideoParts:
     """The parts of one output."""
 
-    def __init__(self, output: Path, job: dict[str, Any], part_frames: int, *, restart: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        job: dict[str, Any],
+        part_frames: int,
+        *,
+        restart: bool = False,
+        images: ImageOutput | None = None,
+    ) -> None:
         """Take over the complete parts of an earlier run of the same job.
 
         Args:
             job: everything that decides the pixels; JSON types.
             part_frames: a part ends with the first place after so many frames where the video can be continued.
             restart: delete the parts of an earlier run.
+            images: where frames go; None: the output is a video.
 
         Raises:
             UserError: there are parts of another job.
         """
-        self._output, self._part_frames = output, part_frames
-        self._folder = parts_folder(output)
+        self.output, self._part_frames = output, part_frames
+        self.folder = parts_folder(output)
         # Both keep time stamps exactly, whatever the output's container does; one takes ProRes, the other VP9.
-        self._suffix = ".mov" if output.suffix.lower() == ".mov" else ".mp4"
+        self.suffix = ".mov" if images or output.suffix.lower() == ".mov" else ".mp4"
+        self.images = images
         if restart:
             delete_parts(output)
         elif differences := self._differences(job):
             raise UserError(
-                f"{self._folder} holds parts of another job ({'; '.join(differences)}); "
+                f"{self.folder} holds parts of another job ({'; '.join(differences)}); "
                 "give its options, or --restart to delete them"
             )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / FINISHED).unlink(missing_ok=True)
-        for unfinished in self._folder.glob(".*"):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / FINISHED).unlink(missing_ok=True)
+        for unfinished in self.folder.glob(".*"):
             if not unfinished.name.startswith(LOCK_NAME):
                 unfinished.unlink()
-        write_atomic(self._folder / "job.json", json.dumps(job) + "\n")
+        write_atomic(self.folder / "job.json", json.dumps(job) + "\n")
         self.complete = self._read()
 
     @property
@@ -115,7 +124,7 @@ class VideoParts:
     def write(
         self,
         clips: Iterable[tuple[np.ndarray, Place | None]],
-        reader: VideoReader,
+        reader: FrameReader,
         context: int,
         open_writer: Callable[[Path], VideoWriter],
         statistics: dict[str, float],
@@ -156,82 +165,30 @@ class VideoParts:
             write_atomic(path.with_suffix(".json"), json.dumps(asdict(part)) + "\n")
             self.complete.append(part)
 
-    def rehearse(
-        self, source: Path | None, tracks: TrackPlan, open_writer: Callable[[Path], VideoWriter], black: np.ndarray
-    ) -> None:
-        """Write an output of one black frame and a moment of the other tracks, and delete it.
-
-        Raises:
-            UserError: the encoder or the container refuses what it is to be given.
-        """
-        frame, joined = self._folder / f"black{self._suffix}", self._folder / f"black-joined{self._suffix}"
-        named = self._folder / f"black-output{self._output.suffix}"
-        try:
-            with open_writer(frame) as writer:
-                writer.write(black)
-            join([frame], joined)
-            write_output(joined, named, source, tracks, Fraction(0), Fraction(25), limit_s=0.2)
-        except UserError as error:
-            reason = str(error).split(": ", 1)[-1]
-            raise UserError(f"cannot write {self._output}: {reason}") from None
-        finally:
-            for path in (frame, joined, named):
-                path.unlink(missing_ok=True)
-
-    def finish(
-        self, source: Path | None, tracks: TrackPlan, info: VideoInfo, constant_rate: Fraction | None
-    ) -> tuple[list[Fraction], Fraction]:
-        """Join the parts under the output's name, with the other tracks of `source`.
-
-        Args:
-            info: of the source.
-            constant_rate: of the parts; None: every frame has a time of its own.
-
-        Returns:
-            Seconds of each frame from the start of the source's first stream, and how long the last one is shown.
-
-        Raises:
-            UserError: no frame was written, or the output cannot be.
-        """
-        if not self.frames:
-            raise UserError(f"{self._output}: there is no frame to write; choose another --start")
-        rate = constant_rate or info.frame_rate
-        stamps = [None if pts is None else pts * base for pts, base in self.times]
-        if constant_rate is not None and stamps[0] is not None:  # they count from the first frame
-            stamps = [None if stamp is None else stamp - stamps[0] + info.first_s for stamp in stamps]
-        times = frame_times([None if stamp is None else stamp - info.start_s for stamp in stamps], rate)
-        last_s = 1 / rate if constant_rate is not None else self._last_s(info, times[-1])
-        restarts = source is not None and times_restart(source)
-        joined, named = self._folder / f"joined{self._suffix}", self._folder / f"output{self._output.suffix}"
-        join([self._path(index) for index in range(len(self.complete))], joined, times, last_s)
-        offset = times[0] if source else Fraction(0)
-        write_output(joined, named, source, tracks, offset, rate, restarts=restarts)
-        write_atomic(self._folder / FINISHED, "")
-        os.replace(named, self._output)
-        fsync(self._output.parent)
-        return times, last_s
-
-    def _last_s(self, info: VideoInfo, time: Fraction) -> Fraction:
-        """How long the last frame, shown at `time`, is shown; an FFmpeg before 6 leaves it to the header."""
-        last = self.complete[-1]
-        if last.last_duration:
-            return last.last_duration * Fraction(*last.time_base)
-        period = 1 / info.frame_rate
-        if self.errors or info.end_s is None:
-            return period
-        return max(period, Fraction(info.end_s).limit_denominator(90_000) - time)
-
     def leave(self, *, done: bool) -> None:
         """Delete what the next run cannot use: after a failure complete parts stay."""
         if done or not self.complete:
-            delete_parts(self._output)
+            delete_parts(self.output)
+
+    def delete_videos(self) -> None:
+        """Once the joined file holds them; what is recorded of them stays."""
+        for path in self.videos:
+            path.unlink(missing_ok=True)
+
+    @property
+    def videos(self) -> list[Path]:
+        return [self._path(index) for index in range(len(self.complete))]
+
+    @property
+    def joined(self) -> Path:
+        return self.folder / f"joined{self.suffix}"
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"part-{index:05d}{self._suffix}"
+        return self.folder / f"part-{index:05d}{self.suffix}"
 
     def _read(self) -> list[Part]:
         parts: list[Part] = []
-        while (path := self._path(len(parts))).exists():
+        while (path := self._path(len(parts))).exists() or self.joined.exists():
             try:
                 values = json.loads(path.with_suffix(".json").read_text())
                 place = values["place"] and Place(*values["place"])
@@ -243,7 +200,7 @@ class VideoParts:
 
     def _differences(self, job: dict[str, Any]) -> list[str]:
         try:
-            before = json.loads((self._folder / "job.json").read_text())
+            before = json.loads((self.folder / "job.json").read_text())
         except FileNotFoundError:
             return []
         except (OSError, ValueError):
@@ -270,8 +227,18 @@ def delete_parts(output: Path) -> None:
 def was_finished(output: Path, job: dict[str, Any]) -> bool:
     """Whether a run of this job was killed just after the output got its name, before its parts were deleted."""
     folder = parts_folder(output)
-    if not (output.exists() and (folder / FINISHED).exists()) or (folder / f"output{output.suffix}").exists():
+    if not (output.is_file() and (folder / FINISHED).exists()) or (folder / f"output{output.suffix}").exists():
         return False
+    return _same_job(folder, job)
+
+
+def naming_began(output: Path, job: dict[str, Any]) -> bool:
+    """Whether a run of this job was killed while its images got their names."""
+    folder = parts_folder(output)
+    return (folder / FINISHED).exists() and _same_job(folder, job)
+
+
+def _same_job(folder: Path, job: dict[str, Any]) -> bool:
     try:
         before = json.loads((folder / "job.json").read_text())
     except (OSError, ValueError):
@@ -281,17 +248,20 @@ def was_finished(output: Path, job: dict[str, Any]) -> bool:
 
 @contextmanager
 def only_job(output: Path) -> Iterator[None]:
-    """Hold the lock of the output's parts; their folder goes with the last of them.
+    """Hold the lock of the output's parts; their folder goes with the last of them, and so do empty ones made for it.
 
     Raises:
         UserError: another process writes this output.
     """
+    folder = parts_folder(output)
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        with only_writer(parts_folder(output)):
+        with only_writer(folder):
             yield
     finally:
         with suppress(OSError):
-            parts_folder(output).rmdir()
+            for empty in (folder, *made):
+                empty.rmdir()
 
 
 def _without_first(

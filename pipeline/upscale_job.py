@@ -8,19 +8,35 @@ import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from common.encoders import ENCODERS, IMAGE_ENCODERS, IMAGE_OUTPUT_SUFFIXES, OUTPUT_SUFFIXES, BitDepth
 from common.errors import UserError
-from common.video_probe import VideoInfo, probe
-from common.video_writer import ENCODERS, OUTPUT_SUFFIXES
+from common.video_probe import VideoInfo
 from pipeline.container import TrackPlan, plan_tracks
+from pipeline.image_output import ImageOutput, image_output
 from pipeline.output_size import OutputSize, choose_size
+from pipeline.resumable_video import naming_began
+from pipeline.upscale_source import PIPE, Source, file_state
 from pipeline.video_windows import Windows
 from pipeline.vsr_pipeline import Tiling
 
 #: options that do not decide pixels
 _INCIDENTAL = frozenset(
-    {"output", "stats", "codec", "bit_depth", "part_frames", "restart", "overwrite", "on_error", "attention", "device"}
+    {
+        "output",
+        "stats",
+        "codec",
+        "bit_depth",
+        "part_frames",
+        "restart",
+        "overwrite",
+        "on_error",
+        "attention",
+        "device",
+        "stills",
+        "dry_run",
+    }
 )
 #: bytes of a file name, so that those of its parts and temporary files fit into 255
 LONGEST_NAME = 220
@@ -30,17 +46,23 @@ LONGEST_NAME = 220
 class Job:
     """One video and what is to be made of it, decided before the first frame."""
 
-    source: Path
+    source: Source
     output: Path
-    info: VideoInfo
     size: OutputSize
     tracks: TrackPlan
     #: None: every frame keeps its time
     frame_rate: Fraction | None
-    bit_depth: Literal[8, 10]
+    bit_depth: BitDepth
     codec: str
     windows: Windows
     tiling: Tiling
+    #: where frames go if the output is images
+    images: ImageOutput | None = None
+
+    @property
+    def info(self) -> VideoInfo:
+        """Of the source."""
+        return self.source.info
 
     @property
     def written_rate(self) -> Fraction:
@@ -48,11 +70,11 @@ class Job:
         return self.frame_rate or self.info.frame_rate
 
 
-def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
+def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     """Check everything that can be checked before the first frame, and say what the output will not hold.
 
     Raises:
-        UserError: the input is no video, or the output could not be written.
+        UserError: the output could not be written.
     """
     windows = Windows(arguments.window, arguments.overlap)
     tiling = Tiling(
@@ -61,9 +83,17 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
         decode_tile_px=arguments.decode_tile,
         overlap_px=arguments.tile_overlap,
     )
-    info = probe(source)
-    codec = choose_codec(output, arguments.codec)
-    check_output(source, output, overwrite=arguments.overwrite)
+    info = source.info
+    images = None if output == PIPE else image_output(output, source, arguments.start, arguments.frames)
+    codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.codec)
+    if codec in ("y4m", *IMAGE_ENCODERS):
+        _check_alone(codec, arguments)
+    if images:
+        check_images(
+            source, images, may_exist=arguments.overwrite or naming_began(output, job_identity(arguments, source))
+        )
+    elif output != PIPE:
+        check_output(source, output, overwrite=arguments.overwrite)
     if arguments.stats:
         check_stats(arguments.stats, source, output)
     size = choose_size(
@@ -75,26 +105,73 @@ def plan(source: Path, output: Path, arguments: argparse.Namespace) -> Job:
         size=arguments.size,
         max_size=arguments.max_size,
     )
-    tracks = plan_tracks(source, output.suffix.lower())
-    frame_rate = arguments.fps
-    said = list(tracks.dropped)
-    if output.suffix.lower() == ".avi" and frame_rate is None:
-        frame_rate = info.frame_rate  # the container has no time stamps
+    said = source.said()
+    tracks = TrackPlan()
+    if source.file and codec not in ("y4m", *IMAGE_ENCODERS):
+        tracks = plan_tracks(source.file, output.suffix.lower())
+        said += tracks.dropped
+    elif info.audio_codecs:
+        said.append(f"sound is left out: {codec} holds pictures alone")
+    frame_rate = None if source.images and not source.images.durations_ms else arguments.fps
+    if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
+        frame_rate = info.frame_rate  # there are no time stamps
+    bit_depth = choose_bit_depth(info, codec, arguments)
+    said += _said_of_picture(info, codec, bit_depth, arguments)
+    for line in said:
+        print(f"{source.name}: {line}", file=sys.stderr)
+    return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images)
+
+
+def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace) -> BitDepth:
+    """What was asked for, or as deep as what comes in where that costs nothing.
+
+    Raises:
+        UserError: a depth that the codec does not have.
+    """
+    known: tuple[BitDepth, ...] = (8,) if codec == "jpeg" else (8, 16) if codec in IMAGE_ENCODERS else (8, 10)
     deep = codec == "prores" or (info.colour.hdr and not arguments.lossless)
-    bit_depth: Literal[8, 10] = arguments.bit_depth or (10 if deep else 8)
-    if info.colour.hdr:
+    if codec in IMAGE_ENCODERS:
+        deep = info.bits > 8
+    bit_depth: BitDepth = arguments.bit_depth or (known[-1] if deep else 8)
+    if bit_depth not in known:
+        raise UserError(f"--bit-depth {bit_depth}: {codec} has {' or '.join(map(str, known))} bits here")
+    return bit_depth
+
+
+def _said_of_picture(info: VideoInfo, codec: str, bit_depth: BitDepth, arguments: argparse.Namespace) -> list[str]:
+    """What changes in it, one line each."""
+    said = []
+    if info.colour.hdr and codec in ("y4m", *IMAGE_ENCODERS):
+        said.append(f"HDR: {codec} does not name its transfer function and primaries; pixels keep them")
+    elif info.colour.hdr:
         said.append("HDR: its transfer function and primaries are kept, mastering data is left out")
-        if bit_depth == 8:
-            said.append("HDR in 8 bits shows bands")
-    elif info.bits > bit_depth:
-        said.append(f"{info.bits} bits become {bit_depth}" + ("; --bit-depth 10 keeps 10" if bit_depth == 8 else ""))
+    if info.colour.hdr and bit_depth == 8:
+        said.append("HDR in 8 bits shows bands")
+    elif info.bits > bit_depth and not info.colour.hdr:
+        more = {
+            "jpeg": "; png and tiff hold 16",
+            "png": "; --bit-depth 16 keeps them",
+            "tiff": "; --bit-depth 16 keeps them",
+        }
+        hint = more.get(codec, "; --bit-depth 10 keeps 10")
+        said.append(f"{info.bits} bits become {bit_depth}" + (hint if bit_depth == 8 else ""))
     if info.alpha:
         said.append("its transparency is left out")
     if info.interlaced and arguments.deinterlace == "auto":
         said.append("frames marked as interlaced are deinterlaced by bwdif, one frame of two fields")
-    for line in said:
-        print(f"{source.name}: {line}", file=sys.stderr)
-    return Job(source, output, info, size, tracks, frame_rate, bit_depth, codec, windows, tiling)
+    return said
+
+
+def _check_alone(codec: str, arguments: argparse.Namespace) -> None:
+    """Options of videos mean nothing to images and y4m.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    given = {"--codec": arguments.codec, "--crf": arguments.crf, "--lossless": arguments.lossless or None}
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{option} means nothing to {codec}; leave it out")
 
 
 def choose_codec(output: Path, codec: str | None) -> str:
@@ -105,7 +182,8 @@ def choose_codec(output: Path, codec: str | None) -> str:
     """
     suffix = output.suffix.lower()
     if suffix not in OUTPUT_SUFFIXES:
-        raise UserError(f"cannot write {output}: choose one of {', '.join(OUTPUT_SUFFIXES)}")
+        known = ", ".join((*OUTPUT_SUFFIXES, *IMAGE_OUTPUT_SUFFIXES))
+        raise UserError(f"cannot write {output}: choose one of {known}")
     codec = codec or ("vp9" if suffix == ".webm" else "h264")
     if suffix not in ENCODERS[codec].suffixes:
         raise UserError(
@@ -114,27 +192,46 @@ def choose_codec(output: Path, codec: str | None) -> str:
     return codec
 
 
-def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
+def check_output(source: Source, output: Path, *, overwrite: bool) -> None:
     """Refuse an output that could not be written hours later, or that would destroy the input.
 
     Raises:
         UserError: with the reason.
     """
     if output.is_dir():
-        raise UserError(f"cannot write {output}: it is a folder; name a file in it")
-    if output.exists() and os.path.samefile(source, output):
-        raise UserError(f"cannot write {output}: it is the input; choose another name")
+        raise UserError(f"cannot write {output}: it is a folder; name a file in it, as video.mp4 or frame_%05d.png")
+    _refuse_input(source, output)
     if output.exists() and not overwrite:
         raise UserError(f"cannot write {output}: it exists; choose another name, or --overwrite")
     check_writable(output)
 
 
-def check_stats(path: Path, source: Path, output: Path) -> None:
+def check_images(source: Source, images: ImageOutput, *, may_exist: bool) -> None:
+    """The same for images.
+
+    Raises:
+        UserError: with the reason.
+    """
+    existing = images.existing()
+    for path in existing:
+        _refuse_input(source, path)
+    if existing and not may_exist:
+        raise UserError(f"cannot write {images.path}: {existing[0]} exists; choose another name, or --overwrite")
+    check_writable(images.file(0))
+
+
+def _refuse_input(source: Source, path: Path) -> None:
+    if path.exists() and any(os.path.samefile(file, path) for file in source.files):
+        raise UserError(f"cannot write {path}: it is the input; choose another name")
+
+
+def check_stats(path: Path, source: Source, output: Path) -> None:
     """
     Raises:
         UserError: the file cannot be made there, or it is the input or the output.
     """
-    if path.resolve() in (source.resolve(), output.resolve()) or (path.exists() and os.path.samefile(path, source)):
+    same = path.exists() and any(os.path.samefile(path, file) for file in source.files)
+    if same or path.resolve() == output.resolve():
         raise UserError(f"--stats {path}: it is the input or the output; choose another name")
     check_writable(path)
 
@@ -153,17 +250,12 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: {path if path.is_dir() else folder} is not a folder to write in")
 
 
-def job_identity(arguments: argparse.Namespace, source: Path) -> dict[str, Any]:
+def job_identity(arguments: argparse.Namespace, source: Source) -> dict[str, Any]:
     """All that decides the pixels of the output, for people to read where it has changed."""
     job = {name: str(value) for name, value in vars(arguments).items() if name not in _INCIDENTAL}
-    model = "bicubic" if arguments.bicubic else " ".join(map(_state, _files(arguments.model)))
-    return job | {"input": _state(source), "model": model}
+    model = "bicubic" if arguments.bicubic else " ".join(map(file_state, _files(arguments.model)))
+    return job | {"input": source.state(), "model": model}
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
-
-
-def _state(path: Path) -> str:
-    state = path.stat()
-    return f"{path.resolve()} of {state.st_size} bytes at {state.st_mtime_ns}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn, get_args
 
 import torch
 
+from common.encoders import ENCODERS
 from common.errors import UserError
 from common.video_reader import Deinterlace
-from common.video_writer import ENCODERS
 from pipeline.colour_fix import ColourFix
 from pipeline.model.config import Attention
 from pipeline.model.prompts import DEFAULT_PROMPT
@@ -31,13 +32,16 @@ _OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec"
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line.
+
+    Args:
+        words: in place of the process's own.
 
     Raises:
         UserError: a value outside its range, two options that exclude each other, a device that is not there.
     """
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     for name, (low, high) in _RANGES.items():
         value = getattr(arguments, name)
         if value is not None and not (low <= value and (high is None or value <= high)):
@@ -96,8 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m pipeline.upscale", description="Upscale videos with a one-step model, ×4 or to any size."
     )
-    parser.add_argument("input", type=Path, help="a video, or a folder of them")
-    parser.add_argument("output", type=Path, help="a file, or a folder where the input is one")
+    parser.add_argument("input", type=Path, help="a video, an image, images as frame_%%05d.png, a folder, or - (y4m)")
+    parser.add_argument(
+        "output", type=Path, help="a file, images as frame_%%05d.png, a folder where the input is one, or - (y4m)"
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, help="model folder (what training exports); default: the small one here")
     model.add_argument(
@@ -122,8 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--start", type=int, default=0, help="first frame")
     parser.add_argument("--frames", type=int, help="how many frames; default: all")
     parser.add_argument(
-        "--fps", type=Fraction, help="a constant rate, as 25 or 24000/1001; default: frames keep their times"
-    )
+        "--fps",
+        type=Fraction,
+        help="a constant rate, as 25 or 24000/1001; default: frames keep their times, images are 25 a second",
+    )  # fmt: skip
+    parser.add_argument("--stills", action="store_true", help="upscale the images of a folder one by one")
     parser.add_argument(
         "--deinterlace", choices=get_args(Deinterlace), default="auto", help="auto: frames marked as interlaced"
     )
@@ -137,13 +146,16 @@ def _parser() -> argparse.ArgumentParser:
         "--encoder-options", type=_encoder_options, default={}, metavar="NAME=VALUE,…", help="as preset=slow"
     )
     parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
-    parser.add_argument("--bit-depth", type=int, choices=(8, 10), help="default: 10 for HDR, else 8")
+    parser.add_argument(
+        "--bit-depth", type=int, choices=(8, 10, 16), help="10: videos, 16: PNG and TIFF; default: 10 for HDR"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument(
         "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"
     )
+    parser.add_argument("--dry-run", action="store_true", help="print size, windows, memory and disk; write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--restart", action="store_true", help="delete the parts that an earlier run left")
     parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from common.encoders import BitDepth
 from common.errors import UserError
 from common.seeding import seeded_noise
 from pipeline.colour_fix import ColourFix, fix_colour
@@ -40,16 +40,19 @@ from pipeline.model.vae import (
 from pipeline.sampling import euler_sample
 from pipeline.tiling import blend_windows, spans
 
+#: what a call spends its time on
+STEPS = ("upsample", "encode", "transformer", "decode", "colour")
+
 
 @dataclass
 class VSRResult:
     """What one call returns."""
 
-    #: (F, 4h, 4w, 3) RGB: uint8, or uint16 holding 10-bit values if those were asked for
+    #: (F, 4h, 4w, 3) RGB: uint8, or uint16 holding values of 10 or 16 bits if those were asked for
     frames: np.ndarray
     #: forwards of the DiT: one per window and tile for a one-step model
     dit_evaluations: int
-    #: wall time by part: encode, transformer, decode
+    #: wall time of each of STEPS
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -141,7 +144,7 @@ class VSRPipeline(DiffusionPipeline):
         guidance_weight: float | None = None,
         tiling: Tiling = Tiling(),
         colour_fix: ColourFix = "none",
-        bit_depth: Literal[8, 10] = 8,
+        bit_depth: BitDepth = 8,
         first_frame: int = 0,
     ) -> VSRResult:
         """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.
@@ -168,7 +171,9 @@ class VSRPipeline(DiffusionPipeline):
         )
         enlarged = run.clip(frames, first_frame)
         if colour_fix != "none":
+            began = time.perf_counter()
             enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
+            run.lap("colour", began)
         return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
 
 
@@ -184,28 +189,30 @@ class _Run:
         self._prompt = pipeline.prompts.embed([prompt]).to(device)
         self._null_prompt = pipeline.prompts.embed([NULL_PROMPT]).to(device) if guidance_weight else None
         self.dit_evaluations = 0
-        self.seconds = {"encode": 0.0, "transformer": 0.0, "decode": 0.0}
+        self.seconds = dict.fromkeys(STEPS, 0.0)
 
     def clip(self, frames: Tensor, first_frame: int) -> Tensor:
         """uint8 or uint16 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
         count = len(frames)
+        began = time.perf_counter()
         pixels = upsample_low_resolution(_repeat_last(frames))
         height, width = pixels.shape[2:]
         pixels = _mirror(pixels, self._multiple())
-        began = time.perf_counter()
+        began = self.lap("upsample", began)
         z_lr = self._encode(pixels[None])
-        began = self._lap("encode", began)
+        began = self.lap("encode", began)
         z = self._transform(z_lr, first_frame)
-        began = self._lap("transformer", began)
+        began = self.lap("transformer", began)
         decoded = self._decode(z)[0]
-        self._lap("decode", began)
+        self.lap("decode", began)
         return decoded[:, :count, :height, :width].cpu()
 
     def _multiple(self) -> int:
         patch = self._pipeline.transformer.config.patch_size
         return SPATIAL_FACTOR * max(patch[1], patch[2])
 
-    def _lap(self, part: str, began: float) -> float:
+    def lap(self, part: str, began: float) -> float:
+        """Add the time since `began` to a part; returns now."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()

@@ -25,6 +25,8 @@ OPTIONAL = {
     "tomli": "Python 3.10 only",
     "basicsr": "benchmarks/degrade.py compares with it, in an environment of its own",
     "ncnn": "benchmarks only",
+    "gradio": "the extra web: tests of the page are skipped without it",
+    "playwright": "drives a browser through the page; its test is skipped without it",
     "pycvvdp": "its package cvvdp requires one that hides ffmpeg-python: make effect installs it without",
 }
 #: declared and used without an import of ours

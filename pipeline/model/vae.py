@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from common.encoders import BitDepth
 from common.errors import UserError
 from common.scale import SCALE
 from pipeline.model.small_vae import SmallVideoVAE
@@ -32,6 +33,19 @@ def load_vae(folder: str | Path) -> VAE:
     Raises:
         UserError: no such folder, an unknown class, or missing weights.
     """
+    try:
+        vae = vae_class(folder).from_pretrained(folder, use_safetensors=True)
+    except OSError as error:
+        raise UserError(f"cannot load the VAE in {folder}: {str(error).splitlines()[0]}") from None
+    return vae.requires_grad_(False).eval()
+
+
+def vae_class(folder: str | Path) -> type[VAE]:
+    """What `_class_name` in a VAE folder's config.json names.
+
+    Raises:
+        UserError: no such folder, or an unknown class.
+    """
     folder = Path(folder)
     try:
         name = json.loads((folder / "config.json").read_text())["_class_name"]
@@ -46,11 +60,7 @@ def load_vae(folder: str | Path) -> VAE:
     }
     if name not in classes:
         raise UserError(f"{folder} holds a {name}; known VAEs: {', '.join(classes)}")
-    try:
-        vae = classes[name].from_pretrained(folder, use_safetensors=True)
-    except OSError as error:
-        raise UserError(f"cannot load the VAE in {folder}: {str(error).splitlines()[0]}") from None
-    return vae.requires_grad_(False).eval()
+    return classes[name]
 
 
 def latent_shape(vae: VAE, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -110,9 +120,9 @@ def to_pixels(frames: np.ndarray | Tensor) -> Tensor:
     return tensor.permute(3, 0, 1, 2).float() / half - 1
 
 
-def to_frames(pixels: Tensor, bit_depth: Literal[8, 10] = 8) -> Tensor:
-    """float (3, F, H, W) in [-1, 1] to (F, H, W, 3), rounded: uint8, or uint16 in 0…1023 for 10 bits."""
-    white, dtype = (255, torch.uint8) if bit_depth == 8 else (1023, torch.uint16)
+def to_frames(pixels: Tensor, bit_depth: BitDepth = 8) -> Tensor:
+    """float (3, F, H, W) in [-1, 1] to (F, H, W, 3), rounded: uint8, or uint16 of `bit_depth` bits."""
+    white, dtype = 2**bit_depth - 1, torch.uint8 if bit_depth == 8 else torch.uint16
     return ((pixels.float() + 1) * (white / 2)).round().clamp(0, white).to(dtype).permute(1, 2, 3, 0)
 
 

@@ -180,7 +180,7 @@ def test_terminated_command_leaves_nothing_half_written(model_folder, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
-    assert list(output.parent.iterdir()) == []
+    assert not output.parent.exists(), "the folder was made for the output"
 
 
 @pytest.mark.parametrize("windows", [Windows(5, 2), Windows(9, 2)])

@@ -7,8 +7,10 @@ from fractions import Fraction
 import av
 import pytest
 
+from common.errors import UserError
 from common.video_probe import probe
 from common.video_reader import read_video
+from pipeline import finish_output
 from tests.pipeline.inputs.conftest import frame_times, picture
 
 
@@ -35,6 +37,54 @@ def test_a_damaged_packet(damaged, upscale, tmp_path):
     stopped = tmp_path / "stopped.mp4"
     done = upscale(damaged, stopped, "--bicubic", "--on-error", "stop")
     assert done.returncode == 2 and "--on-error keep goes on" in done.stderr and not stopped.exists()
+
+
+def test_damage_in_copied_sound_is_reported(base, upscale, tmp_path):
+    packets = [(packet.pos, packet.size) for packet in av.open(str(base)).demux(audio=0) if packet.pos]
+    content = bytearray(base.read_bytes())
+    place, size = packets[len(packets) // 2]
+    content[place : place + size] = b"\xff" * size
+    source, output = tmp_path / "sound.mp4", tmp_path / "out.mp4"
+    source.write_bytes(content)
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 3 and "warning: " in done.stderr and "sound of track 1 is damaged" in done.stderr
+    assert len(read_video(output)) == 50
+    done = upscale(source, tmp_path / "stopped.mp4", "--bicubic", "--on-error", "stop")
+    assert done.returncode == 2 and "sound of track 1" in done.stderr and not (tmp_path / "stopped.mp4").exists()
+
+
+def test_the_disk_holds_two_copies_at_most_and_no_empty_folder(base, upscale, tmp_path, monkeypatch):
+    """Parts go when the joined video is complete, and a run that is killed after that goes on from it."""
+    output = tmp_path / "new" / "folder" / "out.mp4"
+
+    def full(*_, **__):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.finish_output.rehearse", full)
+        patched.setattr("pipeline.upscale.rehearse", full)
+        assert upscale(base, output, "--bicubic").returncode == 2
+    assert not (tmp_path / "new").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.finish_output.times_restart", full)
+        assert upscale(base, output, "--bicubic", "--part-frames", 20).returncode == 2
+    parts = output.with_name(".out.mp4.parts")
+    assert len(list(parts.glob("part-*.mp4"))) == 3
+    real = finish_output.write_output
+
+    def after_joining(joined, named, *values, **options):
+        assert joined.exists() and not list(parts.glob("part-*.mp4"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.finish_output.write_output", after_joining)
+        assert upscale(base, output, "--bicubic", "--part-frames", 20).returncode == 130
+    assert finish_output.write_output is real
+    done = upscale(base, output, "--bicubic", "--part-frames", 20)
+    assert done.returncode == 0 and "resuming after 50 frames" in done.stderr
+    assert len(read_video(output)) == 50 and os.listdir(output.parent) == ["out.mp4"]
+    assert upscale(base, tmp_path / "whole.mp4", "--bicubic", "--part-frames", 20).returncode == 0
+    assert output.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
 def test_half_a_file(make, upscale, tmp_path):

@@ -100,6 +100,32 @@ def test_interlaced_video_has_no_combs(make, upscale, tmp_path):
     assert combs(output) < 0.2 * combs(woven)
 
 
+def test_video_that_turns_interlaced_has_no_combs_and_keeps_its_progressive_frames(make, upscale, tmp_path):
+    moving = ("-f", "lavfi", "-i", "color=white:s=48x64:r=50:d=1", "-vf")
+    scroll = "pad=128:64:'25':0,scroll=h=-0.03"
+    ending = ("-c:v", "libx264", "-crf", "10", "-bf", "0", "-pix_fmt", "yuv420p")
+    make("first.ts", *moving, f"{scroll},fps=25", *ending)
+    fields = f"{scroll},tinterlace=interleave_top,setfield=tff"
+    make(
+        "then.ts", *moving, fields, *ending, "-flags", "+ilme+ildct", "-x264-params", "tff=1", "-output_ts_offset", "1"
+    )
+    source = tmp_path / "turns.ts"
+    source.write_bytes((tmp_path / "first.ts").read_bytes() + (tmp_path / "then.ts").read_bytes())
+    auto, woven = tmp_path / "auto.mkv", tmp_path / "woven.mkv"
+    options = ("--bicubic", "--lossless")  # a smaller scale would mean lines away
+    assert upscale(source, auto, *options).returncode == 0
+    assert upscale(source, woven, *options, "--deinterlace", "off").returncode == 0
+    result, plain = read_video(auto).astype(float).mean(-1), read_video(woven).astype(float).mean(-1)
+    assert len(result) == len(plain) == 50
+    assert np.allclose(frame_times(auto), frame_times(woven), atol=1e-3)
+    assert np.array_equal(result[:24], plain[:24]), "progressive frames pass unchanged"
+
+    def combs(luma):
+        return np.abs(np.diff(luma[28:44], axis=1)).mean()
+
+    assert combs(result) < 0.3 * combs(plain)
+
+
 @pytest.mark.parametrize("every", [10, 2])
 def test_flashes_are_no_cuts(every):
     """White frames, single or every other one, in a video that moves."""

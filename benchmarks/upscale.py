@@ -1,0 +1,142 @@
+"""Where the time of upscaling goes, and how much memory it takes beside what `--dry-run` predicts.
+
+    python benchmarks/upscale.py                       # any machine: the small model
+    python benchmarks/upscale.py --model MODEL_DIR --device cuda --dtype bf16 --sizes 480x270 --frames 21
+
+The same video goes through twice: step by step (read all, upscale all, write all), and as the command does it, where
+reading, computing and writing overlap. Memory is measured in a process of its own for each size: the growth of its
+resident memory while one window is upscaled on a CPU, the allocator's peak on a GPU. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import run_command
+from common.scale import SCALE
+from common.video_reader import read_video
+from common.video_writer import VideoWriter
+from pipeline.memory_estimate import GIB, MemoryEstimate
+from pipeline.output_size import parse_size
+from pipeline.upscale_options import DEFAULT_MODEL
+from pipeline.video_windows import Windows, split_video
+from pipeline.vsr_pipeline import STEPS, Tiling, open_pipeline
+
+SEED = 0
+RATE = Fraction(25)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def moving(width: int, height: int, frames: int) -> np.ndarray:
+    """uint8 (F, H, W, 3): smooth noise that moves by a pixel a frame, so that there is no cut."""
+    small = np.random.default_rng(SEED).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    picture = np.kron(small, np.ones((8, 8, 1), np.uint8))[:height, :width]
+    return np.stack([np.roll(picture, number, axis=1) for number in range(frames)])
+
+
+def step_by_step(source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each step, one after the other."""
+    pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
+    began = time.perf_counter()
+    frames = read_video(source)
+    seconds = {"read": time.perf_counter() - began, **dict.fromkeys(STEPS, 0.0)}
+    clips = []
+    for start, shared, window in split_video(iter(frames), Windows()):
+        result = pipeline(window, first_frame=start, colour_fix="wavelet")
+        clips.append(result.frames[shared:])
+        for step in STEPS:
+            seconds[step] += result.seconds[step]
+    began = time.perf_counter()
+    height, width = clips[0].shape[1:3]
+    with VideoWriter(output, width=width, height=height, frame_rate=RATE) as writer:
+        for clip in clips:
+            writer.write(clip)
+    return seconds | {"write": time.perf_counter() - began}
+
+
+def as_the_command(source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the command, of the model in it, and of what neither overlaps nor is the model."""
+    stats = output.with_suffix(".json")
+    command = [sys.executable, "-m", "pipeline.upscale", source, output, "--stats", stats, "--overwrite", "--restart"]
+    command += ["--model", arguments.model, "--device", arguments.device, "--dtype", arguments.dtype]
+    subprocess.run([*map(str, command)], check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    record = json.loads(stats.read_text())
+    return {"wall": record["seconds"], **{step: record[f"{step}_s"] for step in STEPS}}
+
+
+def measured_memory(width: int, height: int, arguments: argparse.Namespace) -> int:
+    """Bytes by which one window raises the peak of a process of its own, without the weights."""
+    command = [sys.executable, __file__, "--window-of", f"{width}x{height}", "--model", str(arguments.model)]
+    command += ["--device", arguments.device, "--dtype", arguments.dtype]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def one_window(width: int, height: int, arguments: argparse.Namespace) -> int:
+    """In the process that is measured."""
+    pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
+    frames = moving(width, height, Windows().frames)
+    pipeline(moving(16, 16, 5))  # libraries that load on first use
+    if arguments.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        pipeline(frames)
+        return torch.cuda.max_memory_allocated() - before
+    before = _status_bytes("VmRSS")
+    pipeline(frames)
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    """Linux's account of this process; ru_maxrss would begin with the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--size", type=parse_size, default=(64, 48), help="of the video whose time is measured, px")
+    parser.add_argument("--frames", type=int, default=53)
+    sizes = [(32, 32), (64, 48), (96, 64), (128, 96)]
+    parser.add_argument("--sizes", type=parse_size, nargs="*", default=sizes, help="inputs whose memory is measured")
+    parser.add_argument("--window-of", type=parse_size, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.window_of:
+        print(one_window(*arguments.window_of, arguments))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "in.mp4"
+        width, height = arguments.size
+        with VideoWriter(source, width=width, height=height, frame_rate=RATE, crf=10) as writer:
+            writer.write(moving(width, height, arguments.frames))
+        apart = step_by_step(source, Path(folder) / "apart.mp4", arguments)
+        together = as_the_command(source, Path(folder) / "out.mp4", arguments)
+    print(f"{arguments.frames} frames of {width}x{height}, seconds")
+    for step, seconds in apart.items():
+        print(f"  {step:<12}{seconds:8.2f}" + (f"{together[step]:8.2f}" if step in together else "       –"))
+    print(f"  {'in all':<12}{sum(apart.values()):8.2f}{together['wall']:8.2f}   (apart, as the command)")
+    estimate, memory = MemoryEstimate(arguments.model, DTYPES[arguments.dtype]), []
+    print("one window: input, predicted and measured GiB, without weights")
+    for width, height in arguments.sizes:
+        own = estimate.window(Windows().frames, width * SCALE, height * SCALE, Tiling())
+        predicted, measured = own.peak - own.weights, measured_memory(width, height, arguments)
+        memory.append({"width": width, "height": height, "predicted": predicted, "measured": measured})
+        print(f"  {f'{width}x{height}':<12}{predicted / GIB:8.3f}{measured / GIB:8.3f}{measured / predicted:8.2f}")
+    print(json.dumps({"apart_s": apart, "together_s": together, "memory_bytes": memory, "seed": SEED}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,111 @@
+"""What is written: codecs, the containers that take them, and the filters that bring RGB frames there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from common.video_probe import BT709, BT2020, BT2020_CL, BT2020_NCL, UNSPECIFIED, Colour, untagged_matrix
+from common.video_reader import EXACT
+
+Quality = Literal["lossy", "lossless"]
+BitDepth = Literal[8, 10, 16]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One of FFmpeg's encoders."""
+
+    name: str
+    #: containers that take it
+    suffixes: tuple[str, ...]
+    #: that is hard to tell from the source; None: the encoder has no such number
+    crf: float | None
+    #: for 8 bits and for more: 10 in videos, 16 in images
+    pixel_formats: tuple[str, str] = ("yuv420p", "yuv420p10le")
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ENCODERS: dict[str, Encoder] = {
+    "h264": Encoder("libx264", (".mp4", ".mkv", ".mov", ".m4v", ".avi"), 15, options={"preset": "medium"}),
+    "hevc": Encoder(
+        "libx265", (".mp4", ".mkv", ".mov", ".m4v"), 17,
+        options={"preset": "medium", "tag:v": "hvc1", "x265-params": "log-level=error"},
+    ),
+    "av1": Encoder("libsvtav1", (".mp4", ".mkv", ".webm"), 23, options={"preset": "6"}),
+    "vp9": Encoder("libvpx-vp9", (".webm", ".mkv", ".mp4"), 20, options={"b:v": "0", "row-mt": "1"}),
+    "prores": Encoder(
+        "prores_ks", (".mov",), None, ("yuv422p10le", "yuv422p10le"), {"profile:v": "hq", "vendor": "apl0"},
+    ),
+}  # fmt: skip
+#: images: each packet of a part is a whole file; JPEG holds 8 bits
+IMAGE_ENCODERS: dict[str, Encoder] = {
+    "png": Encoder("png", (".png",), None, ("rgb24", "rgb48be")),
+    "tiff": Encoder("tiff", (".tif", ".tiff"), None, ("rgb24", "rgb48le"), {"compression_algo": "deflate"}),
+    "jpeg": Encoder("mjpeg", (".jpg", ".jpeg"), None, ("yuvj444p", "yuvj444p"), {"q:v": 2}),
+}
+#: standard output: raw frames after one line that says their size, rate and format
+Y4M = Encoder("wrapped_avframe", (), None, options={"format": "yuv4mpegpipe", "strict": -1})
+#: images that are written
+IMAGE_OUTPUT_SUFFIXES = tuple(suffix for encoder in IMAGE_ENCODERS.values() for suffix in encoder.suffixes)
+#: containers that take what is written here
+OUTPUT_SUFFIXES = (".mp4", ".mkv", ".mov", ".m4v", ".avi", ".webm")
+
+
+def encoding(
+    source: Any,
+    written: tuple[int, int],
+    codec: str,
+    *,
+    quality: Quality = "lossy",
+    crf: float | None = None,
+    wide: bool = False,
+    encoder_options: dict[str, str] | None = None,
+    colour: Colour | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """FFmpeg's filters and output options.
+
+    Args:
+        source: ffmpeg-python's stream of RGB frames.
+        written: (width, height) of them.
+        codec: one of ENCODERS or IMAGE_ENCODERS, or y4m.
+        quality: lossless is x264 RGB at quantiser 0, whatever the codec.
+        wide: more than 8 bits.
+        colour: primaries and transfer of the frames.
+
+    Returns:
+        The stream to write, and options of the output.
+    """
+    if quality == "lossless":
+        return source, {"preset": "medium", "vcodec": "libx264rgb", "qp": 0, "pix_fmt": "rgb24"}
+    encoder = Y4M if codec == "y4m" else (ENCODERS | IMAGE_ENCODERS)[codec]
+    options = encoder.options | (encoder_options or {})
+    pixels = encoder.pixel_formats[wide]
+    options |= {"vcodec": encoder.name, "pix_fmt": pixels}
+    if codec in IMAGE_ENCODERS:  # untagged: readers of images expect RGB, and BT.601 in full range from a JPEG
+        if codec == "jpeg":
+            exact = f"bicubic+{EXACT}"
+            source = source.filter("scale", out_color_matrix="smpte170m", out_range="pc", flags=exact)
+        return source.filter("format", pixels), options
+    if encoder.crf is not None:
+        options["crf"] = encoder.crf if crf is None else crf
+    tags = _tags(colour or Colour())
+    named = {"colorspace": tags.matrix, "color_primaries": tags.primaries, "color_trc": tags.transfer}
+    matrix = "bt2020" if tags.matrix == BT2020_NCL else "bt709"
+    if codec == "y4m":  # it holds no tags: what readers take untagged video for
+        matrix = "bt709" if untagged_matrix(*written) == BT709 else "smpte170m"
+        named = {}
+    options |= named  # FFmpeg before 8 takes the tags from here, later ones from the frames
+    source = source.filter("scale", out_color_matrix=matrix, out_range="tv", flags=f"bicubic+{EXACT}")
+    source = source.filter("format", pixels).filter("setparams", range="tv", **named)
+    if written[0] % 2 or written[1] % 2:  # 4:2:0 needs even sides
+        source = source.filter("pad", written[0] + written[0] % 2, written[1] + written[1] % 2)
+    return source, options
+
+
+def _tags(colour: Colour) -> Colour:
+    """Of a written file: the source's primaries and transfer, and the matrix that belongs to them."""
+    wide = colour.matrix in (BT2020_NCL, BT2020_CL)
+    primaries = (BT2020 if wide else BT709) if colour.primaries in (UNSPECIFIED, 0, 3) else colour.primaries
+    transfer = BT709 if colour.transfer in (UNSPECIFIED, 0, 3) else colour.transfer
+    return Colour(BT2020_NCL if primaries == BT2020 else BT709, primaries, transfer)

@@ -1,0 +1,108 @@
+"""How much memory a window needs, found without weights, computing or a GPU: the model runs on PyTorch's meta device.
+
+Tensors of the meta device have shapes and no content; `LiveBytes` counts what would live at the same time. Attention
+counts as its result, as flash attention needs it. What an allocator reserves beyond that, and the program itself, come
+on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from common.live_bytes import LiveBytes
+from pipeline.model.prompts import load_prompts
+from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, decode_latents, encode_video, vae_class
+from pipeline.vsr_pipeline import Tiling
+
+GIB = 2**30
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Attention whose table of weights never exists."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            query, _, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class WindowMemory:
+    """Bytes; of each step at its peak, without weights."""
+
+    weights: int
+    encode: int
+    transformer: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        """Of the whole window."""
+        return self.weights + max(self.encode, self.transformer, self.decode)
+
+
+class MemoryEstimate:
+    """The networks of a model folder, on the meta device."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """
+        Raises:
+            UserError: the folder lacks a part.
+        """
+        vae = vae_class(folder / "vae")
+        with torch.device("meta"):
+            self._vae: Any = vae.from_config(vae.load_config(folder / "vae"))
+            config = VSRTransformer.load_config(folder / "transformer")
+            self._transformer: Any = VSRTransformer.from_config(config)
+        for network in (self._vae, self._transformer):
+            network.requires_grad_(False).eval()
+            kept = set(network._keep_in_fp32_modules or ())
+            for name, parameter in network.named_parameters():
+                if not kept & set(name.split(".")):
+                    parameter.data = parameter.data.to(dtype)
+        self._prompt = load_prompts(folder / "prompts").embed([""]).to("meta", dtype)
+        self._bytes_per_value = torch.finfo(dtype).bits // 8
+        self.weights = sum(value.nbytes for network in (self._vae, self._transformer) for value in network.parameters())
+
+    def window(self, frames: int, width: int, height: int, tiling: Tiling) -> WindowMemory:
+        """Of `frames` frames of the model's output size, px."""
+        multiple = SPATIAL_FACTOR * max(self._transformer.config.patch_size[1:])
+        frames += -(frames - 1) % TEMPORAL_FACTOR
+        whole = tuple(-(-side // multiple) * multiple for side in (height, width))
+
+        def tile(px: int | None) -> tuple[int, int]:
+            side = None if px is None else max(multiple, px // multiple * multiple)
+            return tuple(length if side is None else min(side, length) for length in whole)  # type: ignore[return-value]
+
+        latent_frames = (frames - 1) // TEMPORAL_FACTOR + 1
+        channels = self._vae.config.z_dim
+
+        def latent(size: tuple[int, ...]) -> Tensor:
+            return torch.empty(1, channels, latent_frames, *(s // SPATIAL_FACTOR for s in size), device="meta")
+
+        encoded = tile(tiling.vae_tile_px)
+        pixels = torch.empty(1, 3, frames, *encoded, device="meta")
+        encode = _peak(lambda: encode_video(self._vae, pixels)) + pixels[0].numel() * self._bytes_per_value
+        z = latent(tile(tiling.transformer_tile_px))
+        t = torch.ones(1, device="meta")
+        transformer = _peak(lambda: self._transformer(z, t, z, self._prompt)) + 4 * latent(whole).nbytes
+        decoded = tile(tiling.decode_tile_px or tiling.vae_tile_px)
+        decode = _peak(lambda: decode_latents(self._vae, latent(decoded)))
+        if decoded != whole:  # the strip of tiles and the picture that they are put into
+            decode += 4 * 3 * frames * whole[1] * (decoded[0] + whole[0])
+        return WindowMemory(self.weights, encode, transformer, decode)
+
+
+def _peak(compute: Any) -> int:
+    with LiveBytes("meta") as live, _FlashAttention(), torch.no_grad():
+        compute()
+    return live.peak

@@ -1,0 +1,238 @@
+"""The frames of one job on their way: read, upscaled and written, in parts or to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.encoders import BitDepth
+from common.errors import UserError
+from common.prefetch import prefetch
+from common.progress import progress
+from common.scale import SCALE
+from common.scene_cuts import CONTEXT
+from common.video_writer import VideoWriter
+from pipeline.model.attention import set_attention
+from pipeline.model.config import Attention
+from pipeline.model.vae import to_frames, upsample_low_resolution
+from pipeline.resumable_video import VideoParts
+from pipeline.upscale_job import Job
+from pipeline.upscale_source import FrameReader
+from pipeline.video_windows import Place, upscale_video
+from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline, smaller_tiles
+
+#: a video that ends so many frames before its header says is no rounding
+MISSING_FRAMES = 3
+
+
+Clips = Iterator[tuple[np.ndarray, Place | None]]
+#: called with frames written and frames in all, None where that is not known; what it raises ends the job
+Watch = Callable[[int, int | None], None]
+
+
+@cache
+def _pipeline(model: Path, device: str, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+    pipeline = open_pipeline(model, device, dtype)
+    set_attention(pipeline.transformer, attention)
+    return pipeline
+
+
+def with_model(
+    frames: Iterator[np.ndarray],
+    first: int,
+    job: Job,
+    tiling: Tiling,
+    arguments: argparse.Namespace,
+    statistics: dict[str, float],
+) -> Clips:
+    """`upscale_video` with the command's options; the model is opened before anything is returned."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    return upscale_video(
+        _pipeline(arguments.model, arguments.device, dtype, arguments.attention),
+        frames,
+        job.windows,
+        first=first,
+        context=min(first, CONTEXT),
+        statistics=statistics,
+        prompt=arguments.prompt,
+        seed=arguments.seed,
+        num_inference_steps=arguments.steps,
+        guidance_weight=arguments.guidance,
+        colour_fix=arguments.colour_fix,
+        bit_depth=job.bit_depth,
+        tiling=tiling,
+    )
+
+
+def with_bicubic(frames: Iterator[np.ndarray], first: int, bit_depth: BitDepth) -> Clips:
+    """Frames enlarged as for z_LR, one by one."""
+    for number, frame in enumerate(itertools.islice(frames, min(first, CONTEXT), None), first):
+        yield (to_frames(upsample_low_resolution(frame[None]), bit_depth).numpy(), Place(number + 1, 0))
+
+
+def upscale_parts(
+    parts: VideoParts, job: Job, arguments: argparse.Namespace, statistics: dict[str, float], watch: Watch | None = None
+) -> None:
+    """All that is missing; where the GPU's memory is full, on from the last complete part with smaller tiles.
+
+    Raises:
+        UserError: the smallest tiles do not fit either.
+    """
+    tiling: Tiling | None = job.tiling
+    while parts.place is not None:
+        assert tiling is not None
+        try:
+            return write_parts(parts, parts.place, job, arguments, tiling, statistics, watch)
+        except torch.cuda.OutOfMemoryError:
+            width, height = (side * SCALE for side in job.size.model_input)
+            tiling = smaller_tiles(tiling, width, height)
+            if tiling is None:
+                raise UserError("the GPU's memory is full with the smallest tiles; try a smaller --window") from None
+            statistics.clear()
+            statistics.update(parts.statistics)
+            print(
+                f"the GPU's memory is full: on with --decode-tile {tiling.decode_tile_px or tiling.vae_tile_px}"
+                f" --vae-tile {tiling.vae_tile_px or 'whole'} --tile {tiling.transformer_tile_px or 'whole'}",
+                file=sys.stderr,
+            )
+        torch.cuda.empty_cache()
+
+
+def write_parts(
+    parts: VideoParts,
+    place: Place,
+    job: Job,
+    arguments: argparse.Namespace,
+    tiling: Tiling,
+    statistics: dict[str, float],
+    watch: Watch | None = None,
+) -> None:
+    """Upscale what is missing, from `place` on.
+
+    Raises:
+        UserError: the input is damaged and `--on-error stop` was given, or a part cannot be written.
+    """
+    reader, context = open_reader(job, arguments, place.start)
+    clips = upscaled(reader, place.start, job, arguments, tiling, statistics)
+    total = frames_to_write(job, arguments)
+    with progress(total, "upscaling", "frame", start=parts.frames) as bar:
+
+        def advance(count: int) -> None:
+            bar.advance(count)
+            if watch is not None:
+                watch(bar.done, total)
+
+        parts.write(clips, reader, context, writer_of(job, arguments), statistics, advance)
+
+
+def write_to_pipe(job: Job, arguments: argparse.Namespace, statistics: dict[str, float], pipe: int) -> FrameReader:
+    """The whole video as y4m, without parts: what is in the pipe cannot be resumed.
+
+    Args:
+        pipe: a file descriptor.
+
+    Raises:
+        UserError: the input is damaged and `--on-error stop` was given, or the other side reads no more.
+    """
+    reader, _ = open_reader(job, arguments, 0)
+    with (
+        progress(frames_to_write(job, arguments), "upscaling", "frame") as bar,
+        writer_of(job, arguments)(job.output, pipe=pipe) as writer,
+    ):
+        for frames, _ in upscaled(reader, 0, job, arguments, job.tiling, statistics):
+            writer.write(frames)
+            bar.advance(len(frames))
+    return reader
+
+
+def frames_to_write(job: Job, arguments: argparse.Namespace) -> int | None:
+    """For progress bars; None where it is not known."""
+    total = job.info.estimated_frames and max(job.info.estimated_frames - arguments.start, 0)
+    return total if arguments.frames is None else min(arguments.frames, total or arguments.frames)
+
+
+def open_reader(job: Job, arguments: argparse.Namespace, start: int) -> tuple[FrameReader, int]:
+    """What is left to read when the output goes on at its frame `start`, and how many frames before it come first."""
+    wanted = None if arguments.frames is None else arguments.frames - start
+    context = min(start, CONTEXT)  # frames before it, in which scene cuts are looked for
+    reader = job.source.reader(
+        arguments.start + start - context,
+        wanted and wanted + context,
+        size=job.size.model_input,
+        frame_rate=job.frame_rate,
+        deinterlace=arguments.deinterlace,
+        bits=16 if job.bit_depth > 8 and job.info.bits > 8 else 8,
+    )
+    return reader, context
+
+
+def upscaled(
+    reader: FrameReader,
+    start: int,
+    job: Job,
+    arguments: argparse.Namespace,
+    tiling: Tiling,
+    statistics: dict[str, float],
+) -> Clips:
+    """Clips of the output from its frame `start` on; frames are read ahead in a thread."""
+    frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
+    if arguments.bicubic:
+        statistics["dit_evaluations"] = 0
+        return with_bicubic(frames, start, job.bit_depth)
+    return with_model(frames, start, job, tiling, arguments, statistics)
+
+
+def writer_of(job: Job, arguments: argparse.Namespace) -> Callable[..., VideoWriter]:
+    """Opens a file, or a pipe, for the frames of the job."""
+    return partial(
+        VideoWriter,
+        width=job.size.model_input[0] * SCALE,
+        height=job.size.model_input[1] * SCALE,
+        size=job.size.output,
+        frame_rate=job.written_rate,
+        quality="lossless" if arguments.lossless else "lossy",
+        crf=arguments.crf,
+        codec=job.codec,
+        encoder_options=arguments.encoder_options,
+        bit_depth=job.bit_depth,
+        sample_aspect_ratio=job.size.sample_aspect_ratio,
+        colour=job.info.colour,
+        b_frames=job.output.suffix.lower() != ".avi",
+    )
+
+
+def _until_damaged(reader: FrameReader) -> Iterator[np.ndarray]:
+    for frame in reader:
+        if reader.errors:
+            break
+        yield frame
+    if reader.errors:
+        raise UserError(
+            f"{reader.path} is damaged after {reader.count} frames ({reader.errors[0]}); --on-error keep goes on"
+        )
+
+
+def damage_of(errors: list[str], end_s: Fraction | None, job: Job, arguments: argparse.Namespace) -> list[str]:
+    """What is wrong with the input's picture, one line each.
+
+    Args:
+        errors: of the reader.
+        end_s: when the last frame ends; None where frames have no times.
+    """
+    damage = []
+    if errors:
+        damage.append(f"damaged, {len(errors)} kinds of errors; the first: {errors[0]}")
+    if arguments.frames is None and job.info.end_s is not None and end_s is not None:
+        period_s = 1 / job.written_rate
+        missing = round((job.info.end_s - float(end_s)) / float(period_s))
+        if missing >= MISSING_FRAMES:
+            damage.append(f"it ends {missing} frames earlier than its header says")
+    return damage
