@@ -30,6 +30,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
 _OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "qp", "s", "bf", "frames"})
 #: what is used without --model: a small model, trained on a CPU (docs/small.md)
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
+#: its DiT tile: attention over all places of a frame would take a CPU minutes, and it was trained on clips of 128 px
+DEFAULT_MODEL_TILE_PX = 384
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,6 +62,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
     if arguments.model is None and not arguments.bicubic:
         arguments.model = _default_model()
+        if arguments.tile is None:
+            arguments.tile = DEFAULT_MODEL_TILE_PX
     try:
         kind = torch.device(arguments.device).type
     except RuntimeError:
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
     parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
     parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
-    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided")
+    parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided, 384 without --model")
     parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: undivided")
     parser.add_argument("--decode-tile", type=int, help="VAE decoder tile; default: as --vae-tile")
     parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
