@@ -42,7 +42,13 @@ def test_folder_holds_no_pickle_and_opens_to_the_same_model(pipeline, tmp_path):
     opened = open_pipeline(tmp_path)
     assert opened.config.num_inference_steps == 2
     result = opened(clip())
-    assert result.dit_evaluations == 2 and set(result.seconds) == {"encode", "transformer", "decode"}
+    assert result.dit_evaluations == 2 and set(result.seconds) == {
+        "upsample",
+        "encode",
+        "transformer",
+        "decode",
+        "colour",
+    }
     assert np.array_equal(result.frames, pipeline(clip()).frames)
 
 
