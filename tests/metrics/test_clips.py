@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.encoders import OUTPUT_SUFFIXES
 from common.errors import UserError
 from common.video_probe import ffmpeg_binary
-from common.video_writer import OUTPUT_SUFFIXES
 from metrics.clips import Clip, Frame, find_clips, load_clip, open_clip
 from metrics.fit_niqe import fit_niqe
 from metrics.frame_metric import ClipSize, MetricSettings
