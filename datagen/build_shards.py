@@ -45,7 +45,9 @@ def main() -> None:
         workers=arguments.workers,
         reuse=arguments.reuse,
     )
-    print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards")
+    held_out = sum(entry.samples for entry in manifest.shards_of("validation"))
+    also = f", {held_out} of them held out" if config.validation_share else ""
+    print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards{also}")
 
 
 def build(

@@ -103,6 +103,9 @@ class DatagenConfig(Section):
     #: neighbouring windows that stay together in the shards, so that they are decoded in one go; 1 mixes them all,
     #: which costs half a group of pictures of decoding for each [ours]
     windows_together: int = Field(default=8, ge=1)
+    #: part of the sources that is held out of training for validation, in shards of its own; drawn by the seed and each
+    #: source's content. 0 = none [ours]
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
     #: samples per tar, the unit of restart
     samples_per_shard: int = Field(default=64, ge=1)
     #: also keep the LR and HR clips, lossless: needed for preference pairs and decoder training

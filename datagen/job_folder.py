@@ -37,7 +37,7 @@ from datagen.dataset.shard_format import (
 from datagen.dataset.shard_statistics import ShardStatistics, summed
 from datagen.encode.clip import Fault
 from datagen.encode.ray_jobs import EncodedSample
-from datagen.plan import Plan, deciding
+from datagen.plan import COPY, Plan, deciding
 from datagen.survey.source_survey import Unreadable
 
 #: up to this many unreadable sources a job goes on as long as others are readable [ours]
@@ -101,6 +101,12 @@ def begin(
         reasons += [source.reason for source in unreadable]
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise UserError(f"no window can be used: {'; '.join(reasons[:3])}{more}")
+    if plan.held_out == len(plan.samples):
+        example = next(line for line in plan.rejected if line["reason"].startswith(COPY))
+        raise UserError(
+            f"nothing is left to train on: every source that is not held out shares a window with one that is, for "
+            f"instance {example['source']} ({example['reason']}); cut it off, or set datagen.validation_share to 0"
+        )
     now = {"hash": plan.hash, "samples": len(plan.samples), "config": deciding(config), "versions": versions}
     try:
         begun = json.loads(folder.read(PLAN))
@@ -153,7 +159,7 @@ def write_shards(
                 samples = _made(shard, failed, statistics, bar, counts)
                 # write_shard takes the samples first: `failed` and `statistics` are complete when it reads extra
                 extra = {"plan": plan.hash, "failed": failed, "statistics": statistics.record}
-                sidecars[index] = write_shard(folder, index, samples, extra)
+                sidecars[index] = write_shard(folder, index, samples, extra, plan.split_of(index))
     return [sidecars[index] for index in range(len(shards))]
 
 
@@ -203,6 +209,8 @@ def finish(
         "planned": len(plan.samples),
         "failed": sum(fault["kind"] == "failed" for fault in faults),
     }
+    if plan.held_out is not None:
+        counts["held_out"] = plan.held_out
     extra = {
         "plan": plan.hash,
         "config": deciding(config),
