@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from common.config import Section
-from common.errors import UserError
+from common.errors import StorageError, UserError
 
 
 class StorageConfig(Section):
@@ -29,7 +29,8 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     #: read public buckets without credentials
     anonymous: bool = False
-    #: attempts per request; s3fs pauses between them, longer each time [ours]
+    #: attempts per request, and per clip whose local file cannot be read, with longer and longer pauses between them
+    #: [ours]
     attempts: int = Field(default=8, ge=1)
 
 
@@ -200,18 +201,18 @@ def s3_errors(what: str, config: StorageConfig) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: as it is.
-        UserError: access is denied, or the attempts are used up.
+        StorageError: access is denied, or the attempts are used up.
     """
     try:
         yield
     except (FileNotFoundError, UserError):
         raise
     except PermissionError as error:
-        raise UserError(
+        raise StorageError(
             f"{what}: access denied ({_short(error)}); check the AWS credentials or set storage.anonymous: true"
         ) from None
     except Exception as error:
-        raise UserError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
+        raise StorageError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
 
 
 @contextmanager

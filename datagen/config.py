@@ -116,6 +116,9 @@ class DatagenConfig(Section):
     #: stop when more than this part of the sources is unreadable; fewer than ten of them never stop a job with
     #: readable ones [ours]
     max_quarantined: float = Field(default=0.1, ge=0, le=1)
+    #: stop before a shard is committed when more than this part of its samples, or of the job's, failed; up to ten
+    #: failures never stop a job that makes samples [ours]
+    max_failed: float = Field(default=0.1, ge=0, le=1)
     #: seconds a clip may take to decode before it is quarantined [ours]
     decode_timeout_s: float = Field(default=300.0, gt=0)
 
