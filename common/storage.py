@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,6 +149,21 @@ class S3Folder:
         with self._request() as system:
             system.pipe_file(self._path(name), content)
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Put `content` under `name` unless there is something; whether it was put."""
+        try:
+            with self._request() as system:
+                system.pipe_file(self._path(name), content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def changed(self, name: str) -> datetime:
+        """When `name` was written last, by the server's clock."""
+        with self._request() as system:
+            found: datetime = system.info(self._path(name))["LastModified"]
+            return found
+
     def temporary(self, name: str) -> Path:
         directory = Path(tempfile.gettempdir()) / "duo-vsr"
         directory.mkdir(parents=True, exist_ok=True)
@@ -200,12 +216,12 @@ def s3_errors(what: str, config: StorageConfig) -> Iterator[None]:
     """Errors of requests inside the block as errors for people.
 
     Raises:
-        FileNotFoundError: as it is.
+        FileNotFoundError, FileExistsError: as they are.
         StorageError: access is denied, or the attempts are used up.
     """
     try:
         yield
-    except (FileNotFoundError, UserError):
+    except (FileNotFoundError, FileExistsError, UserError):
         raise
     except PermissionError as error:
         raise StorageError(

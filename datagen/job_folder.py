@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import ray
 from common.errors import StorageError, UserError
 from common.locking import only_writer
 from common.progress import progress
-from common.storage import Folder, LocalFolder
+from common.s3_lock import only_s3_writer
+from common.storage import Folder, LocalFolder, S3Folder
 from datagen.config import DatagenConfig
 from datagen.dataset.data_card import write_report
 from datagen.dataset.shard_format import (
@@ -51,7 +52,7 @@ QUARANTINE = "quarantine.jsonl"
 
 @contextmanager
 def writing(folder: Folder) -> Iterator[None]:
-    """Be the only writer of a local folder; a job that fails without a committed shard leaves only its survey behind.
+    """Be the only writer of a folder; a job that fails without a committed shard leaves only its survey behind.
 
     Raises:
         StorageError: a disk that is full or gone.
@@ -60,7 +61,7 @@ def writing(folder: Folder) -> Iterator[None]:
     local = isinstance(folder, LocalFolder)
     existed = local and Path(folder.url).is_dir()
     try:
-        with only_writer(Path(folder.url)) if local else nullcontext():
+        with only_s3_writer(folder) if isinstance(folder, S3Folder) else only_writer(Path(folder.url)):
             if isinstance(folder, LocalFolder):
                 folder.remove_temporary_files()
             try:
