@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
 
 
-def iterate_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def iterate_rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any]]:
     """The rows, in order, as they come. Close it before `ray.shutdown()`, which else waits for its thread for ever."""
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

@@ -17,7 +17,7 @@ import itertools
 import json
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -99,8 +99,9 @@ def encode(
             **share,
         )
     )
-    for row in iterate_rows(dataset):
-        yield from _samples(row, versions)
+    with closing(iterate_rows(dataset)) as made:
+        for row in made:
+            yield from _samples(row, versions)
 
 
 def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:

@@ -71,8 +71,9 @@ def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig
     dataset = dataset_of(rows).map_batches(
         work, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
     )
-    for source, row in zip(sources, iterate_rows(dataset), strict=True):
-        yield from_document(json.loads(row["survey"]), source)
+    with closing(iterate_rows(dataset)) as surveyed:
+        for source, row in zip(sources, surveyed, strict=True):
+            yield from_document(json.loads(row["survey"]), source)
 
 
 def _of(source: Source, config: DatagenConfig, storage: StorageConfig) -> Survey:
