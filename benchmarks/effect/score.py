@@ -45,7 +45,7 @@ from pipeline.vsr_pipeline import open_pipeline
 SEEDS = (0, 1, 2)
 RECIPE = "light"
 METRICS = ("niqe", "vmaf", "vmaf_neg", "cvvdp", "psnr", "temporal", "grid", "noise")
-SHIPPED = [f"preference={Path(__file__).resolve().parents[2] / 'assets' / 'small'}"]
+SHIPPED = [f"shipped={Path(__file__).resolve().parents[2] / 'assets' / 'small'}"]
 #: the frame that the images show
 SHOWN = FRAMES // 2
 
@@ -182,7 +182,7 @@ def main() -> None:
         "--model",
         action="append",
         metavar="NAME=FOLDER[:STEPS]",
-        help="default: the repository's, preference=assets/small",
+        help="default: the repository's, shipped=assets/small",
     )
     parser.add_argument("--clips", type=Path, help="folder of the clips' files, instead of the installed wheels")
     arguments = parser.parse_args()
