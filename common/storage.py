@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from common.config import Section
-from common.errors import StorageError, UserError
+from common.errors import UserError
 
 
 class StorageConfig(Section):
@@ -30,8 +29,7 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     #: read public buckets without credentials
     anonymous: bool = False
-    #: attempts per request, and per clip whose local file cannot be read, with longer and longer pauses between them
-    #: [ours]
+    #: attempts per request; s3fs pauses between them, longer each time [ours]
     attempts: int = Field(default=8, ge=1)
 
 
@@ -149,21 +147,6 @@ class S3Folder:
         with self._request() as system:
             system.pipe_file(self._path(name), content)
 
-    def create(self, name: str, content: bytes) -> bool:
-        """Put `content` under `name` unless there is something; whether it was put."""
-        try:
-            with self._request() as system:
-                system.pipe_file(self._path(name), content, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def changed(self, name: str) -> datetime:
-        """When `name` was written last, by the server's clock."""
-        with self._request() as system:
-            found: datetime = system.info(self._path(name))["LastModified"]
-            return found
-
     def temporary(self, name: str) -> Path:
         directory = Path(tempfile.gettempdir()) / "duo-vsr"
         directory.mkdir(parents=True, exist_ok=True)
@@ -216,19 +199,19 @@ def s3_errors(what: str, config: StorageConfig) -> Iterator[None]:
     """Errors of requests inside the block as errors for people.
 
     Raises:
-        FileNotFoundError, FileExistsError: as they are.
-        StorageError: access is denied, or the attempts are used up.
+        FileNotFoundError: as it is.
+        UserError: access is denied, or the attempts are used up.
     """
     try:
         yield
-    except (FileNotFoundError, FileExistsError, UserError):
+    except (FileNotFoundError, UserError):
         raise
     except PermissionError as error:
-        raise StorageError(
+        raise UserError(
             f"{what}: access denied ({_short(error)}); check the AWS credentials or set storage.anonymous: true"
         ) from None
     except Exception as error:
-        raise StorageError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
+        raise UserError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
 
 
 @contextmanager

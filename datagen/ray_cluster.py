@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ ANSWER_WITHIN_S = 5.0
 #: grow with their number [ours]
 VARIANTS_PER_ROW = 8
 
-#: how often a task is tried again after its worker died; Ray Data's default is for ever. Enough for a task whose
-#: clips all end their worker as often as datagen/encode/attempts.py lets them [ours]
-MAX_RETRIES = 24
+#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
+MAX_RETRIES = 3
 
 
 def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
@@ -80,14 +79,11 @@ def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
 
 
-def iterate_rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any]]:
-    """The rows, in order, as they come. Close it before `ray.shutdown()`, which else waits for its thread for ever."""
-    try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            for index in range(batch.num_rows):
-                yield batch.slice(index, 1).to_pylist()[0]
-    finally:
-        dataset._synchronize_progress_bar()  # ends the executor and waits for it, which is all that it does
+def iterate_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """The rows, in order, as they come."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for index in range(batch.num_rows):
+            yield batch.slice(index, 1).to_pylist()[0]
 
 
 def text_array(values: list[str]) -> pa.Array:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from datagen.dataset.shard_format import (
     ShardEntry,
     Sidecar,
     Span,
-    Split,
     read_manifest,
     read_member,
     read_sidecar,
@@ -81,18 +80,12 @@ class ShardDataset:
 
     @classmethod
     def open(
-        cls,
-        address: str | os.PathLike[str],
-        storage: StorageConfig | None = None,
-        *,
-        kind: str | None = None,
-        split: Split | Literal["all"] = "all",
+        cls, address: str | os.PathLike[str], storage: StorageConfig | None = None, *, kind: str | None = None
     ) -> tuple[ShardDataset, Manifest]:
-        """Samples of a finished dataset, and its manifest.
+        """All samples of a finished dataset, and its manifest.
 
         Args:
             kind: `clips` or `pairs`: what it has to hold.
-            split: which of its samples; those of a dataset without a split are training samples.
 
         Raises:
             UserError: no finished dataset there, one of another kind, or an empty one.
@@ -102,11 +95,9 @@ class ShardDataset:
         if kind is not None and manifest.kind != kind:
             maker = {"clips": "datagen.build_shards", "pairs": "preference.build"}[kind]
             raise UserError(f"{address} holds {manifest.kind}; give the {kind} that {maker} wrote")
-        dataset = cls(folder, manifest.shards_of(split))
-        if not len(dataset):
-            what = "sample" if split == "all" else f"{split} sample"
-            raise UserError(f"{address} holds no {what}; look into its quarantine.jsonl for the reasons")
-        return dataset, manifest
+        if not manifest.samples:
+            raise UserError(f"{address} holds no sample; look into its quarantine.jsonl for the reasons")
+        return cls(folder, manifest.shards), manifest
 
     @property
     def fingerprint(self) -> str:

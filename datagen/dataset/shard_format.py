@@ -17,9 +17,9 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, ValidationError
 from webdataset import TarWriter
 
 from common.errors import UserError
@@ -28,9 +28,6 @@ from common.storage import Folder, open_folder
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-
-#: which samples a shard holds; None in datasets without a split, which are training samples as a whole
-Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,6 @@ class ShardEntry(BaseModel):
     samples: int
     bytes: int
     sha256: str
-    split: Split | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent_split(self, handler: Any) -> dict[str, Any]:
-        """Without the field where there is no split: the bytes that were written before the field existed."""
-        document: dict[str, Any] = handler(self)
-        if document["split"] is None:
-            del document["split"]
-        return document
 
 
 class Sidecar(ShardEntry):
@@ -95,15 +83,6 @@ class Manifest(BaseModel):
     shards: list[ShardEntry]
     extra: dict[str, Any] = {}
 
-    @property
-    def has_validation(self) -> bool:
-        """Whether some of its samples are held out."""
-        return any(entry.split == "validation" and entry.samples for entry in self.shards)
-
-    def shards_of(self, split: Split | Literal["all"]) -> list[ShardEntry]:
-        """Shards of one side; those of a dataset without a split are training shards."""
-        return [entry for entry in self.shards if split in ("all", entry.split or "train")]
-
 
 def shard_name(index: int) -> str:
     """Name of shard `index` inside the dataset folder."""
@@ -116,11 +95,7 @@ def sidecar_name(shard: str) -> str:
 
 
 def write_shard(
-    folder: Folder | str | os.PathLike[str],
-    index: int,
-    samples: Iterable[Sample],
-    extra: dict[str, Any] | None = None,
-    split: Split | None = None,
+    folder: Folder | str | os.PathLike[str], index: int, samples: Iterable[Sample], extra: dict[str, Any] | None = None
 ) -> Sidecar:
     """Write shard `index` atomically, the sidecar last.
 
@@ -158,7 +133,6 @@ def write_shard(
         keys=keys,
         members=members,
         extra=extra or {},
-        split=split,
     )
     folder.write(sidecar_name(name), _to_json(sidecar))
     return sidecar

@@ -1,7 +1,6 @@
 """One HR clip and all its degradations up to the VAE, and the samples they become. Runs on CPU workers.
 
-Nothing that a video can do escapes from here: every failure comes back as a `Fault` in the place of what it cost. Only
-that its file is out of reach does, which is no failure of the video.
+Nothing that a video can do escapes from here: every failure comes back as a `Fault` in the place of what it cost.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from common.errors import StorageError, UserError
+from common.errors import UserError
 from common.lossless_clip import encode_bytes
 from common.storage import StorageConfig
 from datagen.config import DatagenConfig, FilterConfig
@@ -72,8 +71,6 @@ def make_clip(plans: list[SamplePlan], config: DatagenConfig, storage: StorageCo
         if config.sharpen_targets:
             hr = sharpened(hr, config.sharpen_targets)
         stored = encode_bytes(hr) if config.store_clips else b""
-    except StorageError:
-        raise  # says nothing about this clip, and the next ones would fail too
     except Exception as error:
         return _fault(error, plan)
     return Clip(hr, stored, [_degraded(hr, variant, config) for variant in plans])

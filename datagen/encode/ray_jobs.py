@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -31,15 +29,10 @@ from common.scale import SCALE
 from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
-from datagen.encode.attempts import MAX_ATTEMPTS, attempt
 from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
 from datagen.encode.latent_reuse import LATENTS, EarlierDataset, Place, read_latent
 from datagen.plan import SamplePlan
 from datagen.ray_cluster import MAX_RETRIES, VARIANTS_PER_ROW, dataset_of, iterate_rows, text_array
-
-#: reasons against a clip
-ENDED = f"ends the process that works on it ({MAX_ATTEMPTS} times; out of memory, or a crash)"
-NOT_FINITE = "its latent is not finite (NaN or infinity)"
 
 
 class EncodedSample(NamedTuple):
@@ -57,7 +50,7 @@ def encode(
     vae: str,
     versions: dict[str, str],
     earlier: EarlierDataset | None = None,
-) -> Generator[EncodedSample]:
+) -> Iterator[EncodedSample]:
     """Each planned sample in order: decoded and degraded by CPU tasks, encoded by VAE actors.
 
     Args:
@@ -72,9 +65,7 @@ def encode(
     def degrade(table: pa.Table) -> pa.Table:
         plans, place = _plans(table["plans"][0].as_py()), json.loads(table["place"][0].as_py())
         z_hr = read_latent(earlier_url, Place.of(place), plans[0], storage) if place else b""
-        with attempt("degrade", plans[0].key) as allowed:
-            made = make_clip(plans, config, storage) if allowed else Fault(ENDED)
-        return _degraded(table["plans"], made, len(plans), z_hr)
+        return _degraded(table["plans"], make_clip(plans, config, storage), len(plans), z_hr)
 
     class Actor(_EncodeActor):
         def __init__(self) -> None:
@@ -99,9 +90,8 @@ def encode(
             **share,
         )
     )
-    with closing(iterate_rows(dataset)) as made:
-        for row in made:
-            yield from _samples(row, versions)
+    for row in iterate_rows(dataset):
+        yield from _samples(row, versions)
 
 
 def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:
@@ -140,44 +130,9 @@ class _EncodeActor:
         self._encoder = Encoder(vae, config.encode.cpus, config.encode.batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()
-        with ExitStack() as stack:
-            keys = [_plans(row["plans"])[0].key for row in rows]
-            allowed = [stack.enter_context(attempt("encode", key)) for key in keys]
-            made = iter(self._isolated([row for row, may in zip(rows, allowed, strict=True) if may]))
-            latents = [
-                next(made) if may else [Fault(ENDED)] * len(row["lr"]) for row, may in zip(rows, allowed, strict=True)
-            ]
-        faults = [
-            [
-                asdict(part) if isinstance(part, Fault) and not fault else fault
-                for fault, part in zip(before, row, strict=True)
-            ]
-            for before, row in zip(map(json.loads, table["faults"].to_pylist()), latents, strict=True)
-        ]
-        contents = [[b"" if isinstance(part, Fault) else part for part in row] for row in latents]
-        table = table.drop_columns(["hr", "z_hr", "lr", "faults"])
-        table = table.append_column("faults", text_array([json.dumps(row) for row in faults]))
-        return table.append_column("latents", _byte_lists(contents))
-
-    def _isolated(self, rows: list[dict[str, Any]]) -> list[list[bytes | Fault]]:
-        """`_latents`, where the VAE fails clip by clip, and with a second try for each: no clip costs another one."""
-        try:
-            return self._latents(rows)
-        except Exception as error:
-            logging.getLogger(__name__).warning("VAE, %d clips: %s", len(rows), error)
-        if len(rows) > 1:
-            return [latents for row in rows for latents in self._isolated([row])]
-        self._encoder.free_memory()
-        try:
-            return self._latents(rows)
-        except Exception as error:
-            return [[Fault(f"VAE: {type(error).__name__}: {error}")] * len(row["lr"]) for row in rows]
-
-    def _latents(self, rows: list[dict[str, Any]]) -> list[list[bytes | Fault]]:
-        """The member `latents.safetensors` of each variant, nothing where there is no LR."""
         from datagen.encode.vae_encoder import latents_member
 
+        rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()
         shapes = [_plans(row["plans"])[0] for row in rows]
         hr = [_pixels(row["hr"], plan, 1) for row, plan in zip(rows, shapes, strict=True) if row["hr"]]
         lr = [
@@ -187,12 +142,11 @@ class _EncodeActor:
             if content
         ]
         z_hr, z_lr = map(iter, self._encoder.latents(hr, lr))
-        latents: list[list[bytes | Fault]] = []
+        latents = []
         for row in rows:
             high = next(z_hr) if row["hr"] else row["z_hr"] and load(row["z_hr"])["z_hr"]
-            members = [latents_member(high, next(z_lr)) if content else b"" for content in row["lr"]]
-            latents.append([Fault(NOT_FINITE) if member is None else member for member in members])
-        return latents
+            latents.append([latents_member(high, next(z_lr)) if content else b"" for content in row["lr"]])
+        return table.drop_columns(["hr", "z_hr", "lr"]).append_column("latents", _byte_lists(latents))
 
 
 def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[EncodedSample]:

@@ -25,10 +25,8 @@ def vae_hash(folder: Path) -> str:
     return files_fingerprint(files, folder)
 
 
-def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes | None:
-    """The member `latents.safetensors` of a sample; None where a value is NaN or infinite."""
-    if not (z_hr.isfinite().all() and z_lr.isfinite().all()):
-        return None
+def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes:
+    """The member `latents.safetensors` of a sample."""
     # copies: parts of one batch share its memory, which safetensors refuses
     return save({"z_hr": z_hr.clone(), "z_lr": z_lr.clone()})
 
@@ -57,11 +55,6 @@ class Encoder:
         """
         latents = list(self._encoded(hr, lr))
         return latents[: len(hr)], latents[len(hr) :]
-
-    def free_memory(self) -> None:
-        """Give back what the GPU's allocator keeps: a clip may fit alone that did not fit beside others."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def _encoded(self, hr: list[np.ndarray], lr: list[np.ndarray]) -> Iterator[torch.Tensor]:

@@ -51,11 +51,10 @@ class SourceSurvey:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A video that cannot be decoded; `unreachable` if its bytes could not be read, so that it may be sound."""
+    """A video that cannot be decoded."""
 
     source: Source
     reason: str
-    unreachable: bool = False
 
 
 def to_document(survey: SourceSurvey | Unreadable) -> dict[str, Any]:

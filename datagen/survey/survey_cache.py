@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-from common.errors import StorageError, UserError
+from common.errors import UserError
 from common.fingerprint import fingerprint
 from common.progress import progress
 from common.storage import Folder, StorageConfig
@@ -26,28 +25,19 @@ SOURCES_PER_FILE = 64
 Survey = SourceSurvey | Unreadable
 
 
-def survey_all(
-    folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig, *, look_again: bool = False
-) -> list[Survey]:
-    """Surveys of all sources in order, taken from finished files where there are any.
-
-    Args:
-        look_again: survey files with a source that was out of reach anew, as long as no plan relies on them.
-    """
+def survey_all(folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> list[Survey]:
+    """Surveys of all sources in order, taken from finished files where there are any."""
     groups = [sources[first : first + SOURCES_PER_FILE] for first in range(0, len(sources), SOURCES_PER_FILE)]
     done: dict[int, list[Survey]] = {}
     for index, group in enumerate(groups):
         saved = _read(folder, index, group, config)
-        again = look_again and saved and any(isinstance(found, Unreadable) and found.unreachable for found in saved)
-        if saved is not None and not again:
+        if saved is not None:
             done[index] = saved
     missing = [index for index in range(len(groups)) if index not in done]
     if missing:
+        surveys = _survey([source for index in missing for source in groups[index]], config, storage)
         unreadable = 0
-        with (
-            closing(_survey([source for index in missing for source in groups[index]], config, storage)) as surveys,
-            progress(sum(len(groups[index]) for index in missing), "survey", "sources") as bar,
-        ):
+        with progress(sum(len(groups[index]) for index in missing), "survey", "sources") as bar:
             for index in missing:
                 done[index] = []
                 for found in itertools.islice(surveys, len(groups[index])):
@@ -60,7 +50,7 @@ def survey_all(
     return [found for index in range(len(groups)) for found in done[index]]
 
 
-def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> Generator[Survey]:
+def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> Iterator[Survey]:
     """The Ray job: a survey of each source, in order."""
 
     def work(table: pa.Table) -> pa.Table:
@@ -71,16 +61,15 @@ def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig
     dataset = dataset_of(rows).map_batches(
         work, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
     )
-    with closing(iterate_rows(dataset)) as surveyed:
-        for source, row in zip(sources, surveyed, strict=True):
-            yield from_document(json.loads(row["survey"]), source)
+    for source, row in zip(sources, iterate_rows(dataset), strict=True):
+        yield from_document(json.loads(row["survey"]), source)
 
 
 def _of(source: Source, config: DatagenConfig, storage: StorageConfig) -> Survey:
     try:
         return survey_isolated(source, config, storage)
     except UserError as error:
-        return Unreadable(source, str(error), unreachable=isinstance(error, StorageError))
+        return Unreadable(source, str(error))
     except Exception as error:
         return Unreadable(source, f"{source.id}: {type(error).__name__}: {error}")
 

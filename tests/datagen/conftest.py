@@ -82,7 +82,7 @@ def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, 
         build_command(config, videos, output, *more),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         check=False,
     )
