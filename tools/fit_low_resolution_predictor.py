@@ -23,7 +23,7 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from datagen.dataset.loader import ShardReader
 from pipeline.model.config import ModelConfig
-from pipeline.model.load_weights import build_transformer, load_transformer, saved_config
+from pipeline.model.load_weights import build_transformer, load_transformer, require_same_shapes, saved_config
 from pipeline.model.transformer import LowResolutionPredictor, VSRTransformer
 
 #: added to the diagonal of the normal equations, as a share of its mean
@@ -75,10 +75,17 @@ def _rows(z: Tensor) -> Tensor:
 
 
 def with_blocks_of(model: VSRTransformer, folder: Path) -> None:
-    """Take over everything but the predictor and the output projection from a trained model."""
+    """Take over everything but the predictor and the output projection from a trained model.
+
+    Raises:
+        UserError: it has other shapes.
+    """
     trained = load_transformer(folder, saved_config(folder)).state_dict()
-    taken = {name: value for name, value in trained.items() if not name.startswith(("proj_out", "predictor"))}
-    model.load_state_dict(taken, strict=False)
+    kept = ("proj_out", "predictor")
+    state = {name: value for name, value in trained.items() if not name.startswith(kept)}
+    state |= {name: value for name, value in model.state_dict().items() if name.startswith(kept)}
+    require_same_shapes(folder, state, model)
+    model.load_state_dict(state)
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def load_transformer(folder: str | Path, config: TransformerConfig) -> VSRTransf
     state["patch_embedding.weight"] = widen_patch_embedding(state["patch_embedding.weight"], config.latent_channels)
     with torch.device("meta"):
         model = VSRTransformer(**config.model_dump())
-    _require_same_shapes(folder, state, model)
+    require_same_shapes(folder, state, model)
     # Built anew off the meta device, because the rotary tables are buffers that no file holds.
     model = VSRTransformer(**config.model_dump())
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
@@ -139,7 +139,11 @@ def _require_same_kind(folder: Path, config: TransformerConfig) -> None:
             return
 
 
-def _require_same_shapes(folder: Path, state: dict[str, Tensor], model: VSRTransformer) -> None:
+def require_same_shapes(folder: Path, state: dict[str, Tensor], model: VSRTransformer) -> None:
+    """
+    Raises:
+        UserError: names or shapes of `state`, read from `folder`, are not the model's.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = [f"{name} is missing" for name in wanted if name not in found]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from pipeline.model.load_weights import load_transformer, saved_config
-from pipeline.model.transformer import LowResolutionPredictor
+from pipeline.model.transformer import LowResolutionPredictor, VSRTransformer
 from tests.trainer.presets import write_preset
-from tools.fit_low_resolution_predictor import fit, main
+from tools.fit_low_resolution_predictor import fit, main, with_blocks_of
 
 
 def test_least_squares_agree_with_numpy_and_with_the_residual():
@@ -59,3 +59,15 @@ def test_the_command_leaves_initial_weights_that_begin_at_the_prediction(tmp_pat
     assert not model.proj_out.weight.any() and model.predictor.filter.weight.any()
     first = load_file(tmp_path / "first" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(model.blocks[0].ffn.net[2].weight, first["blocks.0.ffn.net.2.weight"])
+
+
+def test_blocks_of_another_shape_are_refused(tmp_path):
+    shape = {
+        "latent_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 16,
+        "text_dim": 8, "low_resolution_skip": True, "low_resolution_deviation": 0.5,
+    }  # fmt: skip
+    VSRTransformer(**shape, num_layers=2).save_pretrained(tmp_path)
+    for change, fault in (({"num_layers": 3}, "blocks.2.* is missing"), ({"num_layers": 1}, "blocks.1.* is unknown")):
+        model = VSRTransformer(**{**shape, **change, "low_resolution_predictor": True})
+        with pytest.raises(UserError, match=fault):
+            with_blocks_of(model, tmp_path)
