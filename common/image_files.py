@@ -1,4 +1,4 @@
-"""Which image files make a sequence, and in which order: of a file, a folder, a printf pattern or a glob."""
+"""Image files: which make a sequence, in which order (a file, a folder, a printf pattern, a glob), their pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
 from common.video_probe import APPLE_DOUBLE, named_like_a_video
@@ -25,10 +27,10 @@ def named_like_an_image(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(APPLE_DOUBLE)
 
 
-def natural_order(path: Path) -> tuple[list[tuple[int, int | str]], str]:
-    """A sort key by which `9.png` comes before `10.png`."""
-    pieces = re.split(r"(\d+)", path.name)
-    return [(1, int(piece)) if piece.isdecimal() else (0, piece) for piece in pieces], path.name
+def natural_order(path: Path) -> tuple[list[list[int | str]], str]:
+    """A sort key that reads runs of digits as numbers, in folders' names too: `9.png` comes before `10.png`."""
+    parts = [re.split(r"(\d+)", part) for part in path.parts]
+    return [[int(piece) if piece.isdecimal() else piece for piece in part] for part in parts], str(path)
 
 
 def is_pattern(path: Path) -> bool:
@@ -146,3 +148,29 @@ def check_sizes(paths: Sequence[Path], size: tuple[int, int]) -> None:
                     f"{path} has {width}x{height} pixels and the first image of the sequence {size[0]}x{size[1]}; "
                     "leave it out, or give --stills"
                 )
+
+
+def read_image(path: Path, *, deep: bool) -> np.ndarray:
+    """(H, W, 3) RGB, turned upright; uint16 where `deep` and the file holds 16 bits, else uint8.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if deep:  # Pillow has no RGB of 16 bits, OpenCV takes half a JPEG for a whole one
+        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        try:
+            content = np.fromfile(path, np.uint8)
+            pixels = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if content.size else None
+        except (OSError, cv2.error):
+            pixels = None
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+        if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+            raise UserError(f"{path} is damaged or holds no 8 or 16 bits; convert it or leave it out")
+        if pixels.dtype == np.uint16:
+            return np.ascontiguousarray(pixels[..., ::-1])
+    try:
+        with Image.open(path) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} is damaged ({error})") from None

@@ -11,10 +11,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.errors import UserError
-from common.image_files import check_sizes, header, upright_size
+from common.image_files import check_sizes, header, read_image, upright_size
 from common.video_probe import VideoInfo
 
 #: frames per second of a sequence where nothing else is said, FFmpeg's own number
@@ -53,7 +53,7 @@ class Images:
         if self.durations_ms:
             seconds = sum(self.durations_ms) * MILLISECOND
             rate = frames / seconds
-        bits = 8 if self.durations_ms else 8 * _decode(paths[0], deep=True).itemsize
+        bits = 8 if self.durations_ms else 8 * read_image(paths[0], deep=True).itemsize
         self.info = VideoInfo(
             *size, rate, frames, float(seconds), Fraction(1), (), alpha=alpha, bits=bits, end_s=float(seconds)
         )
@@ -120,7 +120,7 @@ class ImageReader:
         for number, pts in self._shown:
             path = self._images.paths[number]
             try:
-                pixels = _decode(path, deep=self.info.bits > 8)
+                pixels = read_image(path, deep=self.info.bits > 8)
                 if pixels.shape[:2] != (self.info.height, self.info.width):
                     raise UserError(f"{path} has another size than its header says")
             except UserError as error:
@@ -176,29 +176,3 @@ def _shown(images: Images, frame_rate: Fraction | None) -> list[tuple[int, int]]
     count = max(1, round(starts[-1] * MILLISECOND * frame_rate))
     times_ms = [number / frame_rate / MILLISECOND for number in range(count)]
     return [(min(bisect.bisect_right(starts, time) - 1, len(starts) - 2), pts) for pts, time in enumerate(times_ms)]
-
-
-def _decode(path: Path, *, deep: bool) -> np.ndarray:
-    """(H, W, 3) RGB, turned upright; uint16 where `deep` and the file holds 16 bits, else uint8.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if deep:  # Pillow has no RGB of 16 bits, OpenCV takes half a JPEG for a whole one
-        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            content = np.fromfile(path, np.uint8)
-            pixels = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if content.size else None
-        except (OSError, cv2.error):
-            pixels = None
-        finally:
-            cv2.utils.logging.setLogLevel(level)
-        if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
-            raise UserError(f"{path} is damaged or holds no 8 or 16 bits; convert it or leave it out")
-        if pixels.dtype == np.uint16:
-            return np.ascontiguousarray(pixels[..., ::-1])
-    try:
-        with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None

@@ -1,12 +1,11 @@
 """Clips from disk, one frame at a time: float32 (3, H, W) RGB in [0, 1]. A clip's length does not show in memory.
 
-A clip is a video file, a folder of pictures (in natural order: 1, 2, 10) or a .npy array. Scores to be compared with
-others' are taken before any lossy encode: pictures, .npy, or a lossless video such as FFV1.
+A clip is a video file, a folder of images (in natural order: 1, 2, 10) or a .npy array. Scores to be compared with
+others' are taken before any lossy encode: images, .npy, or a lossless video such as FFV1.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,18 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from common.errors import UserError
 from common.fingerprint import file_sha256, files_fingerprint
+from common.image_files import IMAGE_SUFFIXES, natural_order, read_image
 from common.video_probe import VIDEO_SUFFIXES, count_frames, probe
 from common.video_reader import read_frames
 from metrics.frame_metric import ClipSize
 
-PICTURE_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp", ".jpg", ".jpeg")
-
-Frame = NDArray[np.uint8] | NDArray[np.floating]
+#: integers use the whole range of their type, floats [0, 1]
+Frame = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.floating]
 
 
 class Clip(ABC):
@@ -52,7 +50,7 @@ class Clip(ABC):
             yield to_tensor(frame[None])[0]
 
     def read(self) -> Iterator[Frame]:
-        """The same frames as they lie in the file: (H, W, 3), uint8 or float in [0, 1]."""
+        """The same frames as they lie in the file: (H, W, 3), uint8, uint16 or float in [0, 1]."""
         return islice(self._read(), self.limit)
 
     def fingerprint(self) -> str:
@@ -77,21 +75,25 @@ class _Video(Clip):
         return read_frames(self.path, frames=self.limit)
 
 
-class _Pictures(Clip):
+class _Images(Clip):
     @cached_property
     def files(self) -> list[Path]:
-        return natural_order(_visible(self.path, PICTURE_SUFFIXES)) if self.path.is_dir() else [self.path]
+        return _visible(self.path, IMAGE_SUFFIXES) if self.path.is_dir() else [self.path]
 
     def fingerprint(self) -> str:
         return files_fingerprint(self.files[: self.limit], self.files[0].parent)
 
+    @cached_property
+    def _first(self) -> Frame:
+        return read_image(self.files[0], deep=True)
+
     def _size(self) -> tuple[int, int, int]:
-        height, width, _ = _read_picture(self.files[0]).shape
+        height, width, _ = self._first.shape
         return len(self.files), height, width
 
     def _read(self) -> Iterator[Frame]:
         for file in self.files:
-            frame = _read_picture(file)
+            frame = read_image(file, deep=self._first.dtype == np.uint16)
             if frame.shape[:2] != (self.size.height, self.size.width):
                 raise UserError(f"{file} differs in size from {self.files[0].name}: the frames of a clip have one size")
             yield frame
@@ -131,13 +133,13 @@ def open_clip(path: Path, limit: int | None = None) -> Clip:
     """
     if not path.exists():
         raise UserError(f"no clip {path}")
-    if path.is_dir() and not _visible(path, PICTURE_SUFFIXES):
-        raise UserError(f"{path} holds no pictures")
+    if path.is_dir() and not _visible(path, IMAGE_SUFFIXES):
+        raise UserError(f"{path} holds no images")
     kinds: dict[str, type[Clip]] = {".npy": _Array, **dict.fromkeys(VIDEO_SUFFIXES, _Video)}
-    kinds |= dict.fromkeys(PICTURE_SUFFIXES, _Pictures)
-    kind = _Pictures if path.is_dir() else kinds.get(path.suffix.lower())
+    kinds |= dict.fromkeys(IMAGE_SUFFIXES, _Images)
+    kind = _Images if path.is_dir() else kinds.get(path.suffix.lower())
     if kind is None:
-        raise UserError(f"{path} is no clip: give a video, a folder of pictures, or a .npy array (F, H, W, 3)")
+        raise UserError(f"{path} is no clip: give a video, a folder of images, or a .npy array (F, H, W, 3)")
     return kind(path, limit)
 
 
@@ -147,7 +149,9 @@ def load_clip(path: Path, max_frames: int | None = None) -> Tensor:
 
 
 def to_tensor(frames: Frame) -> Tensor:
-    """(F, H, W, 3), uint8 or float in [0, 1] -> float32 (F, 3, H, W) in [0, 1]."""
+    """(F, H, W, 3), uint8, uint16 or float in [0, 1] -> float32 (F, 3, H, W) in [0, 1]."""
+    if frames.dtype == np.uint16:
+        frames = frames.astype(np.float32) / 65535
     tensor = torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
     return tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
 
@@ -159,7 +163,7 @@ def find_clips(place: Path) -> dict[str, Path]:
     name where the frames lie deeper: `SPMCS/*/truth`.
 
     Raises:
-        UserError: nothing there, two clips of one name, or pictures beside folders of pictures.
+        UserError: nothing there, two clips of one name, or images beside folders of images.
     """
     if "*" in str(place):
         return _matching(str(place))
@@ -168,10 +172,10 @@ def find_clips(place: Path) -> dict[str, Path]:
     inside = _clips_inside(place) if place.is_dir() else []
     if is_clip(place):
         if inside:
-            raise UserError(f"{place} holds pictures and clips ({inside[0].name}): leave only one kind there")
+            raise UserError(f"{place} holds images and clips ({inside[0].name}): leave only one kind there")
         return {_name(place, place.parent): place}
     if not inside:
-        raise UserError(f"{place} holds no clip: no video, no folder of pictures, no .npy")
+        raise UserError(f"{place} holds no clip: no video, no folder of images, no .npy")
     found: dict[str, Path] = {}
     for path in inside:
         name = _name(path, place)
@@ -182,25 +186,16 @@ def find_clips(place: Path) -> dict[str, Path]:
 
 
 def is_clip(path: Path) -> bool:
-    """Whether `path` is one clip: a video, an array, a picture or a folder of pictures."""
+    """Whether `path` is one clip: a video, an array, an image or a folder of images."""
     if path.is_dir():
-        return bool(_visible(path, PICTURE_SUFFIXES))
-    return path.suffix.lower() in (*VIDEO_SUFFIXES, *PICTURE_SUFFIXES, ".npy")
-
-
-def natural_order(paths: list[Path]) -> list[Path]:
-    """By name, with runs of digits read as numbers: 1, 2, 10."""
-
-    def key(path: Path) -> tuple[list[list[str | int]], str]:
-        parts = [re.split(r"(\d+)", part) for part in path.parts]
-        return [[int(text) if text.isdecimal() else text for text in part] for part in parts], str(path)
-
-    return sorted(paths, key=key)
+        return bool(_visible(path, IMAGE_SUFFIXES))
+    return path.suffix.lower() in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".npy")
 
 
 def _visible(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files with one of the suffixes; hidden ones are a file system's or unfinished."""
-    return [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    """Files with one of the suffixes in natural order; hidden ones are a file system's or unfinished."""
+    found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    return sorted(found, key=natural_order)
 
 
 def _clips_inside(folder: Path) -> list[Path]:
@@ -208,7 +203,7 @@ def _clips_inside(folder: Path) -> list[Path]:
     for child in folder.iterdir():
         if child.is_dir() and not child.name.startswith("."):
             found += [child] if is_clip(child) else _clips_inside(child)
-    return natural_order(found)
+    return sorted(found, key=natural_order)
 
 
 def _matching(pattern: str) -> dict[str, Path]:
@@ -216,21 +211,13 @@ def _matching(pattern: str) -> dict[str, Path]:
     root = Path(before or ".")
     if "*" in after or (before and not before.endswith("/")) or not after.startswith("/"):
         raise UserError(f"{pattern}: one * stands for a folder's whole name, as in SPMCS/*/truth")
-    found = {path.parts[len(root.parts)]: path for path in natural_order(list(root.glob(f"{star}{after}")))}
+    found = {path.parts[len(root.parts)]: path for path in sorted(root.glob(f"{star}{after}"), key=natural_order)}
     found = {name: path for name, path in found.items() if is_clip(path) and not name.startswith(".")}
     if not found:
-        raise UserError(f"{pattern} matches no clip: no video, no folder of pictures, no .npy")
+        raise UserError(f"{pattern} matches no clip: no video, no folder of images, no .npy")
     return found
 
 
 def _name(path: Path, root: Path) -> str:
     relative = path.relative_to(root)
     return (relative if path.is_dir() else relative.with_suffix("")).as_posix()
-
-
-def _read_picture(file: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(file) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file} is not a readable picture ({error})") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import cache
-from itertools import repeat
+from itertools import repeat, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from metrics.frame_metric import ClipSize, Metric
 
 #: packages whose version is told with every score
 PACKAGES = ("torch", "numpy", "scipy")
+#: in the place of the frames of a clip that ended before the other
+_ENDED: Any = object()
 
 
 class Score(NamedTuple):
@@ -51,17 +54,30 @@ def score_clip(video: Clip, reference: Clip | None, metrics: list[Metric], crop_
         raise UserError(f"{video.path} is {size}: a border of {crop_border} px leaves nothing")
     with ExitStack() as stack:
         scorers = {metric.name: stack.enter_context(closing(metric.start(inner))) for metric in metrics}
-        targets = reference.frames() if reference is not None else repeat(None)
-        count = 0
-        for frame, target in zip(video.frames(), targets, strict=False):
-            count += 1
+        for frame, target in _pairs(video, reference):
             frame, target = _cropped(frame, crop_border), None if target is None else _cropped(target, crop_border)
             for metric in metrics:
                 scorers[metric.name].add(frame, target if metric.needs_reference else None)
-        if count != size.frames:
-            whose = video.path if reference is None else f"{video.path} or its reference"
-            raise UserError(f"{whose} gave {count} of {size.frames} frames; it is damaged, or being written")
         return {name: Score(scorer.finish(), scorer.left_out) for name, scorer in scorers.items()}
+
+
+def _pairs(video: Clip, reference: Clip | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Frame and reference's frame, as many as were counted.
+
+    Raises:
+        UserError: one of the clips gives fewer or more.
+    """
+    expected = video.size.frames
+    targets = reference.frames() if reference is not None else repeat(None, expected)
+    count = 0
+    for count, (frame, target) in enumerate(zip_longest(video.frames(), targets, fillvalue=_ENDED), start=1):
+        if frame is _ENDED or target is _ENDED or count > expected:
+            count = -1
+            break
+        yield frame, target
+    if count != expected:
+        whose = video.path if reference is None else f"{video.path} or its reference"
+        raise UserError(f"{whose} did not give the {expected} frames counted; it is damaged, or being written")
 
 
 def protocol(metric: Metric) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from common.errors import UserError
 from common.video_probe import ffmpeg_binary
 from metrics.clips import Clip, Frame, find_clips, load_clip, open_clip
 from metrics.fit_niqe import fit_niqe
-from metrics.frame_metric import ClipSize, MetricSettings
+from metrics.frame_metric import ClipSize, FrameMetric, MetricSettings
 from metrics.registry import create, create_all
 from metrics.scoring import score_clip
 
@@ -42,6 +43,41 @@ def test_unpadded_numbers_are_in_natural_order(tmp_path: Path) -> None:
     assert list(find_clips(tmp_path / "set")) == ["clip1", "clip2", "clip10"]
 
 
+def test_sixteen_bits_are_read_with_sixteen(tmp_path: Path) -> None:
+    levels = np.array([0, 1, 128, 32768, 65534, 65535], np.uint16)
+    cv2.imwrite(str(tmp_path / "1.png"), np.broadcast_to(levels[None, :, None], (4, 6, 3)))
+    assert torch.equal(load_clip(tmp_path)[0, 0, 0], torch.from_numpy(levels.astype(np.float32) / 65535))
+
+
+class _Counted(Clip):
+    """Frames of one level; it counts as many as it says and gives as many as it has."""
+
+    def __init__(self, counted: int, given: int) -> None:
+        super().__init__(Path(f"{counted}-{given}"))
+        self.counted, self.given = counted, given
+
+    def _size(self) -> tuple[int, int, int]:
+        return self.counted, 8, 8
+
+    def _read(self) -> Iterator[Frame]:
+        yield from np.zeros((self.given, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("video", "reference"), [((3, 2), None), ((3, 4), None), ((3, 3), (3, 4)), ((3, 2), (3, 2))])
+def test_a_clip_that_gives_other_than_it_counts_is_not_scored(video, reference) -> None:
+    metrics = create_all(["psnr"] if reference else [f"{__name__}:_Level"])
+    assert score_clip(_Counted(3, 3), _Counted(3, 3) if reference else None, metrics)
+    with pytest.raises(UserError, match="did not give the 3 frames counted"):
+        score_clip(_Counted(*video), _Counted(*reference) if reference else None, metrics)
+
+
+class _Level(FrameMetric):
+    name, label, lower_is_better, needs_reference = "level", "level", False, False
+
+    def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
+        return float(frame.mean())
+
+
 def test_folders_in_folders_and_one_star(tmp_path: Path) -> None:
     picture(tmp_path / "YouHQ/animal/001/1.png")
     picture(tmp_path / "YouHQ/street.day/001/1.png")
@@ -59,7 +95,7 @@ def test_folders_in_folders_and_one_star(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one \\* stands for a folder's whole name"):
         find_clips(tmp_path / "SPM*/truth")
     picture(tmp_path / "SPMCS/preview.png")
-    with pytest.raises(UserError, match="holds pictures and clips"):
+    with pytest.raises(UserError, match="holds images and clips"):
         find_clips(tmp_path / "SPMCS")
 
 
@@ -151,7 +187,7 @@ def test_an_error_in_the_middle_lets_go_of_programs_and_threads(real_clip: Tenso
     command = [sys.executable, "-m", "metrics.evaluate", "--video", tmp_path / "out", "--reference", tmp_path / "hr"]
     command += ["--metrics", "vmaf,cvvdp", "--output", tmp_path / "m.json"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 2 and "2.png is not a readable picture" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "2.png is damaged" in done.stderr.splitlines()[-1]
 
 
 def test_flat_frames_are_left_out_of_niqe_and_counted(
