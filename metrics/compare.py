@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from common.atomic import write_atomic
 from common.errors import UserError, run_command
@@ -30,11 +29,10 @@ from metrics.comparison.clip_sets import EXPECTED_CLIPS, ComparedSet, gather_set
 from metrics.comparison.kept_scores import KeptScores
 from metrics.comparison.summary import Row
 from metrics.comparison.tables import Comparison, comma_separated, latex, markdown
-from metrics.frame_metric import Metric, MetricSettings
-from metrics.registry import METRICS, SETS, create_all, resolve_names
+from metrics.frame_metric import Metric
+from metrics.registry import create_all, resolve_names
 from metrics.scoring import Score, protocol, versions
-
-DEFAULT_METRICS = "psnr,ssim"
+from metrics.scoring_options import add_scoring_options, metric_settings
 
 #: [method][clip][metric]
 SetScores = dict[str, dict[str, dict[str, Score]]]
@@ -139,33 +137,22 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME[=HR_FOLDER]",
         help=f"repeatable; clips that are expected: {counts}",
     )
-    parser.add_argument(
-        "--metrics",
-        default=DEFAULT_METRICS,
-        help=f"a set ({', '.join(SETS)}) or names separated by commas: {', '.join(METRICS)}, or package.module:Class",
-    )
+    add_scoring_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, help="folder of kept scores; default: OUTPUT/cache")
     parser.add_argument("--reference-method", help="differences are to this method; default: the first")
     parser.add_argument("--allow-missing", action="store_true", help="compare only the clips that all methods have")
-    parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
-    parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
-    parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
-    parser.add_argument("--crop-border", type=int, default=0, help="px left out on each side of every frame")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = _arguments()
-    if arguments.crop_border < 0 or (arguments.max_frames is not None and arguments.max_frames < 1):
-        raise UserError("--crop-border must be at least 0 and --max-frames at least 1")
+    settings = metric_settings(arguments)
     methods = parse_methods(arguments.method)
     base = arguments.reference_method or methods[0].name
     if base not in [method.name for method in methods]:
         raise UserError(f"--reference-method {base}: choose {', '.join(method.name for method in methods)}")
     sets = gather_sets(arguments.set, methods, allow_missing=arguments.allow_missing)
-    settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
     metrics = create_all(resolve_names(arguments.metrics), settings)
     kept = KeptScores(arguments.cache or arguments.output / "cache", arguments.max_frames, arguments.crop_border)
     scores = score_sets(sets, metrics, kept)

@@ -20,7 +20,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,12 +31,11 @@ from common.progress import progress
 from common.storage import StorageConfig, local_copy
 from common.video_probe import VIDEO_SUFFIXES
 from metrics.clips import find_clips, open_clip
-from metrics.frame_metric import Metric, MetricSettings
+from metrics.frame_metric import Metric
 from metrics.published import load_published
 from metrics.registry import METRICS, SETS, create_all, find_metric, resolve_names
 from metrics.scoring import Score, protocol, score_clip, versions
-
-DEFAULT_METRICS = "psnr,ssim"
+from metrics.scoring_options import add_scoring_options, metric_settings
 
 #: columns of published tables that are no metric of ours
 _OTHER_LABELS = {"seconds": "s", "parameters_b": "B"}
@@ -133,18 +131,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score videos.")
     parser.add_argument("--video", required=True, help="clip, or folder of clips, to score; local or s3://")
     parser.add_argument("--reference", help="HR clip, or folder of HR clips with the same names; local or s3://")
-    parser.add_argument(
-        "--metrics",
-        default=DEFAULT_METRICS,
-        help=f"a set ({', '.join(SETS)}) or names separated by commas: {', '.join(METRICS)}, or package.module:Class",
-    )
+    add_scoring_options(parser)
     add_config_options(parser, required=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--niqe-model", type=Path, help="model of metrics.fit_niqe, for niqe_fitted")
-    parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
-    parser.add_argument("--max-frames", type=int, help="score only the first frames of every clip")
-    parser.add_argument("--crop-border", type=int, default=0, help="px left out on each side of every frame")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--published", action="store_true", help="also print the figures the authors published")
     return parser.parse_args()
 
@@ -156,12 +145,10 @@ def main() -> None:
             raise UserError(f"--set {override}: a set of metrics is given with --metrics: write --metrics {override}")
     (storage,) = load_sections(arguments, storage=StorageConfig)
     names = resolve_names(arguments.metrics)
-    if arguments.crop_border < 0 or (arguments.max_frames is not None and arguments.max_frames < 1):
-        raise UserError("--crop-border must be at least 0 and --max-frames at least 1")
+    settings = metric_settings(arguments)
     needing = [name for name in names if find_metric(name).needs_reference]
     if needing and arguments.reference is None:
         raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
-    settings = MetricSettings(arguments.weights, arguments.niqe_model, arguments.device)
     metrics = create_all(names, settings)
     with ExitStack() as stack:
         local = [

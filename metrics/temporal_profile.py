@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from common.atomic import atomic_file
 from common.errors import UserError, run_command
 from metrics.clips import Clip, open_clip
-
-#: px between profiles, with the name of each above it
-LABEL = 22
+from metrics.labelled_grid import labelled_grid
 
 
 def profile(clip: Clip, row: int | None = None, column: int | None = None) -> NDArray[np.uint8]:
@@ -38,18 +36,6 @@ def profile(clip: Clip, row: int | None = None, column: int | None = None) -> ND
     return np.stack(lines, axis=0 if column is None else 1)
 
 
-def sheet(profiles: dict[str, NDArray[np.uint8]]) -> Image.Image:
-    """The profiles one below the other, each under its name."""
-    width = max(picture.shape[1] for picture in profiles.values())
-    image = Image.new("RGB", (width, sum(len(picture) + LABEL for picture in profiles.values())), (255, 255, 255))
-    draw, font, y = ImageDraw.Draw(image), ImageFont.load_default(16), 0
-    for name, picture in profiles.items():
-        draw.text((2, y), name, (20, 20, 20), font)
-        image.paste(Image.fromarray(picture), (0, y + LABEL))
-        y += LABEL + len(picture)
-    return image
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw one row or column of pixels over time.")
     parser.add_argument("--clip", action="append", required=True, metavar="NAME=CLIP", help="repeatable")
@@ -66,7 +52,8 @@ def main() -> None:
             raise UserError(f"--clip {value}: give NAME=CLIP, every name once")
         profiles[name] = profile(open_clip(Path(path), arguments.max_frames), arguments.row, arguments.column)
     with atomic_file(arguments.output) as temporary:
-        sheet(profiles).save(temporary, "PNG")
+        images = [(name, Image.fromarray(pixels)) for name, pixels in profiles.items()]
+        labelled_grid(images, columns=1).save(temporary, "PNG")
     print(f"written to {arguments.output}")
 
 

@@ -9,17 +9,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file, from anywhere
 
 from benchmarks.effect.held_out import CLIPS
-from benchmarks.effect.score import SHOWN
+from benchmarks.effect.score import SHOWN, save_image
 from common.errors import UserError, run_command
+from metrics.labelled_grid import labelled_grid
 
 #: clip -> the detail's left edge, px; details are as high as the clip
 DETAILS = {"bikes-cyclist": 222, "city-towers": 110}
-WIDTH, MARGIN, LABEL = 224, 4, 22
+WIDTH = 224
 
 
 def main() -> None:
@@ -33,25 +34,16 @@ def main() -> None:
         "bicubic": "bicubic", "DUO-VSR small, one step": arguments.method,
         "Real-ESRGAN x4plus": "realesrgan-x4plus", "truth": None,
     }  # fmt: skip
-    rows = []
+    details = []
     for clip in (clip for clip in CLIPS if clip.name in DETAILS):
-        box = (DETAILS[clip.name], 0, DETAILS[clip.name] + WIDTH)
-        images = []
-        for method in columns.values():
+        for label, method in columns.items():
             file = arguments.frames / f"{clip.name}-{method}.png"
             if method and not file.is_file():
                 raise UserError(f"no {file}; run benchmarks/effect/score.py first, or choose another --method")
             image = Image.open(file) if method else Image.fromarray(clip.frames(arguments.clips)[SHOWN])
-            images.append(image.convert("RGB").crop((*box, image.height)))
-        rows.append(images)
-    height = rows[0][0].height + MARGIN
-    sheet = Image.new("RGB", (len(columns) * (WIDTH + MARGIN) - MARGIN, LABEL + len(rows) * height - MARGIN), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for column, label in enumerate(columns):
-        draw.text((column * (WIDTH + MARGIN) + 2, 2), label, (20, 20, 20), font)
-        for row, images in enumerate(rows):
-            sheet.paste(images[column], (column * (WIDTH + MARGIN), LABEL + row * height))
-    sheet.save(arguments.output)
+            left = DETAILS[clip.name]
+            details.append((label, image.convert("RGB").crop((left, 0, left + WIDTH, image.height))))
+    save_image(labelled_grid(details, columns=len(columns)), arguments.output)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python benchmarks/effect/score.py --output FOLDER [--model NAME=FOLDER[:STEPS] ...] [--clips FOLDER]
 
 Each clip of held_out.py is degraded by the recipe `light` with every seed, upscaled by every method, and scored:
-bicubic, a sharpened bicubic as a control, Real-ESRGAN's two networks and the models given. `scores.json` holds
-`methods.<name>.<metric>`, the mean over clips and seeds; `intervals`, its 95 % interval; `differences` between methods;
-`per_clip`. `effect.md` holds the table, `<clip>.png` the frames at 1:1. Scores are kept per method, clip and seed, so a
-killed run resumes and a new method costs only itself.
+bicubic, two controls (a sharpened bicubic, assets/small without its network), Real-ESRGAN's two networks and the models
+given. `scores.json` holds `methods.<name>.<metric>`, the mean over clips and seeds; `intervals`, its 95 % interval;
+`differences` between methods; `per_clip`. `effect.md` holds the table, `<clip>.png` the frames at 1:1. Scores are kept
+per method, clip and seed, so a killed run resumes and a new method costs only itself.
 
 Intervals are percentile bootstraps over clips, each clip being the mean of its seeds; differences are paired by clip.
 """
@@ -23,11 +23,11 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file, from anywhere
 
-from benchmarks.effect.held_out import CLIPS, FRAMES, HEIGHT, WIDTH, HeldOutClip
+from benchmarks.effect.held_out import CLIPS, FRAMES, HeldOutClip
 from benchmarks.effect.real_esrgan import NAMES, RealEsrgan
 from common.atomic import atomic_file, write_atomic
 from common.errors import UserError, run_command
@@ -38,6 +38,7 @@ from datagen.format_revision import DEGRADATION_REVISION
 from metrics.bootstrap import Estimate, estimate, interval
 from metrics.clips import to_tensor
 from metrics.comparison.tables import pipe_table, text
+from metrics.labelled_grid import labelled_grid
 from metrics.registry import create_all, find_metric
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.vsr_pipeline import open_pipeline
@@ -45,7 +46,8 @@ from pipeline.vsr_pipeline import open_pipeline
 SEEDS = (0, 1, 2)
 RECIPE = "light"
 METRICS = ("niqe", "vmaf", "vmaf_neg", "cvvdp", "psnr", "temporal", "grid", "noise")
-SHIPPED = [f"shipped={Path(__file__).resolve().parents[2] / 'assets' / 'small'}"]
+SMALL = Path(__file__).resolve().parents[2] / "assets" / "small"
+SHIPPED = [f"shipped={SMALL}"]
 #: the frame that the images show
 SHOWN = FRAMES // 2
 
@@ -73,6 +75,20 @@ def model_upscaler(folder: Path, steps: int | None) -> Upscaler:
     """One call of the pipeline for the clip, seed 0."""
     pipeline = open_pipeline(folder)
     return lambda low: pipeline(low, num_inference_steps=steps).frames
+
+
+def linear_filter(folder: Path) -> Upscaler:
+    """A control: the model without its network, the linear prediction of z_HR alone.
+
+    Raises:
+        UserError: the model has no such prediction.
+    """
+    pipeline = open_pipeline(folder)
+    if not pipeline.transformer.config.low_resolution_predictor:
+        raise UserError(f"{folder} has no low_resolution_predictor: there is nothing without its network")
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.bias)
+    return lambda low: pipeline(low, num_inference_steps=1).frames
 
 
 def parse_models(values: Iterable[str]) -> dict[str, tuple[Path, int | None]]:
@@ -164,15 +180,7 @@ def contact_sheet(clip: HeldOutClip, methods: Iterable[str], output: Path, clips
     """The same frame of every method and of the truth at 1:1, three in a row."""
     images = {name: Image.open(output / "frames" / f"{clip.name}-{name}.png") for name in methods}
     images["truth"] = Image.fromarray(clip.frames(clips)[SHOWN])
-    columns, label = 3, 22
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (WIDTH + 4) - 4, rows * (HEIGHT + label)), (255, 255, 255))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
-    for index, (name, image) in enumerate(images.items()):
-        x, y = index % columns * (WIDTH + 4), index // columns * (HEIGHT + label)
-        draw.text((x + 2, y), name, (20, 20, 20), font)
-        sheet.paste(image, (x, y + label))
-    save_image(sheet, output / f"{clip.name}.png")
+    save_image(labelled_grid(list(images.items()), columns=3), output / f"{clip.name}.png")
 
 
 def main() -> None:
@@ -190,6 +198,7 @@ def main() -> None:
     methods: dict[str, tuple[Callable[[], Upscaler], str]] = {
         "bicubic": (lambda: bicubic, "1"),
         "bicubic-sharpened": (lambda: bicubic_sharpened, "1"),
+        "linear": (lambda: linear_filter(SMALL), files_fingerprint(sorted(SMALL.glob("*/*.safetensors")), SMALL)),
     }
     for name in NAMES:
         methods[name] = (lambda name=name: RealEsrgan(name), "1")  # type: ignore[misc]

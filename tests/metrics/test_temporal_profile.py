@@ -12,7 +12,8 @@ from PIL import Image
 from common.errors import UserError
 from metrics import temporal_profile
 from metrics.clips import open_clip
-from metrics.temporal_profile import LABEL, profile
+from metrics.labelled_grid import LABEL
+from metrics.temporal_profile import profile
 
 
 @pytest.fixture
