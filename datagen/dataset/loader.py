@@ -202,7 +202,7 @@ class ShardReader:
         names = samples[0][1].keys()
         return Batch(
             keys=[key for key, _, _ in samples],
-            tensors={name: torch.stack([tensors[name] for _, tensors, _ in samples]) for name in names},
+            tensors={name: _pinned(torch.stack([tensors[name] for _, tensors, _ in samples])) for name in names},
             metadata=[metadata for _, _, metadata in samples],
         )
 
@@ -234,3 +234,8 @@ class ShardReader:
                     f"{', '.join(sorted(sample.spans))}; build the dataset again with it"
                 )
         return sample.key, tensors, sample.metadata()
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """In page-locked memory where there is a GPU, so that its copy there need not wait."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

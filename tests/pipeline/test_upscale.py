@@ -19,7 +19,6 @@ from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import read_video
 from common.video_writer import VideoWriter
 from pipeline import vsr_pipeline
-from pipeline.model.prompts import PromptCache, load_prompts
 from pipeline.resumable_video import only_job
 from pipeline.tiling import blend_windows, spans
 from pipeline.video_windows import Windows, split_video, upscale_video
@@ -293,15 +292,3 @@ def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_vid
     monkeypatch.setattr(vsr_pipeline, "decode_latents", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
     done = upscale(source, tmp_path / "none.mkv", *options)
     assert done.returncode == 2 and "the smallest tiles" in done.stderr and not (tmp_path / "none.mkv").exists()
-
-
-def test_prompt_cache_round_trip_and_unknown_prompt(tmp_path):
-    cache = PromptCache.from_embeddings({"": torch.zeros(1, 3), "a b": torch.arange(6.0).reshape(2, 3)}, 4)
-    cache.save_pretrained(tmp_path)
-    embedded = load_prompts(tmp_path).embed(["a b", ""])
-    assert embedded.shape == (2, 4, 3)
-    assert (
-        torch.equal(embedded[0, :2].flatten(), torch.arange(6.0))
-        and not embedded[0, 2:].any()
-        and not embedded[1].any()
-    )
