@@ -97,7 +97,7 @@ class MemoryEstimate:
         transformer = _peak(lambda: self._transformer(z, t, z, self._prompt)) + 4 * latent(whole).nbytes
         decoded = tile(tiling.decode_tile_px or tiling.vae_tile_px)
         decode = _peak(lambda: decode_latents(self._vae, latent(decoded)))
-        if decoded != whole:  # the strip of tiles and the picture that they are put into
+        if decoded != whole:  # the strip of tiles and the frames that they are put into
             decode += 4 * 3 * frames * whole[1] * (decoded[0] + whole[0])
         return WindowMemory(self.weights, encode, transformer, decode)
 

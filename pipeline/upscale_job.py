@@ -111,7 +111,7 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
         tracks = plan_tracks(source.file, output.suffix.lower())
         said += tracks.dropped
     elif info.audio_codecs:
-        said.append(f"sound is left out: {codec} holds pictures alone")
+        said.append(f"sound is left out: {codec} holds images alone")
     frame_rate = None if source.images and not source.images.durations_ms else arguments.fps
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps

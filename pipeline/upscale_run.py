@@ -221,7 +221,7 @@ def _until_damaged(reader: FrameReader) -> Iterator[np.ndarray]:
 
 
 def damage_of(errors: list[str], end_s: Fraction | None, job: Job, arguments: argparse.Namespace) -> list[str]:
-    """What is wrong with the input's picture, one line each.
+    """What is wrong with the input's frames, one line each.
 
     Args:
         errors: of the reader.
