@@ -1,6 +1,6 @@
 """What share of a training step is spent waiting for its batches, with two batches read ahead and with all of a step.
 
-    python benchmarks/read_ahead.py [--batches 16] [--compute 4] [--output F]
+    python benchmarks/read_ahead.py [--batches 16] [--compute 4]
 
 A step of Stage II takes all its batches at once (five auxiliary updates and one of the student, times the
 accumulation), then computes. Two batches read ahead, which is the reader's default, are gone at once; `trainer.train`
@@ -105,7 +105,6 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="of one step")
     parser.add_argument("--compute", type=float, default=4.0, help="seconds of a step without its waiting")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="append the report to this file")
     arguments = parser.parse_args()
     ways = {"before": DEFAULT_AHEAD, "now": arguments.batches + 1}
     result: dict[str, dict[str, dict[str, float]]] = {}
@@ -128,11 +127,7 @@ def main() -> None:
                 f"{place:6s} {way:7s} {row['read_ahead']:3.0f} ahead: waits {row['seconds']:.3f} s a step, "
                 f"{100 * row['share']:.1f} % of it"
             )
-    report = "\n".join([*lines, json.dumps(result)])
-    print(report)
-    if arguments.output:
-        with arguments.output.open("a") as file:
-            file.write(report + "\n")
+    print("\n".join([*lines, json.dumps(result)]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What share of Stage II's time validation takes at the 1.3 B shape, by counted operations, at 8 to 64 GPUs.
 
-    python benchmarks/validation_cost.py [--config configs/wan-1.3b.yaml] [--output F]
+    python benchmarks/validation_cost.py [--config configs/wan-1.3b.yaml]
 
 One look is what the rank with the most clips does while the others wait: the previews of each of its clips and the
 decoding of what they show. `before` is the way this project once had: one rank looks at all clips, and decodes the
@@ -88,7 +88,6 @@ def main() -> None:
     parser.add_argument(
         "--decoder-efficiency", type=float, default=1.0, help="the decoder's share of the DiT's FLOP/s, in (0, 1]"
     )
-    parser.add_argument("--output", type=Path, help="append the report to this file")
     arguments = parser.parse_args()
     arguments.batch = 1
     operations = count(arguments)
@@ -102,11 +101,7 @@ def main() -> None:
         *(f"| {gpus} | {100 * row['before']:.2f} | {100 * row['now']:.2f} |" for gpus, row in table.items()),
         json.dumps({"operations": operations, "share": table}),
     ]
-    report = "\n".join(lines)
-    print(report)
-    if arguments.output:
-        with arguments.output.open("a") as file:
-            file.write(report + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
