@@ -142,7 +142,7 @@ def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch:
             "height": job.size.output[1],
             "seconds": seconds,
             **{name: round(value, 3) for name, value in statistics.items()},
-            "device": arguments.device,
+            "device": ",".join(arguments.devices) or arguments.device,
             "damage": damage,
         }
         write_atomic(arguments.stats, json.dumps(record, indent=2) + "\n")

@@ -34,6 +34,7 @@ _INCIDENTAL = frozenset(
         "on_error",
         "attention",
         "device",
+        "devices",
         "stills",
         "dry_run",
     }

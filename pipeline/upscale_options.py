@@ -64,12 +64,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.model = _default_model()
         if arguments.tile is None:
             arguments.tile = DEFAULT_MODEL_TILE_PX
-    try:
-        kind = torch.device(arguments.device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {arguments.device}: choose cpu, cuda, cuda:1, … or mps")
+    for device in arguments.devices or (arguments.device,):
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda", "mps"):
+            raise UserError(f"--device {device}: choose cpu, cuda, cuda:1, … or mps")
     return arguments
 
 
@@ -82,6 +83,11 @@ def _default_model() -> Path:
         raise UserError("--model is needed: the small model lies in the repository's assets/, not in the package")
     print("no --model: the small model of assets/small, trained on a CPU; see docs/small.md", file=sys.stderr)
     return DEFAULT_MODEL
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    """Numbers of GPUs, or names as `--device` takes."""
+    return tuple(f"cuda:{name}" if name.isdigit() else name for name in text.split(","))
 
 
 def _encoder_options(text: str) -> dict[str, str]:
@@ -153,7 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bit-depth", type=int, choices=(8, 10, 16), help="10: videos, 16: PNG and TIFF; default: 10 for HDR"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices.add_argument(
+        "--devices", type=_devices, default=(), metavar="0,1,…", help="GPUs that share the windows of a video"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument(

@@ -39,7 +39,8 @@ Watch = Callable[[int, int | None], None]
 
 
 @cache
-def _pipeline(model: Path, device: str, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+def _pipeline(model: Path, device: str, copy: int, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+    """Opened once for all videos of a folder; `copy` tells those on one device apart."""
     pipeline = open_pipeline(model, device, dtype)
     set_attention(pipeline.transformer, attention)
     return pipeline
@@ -55,8 +56,9 @@ def with_model(
 ) -> Clips:
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    devices = arguments.devices or (arguments.device,)
     return upscale_video(
-        _pipeline(arguments.model, arguments.device, dtype, arguments.attention),
+        [_pipeline(arguments.model, device, copy, dtype, arguments.attention) for copy, device in enumerate(devices)],
         frames,
         job.windows,
         first=first,

@@ -213,8 +213,9 @@ class _Run:
 
     def lap(self, part: str, began: float) -> float:
         """Add the time since `began` to a part; returns now."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        device = self._pipeline.transformer.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = time.perf_counter()
         self.seconds[part] += now - began
         return now
@@ -301,6 +302,8 @@ def open_pipeline(
     folder = Path(folder)
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no GPU here; choose --device cpu")
+    if str(device).startswith("cuda:") and torch.device(device).index >= torch.cuda.device_count():
+        raise UserError(f"{device}: PyTorch sees {torch.cuda.device_count()} GPUs here, numbered from 0")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
     for part in ("transformer", "vae", "prompts"):

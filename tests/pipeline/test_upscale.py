@@ -99,7 +99,7 @@ def test_video_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
     for _, _, clip in clips:
         assert clip.min() == clip.max(), "a clip holds two scenes"
     statistics: dict[str, float] = {}
-    upscaled = upscale_video(pipeline, iter(whole_video), Windows(5, 2), statistics=statistics)
+    upscaled = upscale_video([pipeline], iter(whole_video), Windows(5, 2), statistics=statistics)
     result = np.concatenate([clip for clip, _ in upscaled])
     assert result.shape == (15, 96, 160, 3) and statistics["dit_evaluations"] == 4
 
@@ -111,7 +111,7 @@ def test_the_last_window_is_not_short(pipeline, count, last):
     """It begins a multiple of four frames earlier, so that it draws the same noise; each frame comes out once."""
     video = frames(count, 16, 16) // 16
     assert [(start, shared, len(clip)) for start, shared, clip in split_video(iter(video), Windows())][-1] == last
-    clips = [clip for clip, _ in upscale_video(pipeline, iter(video), Windows(), statistics={})]
+    clips = [clip for clip, _ in upscale_video([pipeline], iter(video), Windows(), statistics={})]
     assert sum(map(len, clips)) == count
 
 
@@ -187,14 +187,14 @@ def test_a_video_goes_on_from_any_of_its_places(pipeline, windows):
     """Cuts, short scenes and windows that overlap: what follows a place is the same when the video starts there."""
     scenes = [np.full((count, 24, 40, 3), level, np.uint8) for count, level in ((7, 20), (2, 220), (12, 90))]
     whole_video = np.concatenate(scenes) + frames(21) // 32
-    whole = list(upscale_video(pipeline, iter(whole_video), windows, statistics={}))
+    whole = list(upscale_video([pipeline], iter(whole_video), windows, statistics={}))
     places = [index for index, (_, place) in enumerate(whole) if place is not None]
     assert len(places) >= 3
     for index in places:
         start, skip = whole[index][1]
         context = min(start, CONTEXT)
         rest_of_video = iter(whole_video[start - context :])
-        again = upscale_video(pipeline, rest_of_video, windows, first=start, context=context, statistics={})
+        again = upscale_video([pipeline], rest_of_video, windows, first=start, context=context, statistics={})
         rest = np.concatenate([clip for clip, _ in again])[skip:]
         assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
 
