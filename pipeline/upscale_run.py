@@ -57,8 +57,12 @@ def with_model(
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     devices = arguments.devices or (arguments.device,)
+    pipelines = [
+        _pipeline(arguments.model, device, copy, dtype, arguments.attention) for copy, device in enumerate(devices)
+    ]
+    pipelines[0].codec(arguments.codec)  # an error now, before the first frame
     return upscale_video(
-        [_pipeline(arguments.model, device, copy, dtype, arguments.attention) for copy, device in enumerate(devices)],
+        pipelines,
         frames,
         job.windows,
         first=first,
@@ -71,6 +75,7 @@ def with_model(
         colour_fix=arguments.colour_fix,
         bit_depth=job.bit_depth,
         tiling=tiling,
+        codec=arguments.codec,
     )
 
 
