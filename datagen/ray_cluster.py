@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources
 
-from common.errors import UserError
+from common.ray_start import join_or_start
 from common.scale import SCALE
 from datagen.config import DatagenConfig
 
-#: s that the head of a cluster has to answer [ours]
-ANSWER_WITHIN_S = 5.0
 #: variants of a clip that travel together; more are made of the clip decoded and encoded again, or what travels would
 #: grow with their number [ours]
 VARIANTS_PER_ROW = 8
@@ -39,30 +32,8 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
     Raises:
         UserError: no cluster at `address`, or one of another version.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
-    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
-    # Ray's C++ side writes warnings for its developers to stderr; failures reach us as exceptions
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # the environment reaches the workers: one thread per task, cores are for other tasks
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
     held = (config.encode.actors or 1) * config.encode.cpus
-    start: dict[str, Any] = {"address": address}
-    if address:
-        _check_answer(address)
-    else:
-        cpus = (workers or os.cpu_count() or 1) + held
-        start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-    try:
-        with _silent_stderr():
-            ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if not address:
-            raise
-        raise UserError(
-            f"--address {address}: cannot join the Ray cluster there ({_one_line(error)}); its Ray and Python must "
-            "be of this version, and where it asks for a token, RAY_AUTH_MODE=token must be set here"
-        ) from None
+    join_or_start(address, (workers or os.cpu_count() or 1) + held)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -102,44 +73,3 @@ def memory_ahead(config: DatagenConfig) -> int:
     # stored losslessly, a clip takes no more than its pixels
     row *= 2 if config.store_clips else 1
     return config.encode.clips_ahead * int(ray.cluster_resources().get("CPU", 1)) * row
-
-
-def _check_answer(address: str) -> None:
-    """Ray itself waits for minutes for a head that is not there."""
-    found = _current_cluster() if address == "auto" else address
-    host, colon, port = found.removeprefix("ray://").rpartition(":")
-    if not colon:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
-    except (OSError, ValueError) as error:
-        named = address if found == address else f"{address} ({found})"
-        raise UserError(
-            f"--address {named}: no Ray cluster answers there ({_one_line(error)}); start one with "
-            "`ray start --head`, or leave --address out to run on this machine"
-        ) from None
-
-
-def _current_cluster() -> str:
-    """Where Ray looks for `auto`: a killed job leaves the file behind."""
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster")
-    return os.environ.get("RAY_ADDRESS") or (file.read_text().strip() if file.exists() else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Ray's start announces its own log level on the file descriptor itself."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)

@@ -19,6 +19,7 @@ COMMANDS = {
     "prompts": ("pipeline.model.prompts", "embed prompts with umT5, once"),
     "train": ("trainer.run", "train one stage, through the deepspeed launcher"),
     "build-preference": ("preference.build", "five candidates per clip, judged, to preference pairs"),
+    "gallery": ("preference.gallery", "preference pairs with their scores, as a page"),
     "study": ("preference.study", "a blind study with people"),
     "upscale": ("pipeline.upscale", "upscale a video four times"),
     "web": ("pipeline.web", "a page to upscale videos on this machine"),

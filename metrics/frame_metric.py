@@ -29,11 +29,13 @@ class MetricSettings:
         weights: folder searched first for weight files (metrics/weights.py names the others).
         niqe_model: file written by `python -m metrics.fit_niqe`; needed by `niqe_fitted` alone.
         device: where networks run; the formulas run on the CPU.
+        frames_per_forward: of networks that take several, where a clip is there at once.
     """
 
     weights: Path | None = None
     niqe_model: Path | None = None
     device: str = "cpu"
+    frames_per_forward: int = 1
 
 
 class ClipSize(NamedTuple):
@@ -126,6 +128,23 @@ class FrameMetric(Metric):
     def frame(self, frame: Tensor, reference: Tensor | None = None) -> float | None:
         """Score one frame, (3, H, W); `reference` is there if `needs_reference`. None: nothing to measure."""
 
+    def frames(self, frames: Tensor, reference: Tensor | None = None) -> list[float | None]:
+        """`frame` of each of (N, 3, H, W); networks take them in one forward pass."""
+        targets: Tensor | list[None] = [None] * len(frames) if reference is None else reference
+        return [self.frame(frame, target) for frame, target in zip(frames, targets, strict=True)]
+
+    def __call__(self, video: Tensor, reference: Tensor | None = None) -> float:
+        if self.needs_reference:
+            video, reference = check_pair(video, reference)
+        scorer, many = _MeanScorer(self), self.settings.frames_per_forward
+        with torch.inference_mode():
+            for first in range(0, len(check_video(video)), many):
+                part = slice(first, first + many)
+                target = reference[part] if self.needs_reference and reference is not None else None
+                for value in self.frames(video[part], target):
+                    scorer.count(value)
+        return scorer.finish()
+
 
 class _MeanScorer(Scorer):
     def __init__(self, metric: FrameMetric) -> None:
@@ -133,7 +152,10 @@ class _MeanScorer(Scorer):
         self._values: list[float] = []
 
     def add(self, frame: Tensor, reference: Tensor | None = None) -> None:
-        value = self._metric.frame(frame, reference)
+        self.count(self._metric.frame(frame, reference))
+
+    def count(self, value: float | None) -> None:
+        """Take one frame's score into the mean."""
         if value is None:
             self.left_out += 1
         else:

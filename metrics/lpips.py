@@ -39,8 +39,12 @@ class Lpips(WeightedMetric, FrameMetric):
 
     def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
         assert reference is not None
-        pair = (image[None].to(self.settings.device) for image in (frame, reference))
-        return float(self._network(*pair, normalize=True).item())
+        return self.frames(frame[None], reference[None])[0]
+
+    def frames(self, frames: Tensor, reference: Tensor | None = None) -> list[float]:  # type: ignore[override]
+        assert reference is not None
+        pair = (images.to(self.settings.device) for images in (frames, reference))
+        return [float(value) for value in self._network(*pair, normalize=True).flatten().tolist()]
 
 
 def _fill_backbone(backbone: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -33,4 +33,7 @@ class Musiq(WeightedMetric, FrameMetric):
         self._network = self.ready(network)
 
     def frame(self, frame: Tensor, reference: Tensor | None = None) -> float:
-        return float(self._network(frame[None].to(self.settings.device)).item())
+        return self.frames(frame[None])[0]
+
+    def frames(self, frames: Tensor, reference: Tensor | None = None) -> list[float]:  # type: ignore[override]
+        return [float(value) for value in self._network(frames.to(self.settings.device)).flatten().tolist()]

@@ -10,42 +10,41 @@ else with the decoded z_HR. The output is a dataset folder (datagen/dataset/shar
     <key>.json               caption, noise_win and noise_lose (the parts of common.seeding.seeded_noise),
                              all candidates' scores by metric, their combined scores, best, worst, gap
 
-A shard is the unit of restart: the same command goes on after the last complete one. `--part 0/4` makes every
-fourth shard, so several machines share a job; whoever finishes the last shard writes the manifest.
+A clip with a broken candidate, or whose candidates hardly differ, gives no pair: the shard's sidecar keeps its reason,
+and further clips of the dataset take its place. A shard is the unit of restart: the same command goes on after the last
+complete one. `preference.actors` share a machine's GPUs (or a Ray cluster's, `--address`); the bytes are the same for
+any number of them. `--part 0/4` makes every fourth shard, so several machines share a job without Ray; whoever finishes
+the last shard replaces dropped clips and writes the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
+from collections import Counter
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from common.command_line import add_config_options, load_sections
 from common.errors import UserError, run_command
 from common.fingerprint import fingerprint
 from common.progress import progress
 from common.storage import Folder, StorageConfig, open_folder
-from datagen.dataset.shard_format import (
-    Sample,
-    Sidecar,
-    read_sidecar,
-    shard_name,
-    sidecar_name,
-    write_manifest,
-    write_shard,
-)
-from metrics.frame_metric import Metric
-from metrics.registry import resolve_names
-from preference.candidates import CandidateModel, Candidates, model_fingerprint
-from preference.clips import Clip, ClipFolder
+from datagen.dataset.shard_format import Sidecar, read_manifest, read_sidecar, sidecar_name, write_manifest, write_shard
+from preference.actors import MakeAll, actor_count, pair_makers
+from preference.candidates import model_fingerprint
+from preference.clips import ClipFolder
 from preference.config import PreferenceConfig
-from preference.ranking import Ranking, is_pair, rank
-from preference.ranking_metrics import FITTED, fitted_niqe, open_metrics
+from preference.pair_maker import CLOSE
+from preference.planning import estimate
+
+#: fields that decide how fast pairs come, not which
+SPEED_ONLY = ("candidates_per_forward", "frames_per_forward", "actors", "cpus")
+#: so many clips broken, and not one that isn't: the job stops [ours]
+BROKEN_AT_START = 20
 
 
 def build(
@@ -58,8 +57,15 @@ def build(
     device: str = "cpu",
     part: tuple[int, int] = (0, 1),
     storage: StorageConfig | None = None,
+    address: str | None = None,
 ) -> int | None:
-    """Make the shards of `part` that are not there yet.
+    """Make the shards that are not there yet: those of `part`, then those that replace dropped clips.
+
+    Clips are taken in rounds: first as many as pairs are asked for, then as many as were dropped, until there are
+    enough pairs or no more clips. What a round holds follows from the committed shards of the rounds before.
+
+    Args:
+        address: of a Ray cluster; None: this machine.
 
     Returns:
         Pairs in the finished dataset, or None while shards of other parts are missing.
@@ -68,69 +74,65 @@ def build(
         UserError: anything the command's user can mend, found before the first candidate where possible.
     """
     clips = ClipFolder(data, storage)
-    count = min(config.pairs, len(clips))
     plan = {"data": clips.fingerprint, "model": model_fingerprint(model_folder), "config": plan_config(config)}
-    folder, shards = open_folder(output, storage), math.ceil(count / config.clips_per_shard)
-    committed = committed_shards(folder, shards, plan_hash(plan))
-    mine = [index for index in range(shards) if index % part[1] == part[0] and index not in committed]
-    spans = {index: shard_span(index, config.clips_per_shard, count) for index in mine}
+    identity, folder = plan_hash(plan), open_folder(output, storage)
+    arguments = {
+        "config": config, "model_folder": model_folder, "data": data, "output": output, "weights": weights,
+        "device": device, "storage": storage, "keep_niqe": bool(committed_shards(folder, identity)),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        make_all: MakeAll | None = None
+        shards, position, missing = 0, 0, min(config.pairs, len(clips))
+        while missing and position < len(clips):
+            stop = min(position + missing, len(clips))
+            starts = range(position, stop, config.clips_per_shard)
+            spans = {shards + k: range(a, min(a + config.clips_per_shard, stop)) for k, a in enumerate(starts)}
+            committed = committed_shards(folder, identity)
+            todo = {
+                index: span
+                for index, span in spans.items()
+                if index not in committed and (shards or index % part[1] == part[0])
+            }
+            if todo:
+                make_all = make_all or stack.enter_context(pair_makers(config, arguments, address))
+                write_shards(folder, todo, make_all, identity)
+            committed = committed_shards(folder, identity)
+            if not spans.keys() <= committed.keys():
+                return None
+            missing -= sum(committed[index].samples for index in spans)
+            shards, position = shards + len(spans), stop
+    dropped = [record for index in range(shards) for record in committed[index].extra["dropped"]]
+    kinds = Counter(record["kind"] for record in dropped)
+    extra = {"plan": plan, "dropped": len(dropped), "dropped_by_kind": dict(sorted(kinds.items()))}
+    return write_manifest(folder, "pairs", [committed[index] for index in range(shards)], extra).samples
 
-    if mine:
-        metrics = open_metrics(config, weights, device)
-        model = CandidateModel(model_folder, config, device)
-        if FITTED in resolve_names(config.metrics):
-            metrics.append(fitted_niqe(config, clips, model, output, keep=bool(committed)))
-        with progress(sum(map(len, spans.values())), "preference pairs", "clips") as bar:
-            for index, span in spans.items():
-                samples, dropped = [], []
-                for position in span:
-                    sample, record = make_pair(clips[position], model, metrics, config.minimum_gap)
-                    if sample:
-                        samples.append(sample)
-                    else:
-                        dropped.append(record)
-                    bar.advance(1)
-                write_shard(folder, index, samples, {"plan": plan_hash(plan), "dropped": dropped})
 
-    committed = committed_shards(folder, shards, plan_hash(plan))
-    if len(committed) < shards:
-        return None
-    dropped_count = sum(len(sidecar.extra["dropped"]) for sidecar in committed.values())
-    manifest = write_manifest(folder, "pairs", committed.values(), {"plan": plan, "dropped": dropped_count})
-    return manifest.samples
+def write_shards(folder: Folder, spans: dict[int, range], make_all: MakeAll, identity: str) -> None:
+    """Make the clips of each shard and write it; a shard's clips are counted as they come, in order.
 
-
-def make_pair(
-    clip: Clip, model: CandidateModel, metrics: list[Metric], minimum_gap: float
-) -> tuple[Sample | None, dict[str, Any]]:
-    """The sample of one clip, or None where the candidates are too close, and its JSON record."""
-    candidates = model.candidates(clip)
-    reference, reference_is = model.reference(clip)
-    scores: dict[str, list[float]] = {metric.name: [] for metric in metrics}
-    for latent in candidates.latents:
-        video = model.decode(latent)
-        for metric in metrics:
-            scores[metric.name].append(metric(video, reference if metric.needs_reference else None))
-    try:
-        ranking = rank(scores, {metric.name: type(metric) for metric in metrics})
-    except ValueError as error:
-        raise UserError(f"clip {clip.key}: {error}; the model's output or the clip is broken") from None
-    record = _record(clip, candidates, scores, ranking) | {"reference": reference_is}
-    if not is_pair(ranking, minimum_gap):
-        return None, {"key": clip.key, "gap": ranking.gap, "scores": scores}
-    tensors = {
-        "z_win": candidates.latents[ranking.best],
-        "z_lose": candidates.latents[ranking.worst],
-        "z_lr": clip.z_lr,
-    }
-    content = save({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()})
-    text = json.dumps(record, sort_keys=True).encode()
-    return Sample(clip.key, {"pair.safetensors": content, "json": text}), record
+    Raises:
+        UserError: every clip so far is broken, which is no accident of a clip.
+    """
+    outcomes = make_all([position for span in spans.values() for position in span])
+    seen, broken = 0, 0
+    with progress(sum(map(len, spans.values())), "preference pairs", "clips") as bar:
+        for index, span in spans.items():
+            samples, dropped = [], []
+            for outcome in islice(outcomes, len(span)):
+                if outcome.sample:
+                    samples.append(outcome.sample)
+                elif outcome.dropped:
+                    dropped.append(outcome.dropped)
+                bar.advance(1, dropped=len(dropped))
+            seen, broken = seen + len(span), broken + sum(record["kind"] != CLOSE for record in dropped)
+            if broken == seen and seen >= BROKEN_AT_START:
+                raise UserError(f"each of {seen} clips is broken ({dropped[0]['reason']}); mend the model or the data")
+            write_shard(folder, index, samples, {"plan": identity, "dropped": dropped})
 
 
 def plan_config(config: PreferenceConfig) -> dict[str, Any]:
-    """What of the configuration decides the content; batch size and precision's siblings do not."""
-    return config.model_dump(mode="json", exclude={"candidates_per_forward"})
+    """What of the configuration decides the content."""
+    return config.model_dump(mode="json", exclude=set(SPEED_ONLY))
 
 
 def plan_hash(plan: dict[str, Any]) -> str:
@@ -138,12 +140,7 @@ def plan_hash(plan: dict[str, Any]) -> str:
     return fingerprint(plan)[:16]
 
 
-def shard_span(index: int, clips_per_shard: int, count: int) -> range:
-    """Positions of the clips of shard `index`."""
-    return range(index * clips_per_shard, min((index + 1) * clips_per_shard, count))
-
-
-def committed_shards(folder: Folder, shards: int, plan: str) -> dict[int, Sidecar]:
+def committed_shards(folder: Folder, identity: str) -> dict[int, Sidecar]:
     """Sidecars of complete shards by index.
 
     Raises:
@@ -151,34 +148,18 @@ def committed_shards(folder: Folder, shards: int, plan: str) -> dict[int, Sideca
     """
     sizes = folder.sizes("shards/")
     committed = {}
-    for index in range(shards):
-        name = shard_name(index)
-        if sidecar_name(name) not in sizes:
+    for name in sorted(sizes):
+        if sidecar_name(name) not in sizes or not name.endswith(".tar"):
             continue
         sidecar = read_sidecar(folder, name)
-        if sidecar.extra.get("plan") != plan:
+        if sidecar.extra.get("plan") != identity:
             raise UserError(
                 f"{folder.url} holds pairs made from other data, another model or another configuration; "
                 "choose another --output or delete it"
             )
-        if sizes.get(name) == sidecar.bytes:
-            committed[index] = sidecar
+        if sizes[name] == sidecar.bytes:
+            committed[int(Path(name).stem.rpartition("-")[2])] = sidecar
     return committed
-
-
-def _record(clip: Clip, candidates: Candidates, scores: dict[str, list[float]], ranking: Ranking) -> dict[str, Any]:
-    return {
-        "key": clip.key,
-        "caption": candidates.caption,
-        "noise_win": candidates.noises[ranking.best],
-        "noise_lose": candidates.noises[ranking.worst],
-        "candidate_noises": candidates.noises,
-        "scores": scores,
-        "combined": list(ranking.combined),
-        "best": ranking.best,
-        "worst": ranking.worst,
-        "gap": ranking.gap,
-    }
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -200,11 +181,17 @@ def main() -> None:
     parser.add_argument("--metrics", help="ranking metrics instead of the configuration's: a set or metric names")
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--address", help="of a Ray cluster, auto for the one of this machine; default: no cluster")
+    parser.add_argument("--dry-run", action="store_true", help="make one pair for its time; print hours and storage")
     parser.add_argument("--part", default="0/1", help="i/n: make only every n-th shard, from i")
     arguments = parser.parse_args()
     if arguments.metrics:
         arguments.overrides.append(f"preference.metrics={arguments.metrics}")
     config, storage = load_sections(arguments, preference=PreferenceConfig, storage=StorageConfig)
+    if arguments.dry_run:
+        actors = actor_count(config, arguments.device)
+        print(estimate(config, arguments.model, arguments.data, arguments.weights, arguments.device, storage, actors))
+        return
     pairs = build(
         config,
         arguments.model,
@@ -214,11 +201,15 @@ def main() -> None:
         device=arguments.device,
         part=_part(arguments.part),
         storage=storage,
+        address=arguments.address,
     )
     if pairs is None:
         print(f"part {arguments.part} is done; the manifest follows with the last part")
     else:
         print(f"{pairs} of {config.pairs} pairs ranked by {config.metrics}: {arguments.output}")
+        if dropped := read_manifest(open_folder(arguments.output, storage)).extra["dropped_by_kind"]:
+            found = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
+            print(f"clips dropped: {found}; reasons in {arguments.output}/shards/*.json")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ against."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +79,19 @@ class CandidateModel:
             )
         return Candidates(torch.cat(outputs).cpu(), noises, caption)
 
-    @torch.inference_mode()
     def decode(self, latent: Tensor) -> Tensor:
         """Latent (C, T, h, w) to frames as metrics take them: float32 (F, 3, H, W) in [0, 1], CPU."""
-        pixels = decode_latents(self._vae, latent[None].to(self._device))[0]
-        return ((pixels.float() + 1) / 2).clamp(0, 1).transpose(0, 1).cpu()
+        return self._decode(latent[None])[0]
+
+    def decode_all(self, latents: Tensor) -> Iterator[Tensor]:
+        """Each of (N, C, T, h, w) as from `decode`, some at a time."""
+        for part in latents.split(self._config.candidates_per_forward):
+            yield from self._decode(part)
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> Tensor:
+        pixels = decode_latents(self._vae, latents.to(self._device))
+        return ((pixels.float() + 1) / 2).clamp(0, 1).transpose(1, 2).cpu()
 
     def reference(self, clip: Clip) -> tuple[Tensor, str]:
         """The HR frames candidates are compared with, as from `decode`, and what they are: the dataset's own,

@@ -78,6 +78,11 @@ def is_pair(ranking: Ranking, minimum_gap: float) -> bool:
     return ranking.best != ranking.worst and ranking.gap > 0 and ranking.gap >= minimum_gap
 
 
+def differences(ranking: Ranking, scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """By metric, how far the raw scores of best and worst are apart."""
+    return {name: abs(values[ranking.best] - values[ranking.worst]) for name, values in scores.items()}
+
+
 def _check(scores: Mapping[str, Sequence[float]]) -> None:
     lengths = {len(values) for values in scores.values()}
     if len(lengths) != 1 or lengths.pop() < 2:

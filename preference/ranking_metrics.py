@@ -26,7 +26,8 @@ def open_metrics(config: PreferenceConfig, weights: Path | None, device: str) ->
         UserError: everything that is missing, and the set that needs no weights.
     """
     names = [name for name in resolve_names(config.metrics) if name != FITTED]
-    return create_all(names, MetricSettings(weights=weights, device=device))
+    settings = MetricSettings(weights=weights, device=device, frames_per_forward=config.frames_per_forward)
+    return create_all(names, settings)
 
 
 def fitted_niqe(

@@ -51,6 +51,8 @@ def test_lpips_is_the_written_formula(tmp_path: Path, real_clip: Tensor) -> None
     metric = create("lpips", MetricSettings(weights=tmp_path))
     assert metric(video, reference) == pytest.approx(expected, rel=1e-4)
     assert metric(reference, reference) == 0
+    together = create("lpips", MetricSettings(weights=tmp_path, frames_per_forward=2))
+    assert together(video, reference) == pytest.approx(metric(video, reference), rel=1e-5)
 
 
 def test_musiq_is_pyiqas_network_with_the_local_weights(tmp_path: Path, real_clip: Tensor) -> None:
@@ -63,6 +65,8 @@ def test_musiq_is_pyiqas_network_with_the_local_weights(tmp_path: Path, real_cli
         expected = [network(frame[None]).item() for frame in real_clip[:2]]
     assert expected[0] != expected[1]
     assert metric(real_clip[:2]) == pytest.approx(sum(expected) / 2, rel=1e-5)
+    together = create("musiq", MetricSettings(weights=tmp_path, frames_per_forward=2))
+    assert together(real_clip[:2]) == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 def test_another_networks_file_is_refused(tmp_path: Path) -> None:

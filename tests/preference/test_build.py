@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.lossless_clip import encode_bytes
 from common.seeding import seeded_noise
 from common.storage import open_folder
+from datagen.dataset.dataset import ShardDataset
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample, write_manifest, write_shard
 from metrics.clips import to_tensor
@@ -30,6 +31,9 @@ from pipeline.sampling import one_step
 from pipeline.vsr_pipeline import VSRPipeline
 from preference.build import build
 from preference.config import PreferenceConfig
+from preference.gallery import gallery
+from preference.pair_maker import Outcome, PairMaker
+from preference.planning import estimate
 from preference.ranking import rank
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +175,82 @@ def test_close_candidates_are_dropped_with_their_scores(model: Path, data: Path,
     dropped = [record for sidecar in sidecars for record in sidecar["extra"]["dropped"]]
     assert len(dropped) == CLIPS - kept
     assert all(record["gap"] < 1 and len(record["scores"]["gmsd"]) == 3 for record in dropped)
+
+
+@pytest.fixture(scope="module")
+def faulty(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clips, the second with NaN in its latent, the third without one."""
+    folder = tmp_path_factory.mktemp("faulty")
+    dataset, _ = ShardDataset.open(data)
+    samples = []
+    for position in range(CLIPS):
+        stored = dataset[position]
+        members = {name: stored.read(name) for name in stored.spans}
+        if position == 1:
+            latents = stored.tensors("latents")
+            latents["z_lr"][0, 0, 0, 0] = torch.nan
+            members["latents.safetensors"] = save(latents)
+        if position == 2:
+            members = {"json": members["json"]}
+        samples.append(Sample(stored.key, members))
+    write_manifest(open_folder(folder), "clips", [write_shard(folder, 0, samples)])
+    return folder
+
+
+@pytest.mark.distributed
+def test_broken_clips_are_replaced_and_any_number_of_actors_makes_the_same_bytes(
+    model: Path, faulty: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"pairs": 3, "metrics": "gmsd"})
+    assert build(config, model, str(faulty), tmp_path / "one") == 3
+    sidecars = [json.loads(path.read_text()) for path in sorted((tmp_path / "one/shards").glob("*.json"))]
+    assert [key for sidecar in sidecars for key in sidecar["keys"]] == ["clip-00", "clip-10", "clip-11"]
+    dropped = [record for sidecar in sidecars for record in sidecar["extra"]["dropped"]]
+    assert [(record["key"], record["kind"]) for record in dropped] == [("clip-01", "broken"), ("clip 2", "failed")]
+    assert "not finite" in dropped[0]["reason"] and "has no latents" in dropped[1]["reason"]
+    extra = json.loads((tmp_path / "one/manifest.json").read_text())["extra"]
+    assert extra["dropped_by_kind"] == {"broken": 1, "failed": 1}
+    two = config.model_copy(update={"actors": 2, "cpus": 1})
+    assert build(two, model, str(faulty), tmp_path / "two") == 3
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_black_candidates_and_candidates_that_hardly_differ_give_no_pair(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    def made(**changes: object) -> Outcome:
+        config = CONFIG.model_copy(update={"metrics": "gmsd,psnr", **changes})
+        return PairMaker(config, model, str(data), tmp_path).make(0)
+
+    assert made().sample
+    assert made(minimum_differences={"gmsd": 1.0}).sample  # PSNR is enough
+    close = made(minimum_differences={"gmsd": 1.0, "psnr": 100.0}).dropped
+    assert close is not None and close["kind"] == "close" and "no score differs by its minimum: gmsd" in close["reason"]
+    black = made(black_below=1.0).dropped
+    assert black is not None and (black["kind"], black["reason"]) == ("broken", "candidate 0 is black")
+
+
+def test_a_job_whose_every_clip_is_broken_stops(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preference.build.BROKEN_AT_START", 4)
+    config = CONFIG.model_copy(update={"metrics": "gmsd", "black_below": 1.0})
+    with pytest.raises(UserError, match=r"each of 4 clips is broken \(candidate 0 is black\)"):
+        build(config, model, str(data), tmp_path)
+
+
+def test_the_dry_run_estimates_from_pairs_it_makes(model: Path, data: Path) -> None:
+    text = estimate(CONFIG, model, str(data), None, "cpu", None, actors=2)
+    assert "6 pairs of 6 clips, 5 candidates each, judged by weight-free" in text
+    assert "with 2 actor(s)" in text and "MiB per pair" in text
+
+
+def test_the_gallery_shows_pairs_with_all_scores(pairs: Path, model: Path, tmp_path: Path) -> None:
+    gallery(str(pairs), model, tmp_path / "gallery.html", count=2)
+    page = (tmp_path / "gallery.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 * 3 * 2
+    assert "clip-00" in page and "clip-12" in page and "clip-01" not in page
+    assert page.count("gmsd ↓") == 2 and "6 pairs, 2 shown" in page
 
 
 def test_fewer_pairs_than_clips(model: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Ray for a job: started on this machine, or joined where a cluster runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from common.errors import UserError
+
+#: s that the head of a cluster has to answer [ours]
+ANSWER_WITHIN_S = 5.0
+
+
+def join_or_start(address: str | None, cpus: int) -> None:
+    """Connect to the cluster at `address`, or start Ray with `cpus` CPUs on this machine.
+
+    Raises:
+        UserError: no cluster at `address`, or one of another version.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    # Ray's C++ side writes warnings for its developers to stderr; failures reach us as exceptions
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # the environment reaches the workers: one thread per task, cores are for other tasks
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
+    start: dict[str, Any] = {"address": address}
+    if address:
+        _check_answer(address)
+    else:
+        start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    try:
+        with _silent_stderr():
+            ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not address:
+            raise
+        raise UserError(
+            f"--address {address}: cannot join the Ray cluster there ({_one_line(error)}); its Ray and Python must "
+            "be of this version, and where it asks for a token, RAY_AUTH_MODE=token must be set here"
+        ) from None
+
+
+def _check_answer(address: str) -> None:
+    """Ray itself waits for minutes for a head that is not there."""
+    found = _current_cluster() if address == "auto" else address
+    host, colon, port = found.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_WITHIN_S).close()
+    except (OSError, ValueError) as error:
+        named = address if found == address else f"{address} ({found})"
+        raise UserError(
+            f"--address {named}: no Ray cluster answers there ({_one_line(error)}); start one with "
+            "`ray start --head`, or leave --address out to run on this machine"
+        ) from None
+
+
+def _current_cluster() -> str:
+    """Where Ray looks for `auto`: a killed job leaves the file behind."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/ray_current_cluster")
+    return os.environ.get("RAY_ADDRESS") or (file.read_text().strip() if file.exists() else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's start announces its own log level on the file descriptor itself."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
