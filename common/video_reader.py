@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.piped_video import PipedVideo
 from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, untagged_matrix, url
 
-Deinterlace = Literal["auto", "bwdif", "off"]
+Deinterlace = Literal["auto", "bwdif", "off", "detelecine"]
 
 #: rounding and interpolation without swscale's short cuts, which shift chroma and darken by a level
 EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
@@ -60,7 +60,8 @@ class VideoReader:
             frames: how many; None: all.
             size: (width, height) that frames are resized to, by the mean of the pixels that each new one covers.
             frame_rate: frames are repeated and dropped to this constant rate; None: all, with the times they have.
-            deinterlace: bwdif, or auto: bwdif for the frames that are marked as interlaced.
+            deinterlace: bwdif, or auto: bwdif for the frames that are marked as interlaced; detelecine: four frames of
+                24 a second out of five that a 3:2 pulldown made of them.
             bits: 16 for videos of more than 8 bits.
             piped: read this instead of the file `path`, once.
         """
@@ -124,6 +125,10 @@ class VideoReader:
         if deinterlace == "bwdif" or (deinterlace == "auto" and marked):
             which = "interlaced" if deinterlace == "auto" else "all"
             stream = stream.filter("bwdif", mode="send_frame", deint=which)
+        if deinterlace == "detelecine":
+            # Fields of neighbours are matched, what still combs is deinterlaced, the doubled one of five frames goes.
+            stream = stream.filter("fieldmatch", combmatch="full")
+            stream = stream.filter("bwdif", mode="send_frame", deint="interlaced").filter("decimate")
         if frame_rate is not None:
             stream = stream.filter("fps", f"{frame_rate.numerator}/{frame_rate.denominator}")
         stream = stream.filter("trim", **trim).filter("showinfo", checksum=0)

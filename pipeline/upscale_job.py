@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from common.encoders import ENCODERS, IMAGE_ENCODERS, IMAGE_OUTPUT_SUFFIXES, OUTPUT_SUFFIXES, BitDepth
+from common.bit_depth import BitDepth
+from common.encoders import ENCODERS, IMAGE_ENCODERS, IMAGE_OUTPUT_SUFFIXES, OUTPUT_SUFFIXES
 from common.errors import UserError
 from common.video_probe import VideoInfo
 from pipeline.container import TrackPlan, plan_tracks
@@ -84,6 +85,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
         decode_tile_px=arguments.decode_tile,
         overlap_px=arguments.tile_overlap,
     )
+    if arguments.deinterlace == "detelecine":
+        source = without_pulldown(source)
     info = source.info
     images = None if output == PIPE else image_output(output, source, arguments.start, arguments.frames)
     codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.encoder)
@@ -117,7 +120,7 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps
     bit_depth = choose_bit_depth(info, codec, arguments)
-    said += _said_of_picture(info, codec, bit_depth, arguments)
+    said += _said_of_frames(info, codec, bit_depth, arguments)
     for line in said:
         print(f"{source.name}: {line}", file=sys.stderr)
     return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images)
@@ -139,8 +142,21 @@ def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace)
     return bit_depth
 
 
-def _said_of_picture(info: VideoInfo, codec: str, bit_depth: BitDepth, arguments: argparse.Namespace) -> list[str]:
-    """What changes in it, one line each."""
+def without_pulldown(source: Source) -> Source:
+    """The source as it is read: four frames of five.
+
+    Raises:
+        UserError: images have no fields.
+    """
+    if source.images:
+        raise UserError(f"--detelecine: {source.name} are images, not a video with fields; leave it out")
+    info = source.info
+    frames = info.frames and info.frames * 4 // 5
+    return replace(source, info=replace(info, frame_rate=info.frame_rate * Fraction(4, 5), frames=frames))
+
+
+def _said_of_frames(info: VideoInfo, codec: str, bit_depth: BitDepth, arguments: argparse.Namespace) -> list[str]:
+    """What changes in them, one line each."""
     said = []
     if info.colour.hdr and codec in ("y4m", *IMAGE_ENCODERS):
         said.append(f"HDR: {codec} does not name its transfer function and primaries; pixels keep them")
@@ -160,6 +176,8 @@ def _said_of_picture(info: VideoInfo, codec: str, bit_depth: BitDepth, arguments
         said.append("its transparency is left out")
     if info.interlaced and arguments.deinterlace == "auto":
         said.append("frames marked as interlaced are deinterlaced by bwdif, one frame of two fields")
+    if arguments.deinterlace == "detelecine":
+        said.append(f"a 3:2 pulldown is undone: {float(info.frame_rate):.6g} frames/s")
     return said
 
 

@@ -13,7 +13,6 @@ import torch
 
 from common.encoders import ENCODERS
 from common.errors import UserError
-from common.video_reader import Deinterlace
 from pipeline.colour_fix import ColourFix
 from pipeline.latent_codec import CodecName
 from pipeline.model.config import Attention
@@ -156,9 +155,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a constant rate, as 25 or 24000/1001; default: frames keep their times, images are 25 a second",
     )  # fmt: skip
     parser.add_argument("--stills", action="store_true", help="upscale the images of a folder one by one")
-    parser.add_argument(
-        "--deinterlace", choices=get_args(Deinterlace), default="auto", help="auto: frames marked as interlaced"
+    fields = parser.add_mutually_exclusive_group()
+    fields.add_argument(
+        "--deinterlace", choices=("auto", "bwdif", "off"), default="auto", help="auto: frames marked as interlaced"
     )
+    fields.add_argument(
+        "--detelecine", dest="deinterlace", action="store_const", const="detelecine",
+        help="a film at 30 frames/s by 3:2 pulldown: back to its 24",
+    )  # fmt: skip
     parser.add_argument(
         "--on-error", choices=("warn", "keep", "stop"), default="warn",
         help="a damaged input: write what can be read and end with status 3 (warn) or 0 (keep), or stop",

@@ -100,6 +100,27 @@ def test_interlaced_video_has_no_combs(make, upscale, tmp_path):
     assert combs(output) < 0.2 * combs(woven)
 
 
+def test_a_pulldown_is_undone(make, upscale, tmp_path):
+    """24 frames/s woven into 30: the 24 come back, each as it was, at the film's rate."""
+    scene, quality = (
+        ("-f", "lavfi", "-i", "testsrc2=s=96x96:r=24000/1001:d=2,scroll=h=0.04,format=yuv444p"),
+        ("-c:v", "ffv1"),
+    )
+    film, output = make("film.mkv", *scene, *quality), tmp_path / "out.mkv"
+    source = make("pulldown.mkv", *scene, "-vf", "telecine=first_field=top:pattern=23,setfield=tff", *quality)
+    options = ("--bicubic", "--lossless")
+    assert upscale(film, tmp_path / "whole.mkv", *options).returncode == 0
+    done = upscale(source, output, *options, "--detelecine")
+    assert done.returncode == 0 and "23.976 frames/s" in done.stderr
+    whole, result = read_video(tmp_path / "whole.mkv"), read_video(output)
+    assert abs(len(result) - len(whole)) <= 1
+    best = [np.abs(frame.astype(int) - whole.astype(int)).mean((1, 2, 3)) for frame in result[4:40]]
+    assert max(distances.min() for distances in best) < 0.5, "no frame combs"
+    assert np.all(np.diff([distances.argmin() for distances in best]) == 1), "none is doubled or missing"
+    assert np.allclose(np.diff(frame_times(output)), 1001 / 24000, atol=0.002)
+    assert upscale(source, tmp_path / "x.mkv", "--bicubic", "--detelecine", "--deinterlace", "off").returncode == 2
+
+
 def test_video_that_turns_interlaced_has_no_combs_and_keeps_its_progressive_frames(make, upscale, tmp_path):
     moving = ("-f", "lavfi", "-i", "color=white:s=48x64:r=50:d=1", "-vf")
     scroll = "pad=128:64:'25':0,scroll=h=-0.03"
