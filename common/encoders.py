@@ -9,7 +9,6 @@ from common.video_probe import BT709, BT2020, BT2020_CL, BT2020_NCL, UNSPECIFIED
 from common.video_reader import EXACT
 
 Quality = Literal["lossy", "lossless"]
-BitDepth = Literal[8, 10, 16]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import ffmpeg
 import numpy as np
 
 from common.atomic import atomic_file
-from common.encoders import BitDepth, Quality, encoding
+from common.bit_depth import BitDepth
+from common.encoders import Quality, encoding
 from common.errors import UserError
 from common.video_probe import Colour, ffmpeg_binary, url
 from common.video_reader import EXACT

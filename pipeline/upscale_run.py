@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.encoders import BitDepth
+from common.bit_depth import BitDepth
 from common.errors import UserError
 from common.prefetch import prefetch
 from common.progress import progress

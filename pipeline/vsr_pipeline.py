@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from common.encoders import BitDepth
+from common.bit_depth import BitDepth
 from common.errors import UserError
 from common.scale import SCALE
 from common.seeding import seeded_noise

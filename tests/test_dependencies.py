@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import wheels
+from tests.test_architecture import all_imports
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -101,3 +104,24 @@ def test_what_is_declared_is_imported() -> None:
     used = {name for module in modules for name in distributions(module)}
     for name in declared(*PROJECT["optional-dependencies"]):
         assert name in used or name in {_normal(entry) for entry in INDIRECT}, f"{name} is declared and never imported"
+
+
+def test_what_the_gpu_kit_imports_as_it_starts_is_among_its_wheels() -> None:
+    """A machine with those wheels, torch and NumPy alone can start it."""
+    here = {_normal(name) for name in (*wheels.PACKAGES, *wheels.BUILT, "torch", "numpy")}
+    waiting = sorted((ROOT / "benchmarks" / "gpu").glob("*.py"))
+    seen, found = set(waiting), set()
+    while waiting:
+        names = all_imports(waiting.pop(), at_start=True)
+        files = {path for name in names for path in _files(name)} - seen
+        waiting.extend(files)
+        seen |= files
+        found |= {name.partition(".")[0] for name in names} - OURS - set(sys.stdlib_module_names)
+    assert {"torch", "diffusers", "pydantic"} <= found
+    assert [name for name in sorted(found) if not distributions(name) & here] == []
+
+
+def _files(module: str) -> set[Path]:
+    """What is executed when a module of ours is imported."""
+    places = [ROOT / place for place in (module.replace(".", "/"), *map(str, Path(module.replace(".", "/")).parents))]
+    return {path for place in places for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from common.encoders import BitDepth
+from common.bit_depth import BitDepth
 from common.errors import UserError
 from common.scale import SCALE
 from pipeline.model.small_vae import SmallVideoVAE

@@ -66,9 +66,9 @@ def add_adapter(transformer: VSRTransformer, config: LoRAConfig, *, network: str
 
 def add_adapter_like(transformer: VSRTransformer, other: nn.Module) -> None:
     """Give `transformer` untrained layers of the names and shapes that `other`'s adapter has, if it has one."""
-    from peft import inject_adapter_in_model
-
     if hasattr(other, "peft_config"):
+        from peft import inject_adapter_in_model
+
         inject_adapter_in_model(other.peft_config[ADAPTER], transformer, ADAPTER)
 
 
