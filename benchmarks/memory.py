@@ -112,13 +112,11 @@ def build_stage(stage: StageSpec, model: ModelConfig, config: TrainerConfig, dev
         set_attention(transformer, config.attention, config.engine_of("student").dtype)
         return transformer
 
-    with torch.device("meta"):
-        shape = VSRTransformer(**model.transformer.model_dump()).config
     width = model.transformer.text_dim
     setup = StageSetup(
         stage,
         config.section_of(stage),
-        stage.modules(config.section_of(stage), transformer_of, shape, config.seed),
+        stage.modules(config.section_of(stage), transformer_of, config.seed),
         engine_of=config.engine_of,
         embed=lambda captions: torch.zeros(len(captions), PROMPT_TOKENS, width),
         seed=0,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,28 +185,24 @@ def build_stage(
         sequence: the ranks that share a clip with this one.
     """
     folders, section = {"init": init, "teacher": teacher}, config.section_of(spec)
-    #: of each folder, the networks that still want its weights: the last one takes them without a copy
-    waiting = Counter(folders[n.weights] for n in spec.networks if n.has_transformer(section))
-    load = spec.load or initial_transformer
-    loaded = {folder: load(folder, model, config.seed) for folder in waiting}
-    for module in loaded.values():
-        if isinstance(module, VSRTransformer):
-            set_attention(module, config.attention, config.engine_of("student").dtype)
-            module.share_sequence(sequence)
-    shape = next(iter(loaded.values())).config
 
     def transformer_of(network: NetworkSpec) -> nn.Module:
-        folder = folders[network.weights]
-        waiting[folder] -= 1
-        transformer: Any = copy.deepcopy(loaded[folder]) if waiting[folder] else loaded.pop(folder)
-        if network.lora is not None and network.lora in config.lora:
-            add_adapter(transformer, config.lora[network.lora], network=network.lora, seed=config.seed)
+        # Each network opens the file anew: mapped weights cost nothing until an engine takes them.
+        folder, adapter = folders[network.weights], config.lora.get(network.lora or "")
+        if spec.load is not None:
+            return spec.load(folder, model, config.seed)
+        dtype = None if adapter is None else torch.float32  # peft makes its layers in the dtype that it finds
+        transformer = initial_transformer(folder, model, config.seed, dtype=dtype)
+        set_attention(transformer, config.attention, config.engine_of("student").dtype)
+        transformer.share_sequence(sequence)
+        if adapter is not None:
+            add_adapter(transformer, adapter, network=network.name, seed=config.seed)
         return transformer
 
     setup = StageSetup(
         spec,
         section,
-        spec.modules(section, transformer_of, shape, config.seed),
+        spec.modules(section, transformer_of, config.seed),
         engine_of=config.engine_of,
         embed=embed,
         seed=config.seed,
@@ -223,13 +217,19 @@ def build_stage(
     return stage
 
 
-def initial_transformer(folder: Path | None, model: ModelConfig, seed: int) -> VSRTransformer:
-    """The weights of `folder`, else those that a preset begins with, float32; the same on every rank and every call."""
+def initial_transformer(
+    folder: Path | None, model: ModelConfig, seed: int, *, dtype: torch.dtype | None = torch.float32
+) -> VSRTransformer:
+    """The weights of `folder`, else those that a preset begins with; the same on every rank and every call.
+
+    Args:
+        dtype: None: as in the file.
+    """
     if folder is not None:
-        return load_transformer(folder, model.transformer)
+        return load_transformer(folder, model.transformer, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_transformer(model.transformer, model.initial_weights)
+        return build_transformer(model.transformer, model.initial_weights, dtype=dtype)
 
 
 def _reader(

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,13 +43,15 @@ ORIGINAL_NAMES = (
 )
 
 
-def build_transformer(config: TransformerConfig, initial_weights: str | Path | None = None) -> VSRTransformer:
-    """A DiT of the configured shape, float32, from `initial_weights` or randomly initialised (torch's seed).
+def build_transformer(
+    config: TransformerConfig, initial_weights: str | Path | None = None, *, dtype: torch.dtype | None = torch.float32
+) -> VSRTransformer:
+    """A DiT of the configured shape, from `initial_weights` or randomly initialised (torch's seed, float32).
 
     A random model with `low_resolution_skip` starts as ẑ0(t=1) = z_LR: its output projection is zero.
     """
     if initial_weights is not None:
-        return load_transformer(initial_weights, config)
+        return load_transformer(initial_weights, config, dtype=dtype)
     model = VSRTransformer(**config.model_dump())
     if config.low_resolution_skip:
         torch.nn.init.zeros_(model.proj_out.weight)
@@ -56,13 +59,16 @@ def build_transformer(config: TransformerConfig, initial_weights: str | Path | N
     return model
 
 
-def load_transformer(folder: str | Path, config: TransformerConfig) -> VSRTransformer:
-    """Load DiT weights, float32.
+def load_transformer(
+    folder: str | Path, config: TransformerConfig, *, dtype: torch.dtype | None = torch.float32
+) -> VSRTransformer:
+    """Load DiT weights. Those that the file holds in `dtype` are mapped: the processes of a machine share one copy.
 
     Args:
         folder: a model folder of ours, a Wan2.1 folder (diffusers or original layout), or the `transformer/` folder or
             `.safetensors` file of one.
         config: the shape that the weights must have.
+        dtype: None: as in the file.
 
     Raises:
         UserError: nothing to load there, or weights of another shape (the names are listed).
@@ -81,9 +87,11 @@ def load_transformer(folder: str | Path, config: TransformerConfig) -> VSRTransf
     with torch.device("meta"):
         model = VSRTransformer(**config.model_dump())
     require_same_shapes(folder, state, model)
-    # Built anew off the meta device, because the rotary tables are buffers that no file holds.
-    model = VSRTransformer(**config.model_dump())
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+    model.rope = WanRotaryPosEmbed(  # tables that no file holds
+        config.attention_head_dim, config.patch_size, model.config.rope_max_seq_len
+    )
+    values = state if dtype is None else {name: tensor.to(dtype) for name, tensor in state.items()}
+    model.load_state_dict(values, strict=True, assign=True)
     return model
 
 

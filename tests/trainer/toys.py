@@ -96,7 +96,6 @@ def setup(
         lora: adapters by network name: student, critic.
     """
     engine = engine or DeepSpeedConfig(zero_stage=1, precision="fp32")
-    shape = next(iter(transformers.values())).config
 
     def transformer_of(network: NetworkSpec) -> VSRTransformer:
         module = copy.deepcopy(transformers.get(network.name, transformers["student"]))
@@ -105,7 +104,7 @@ def setup(
             add_adapter(module, lora[network.lora], network=network.lora, seed=seed)
         return module
 
-    modules = spec.modules(config, transformer_of, shape, seed)
+    modules = spec.modules(config, transformer_of, seed)
     return StageSetup(
         spec, config, modules, engine_of=lambda name: engine, embed=embed, seed=seed, keep_model=keep_model
     )

@@ -58,13 +58,15 @@ class Network:
 
         Args:
             name: student, critic, real_score, …; used in logs, errors and file names.
-            module: its float32 weights are the masters' first value; its dtype and device are changed. With an
+            module: its weights in float32 are the masters' first value; its dtype and device are changed. With an
                 optimizer, the parameters that require gradients are trainable, and the others never change (LoRA).
             optimizer: None for a network that is never updated; it is sharded at ZeRO-3 and replicated otherwise.
             parameter_groups: torch-style groups over the trainable parameters, each with `params` and, where they
                 differ, `lr`, `gradient_clip` and `name`; default: one group.
             ema_decay: keep an EMA of the masters, updated by every `step()` that is not skipped.
         """
+        for parameter in module.parameters():  # a bf16 file's weights come as they are, mapped
+            parameter.data = parameter.data.float()
         self.name = name
         self.config = deepspeed
         self._updating = False

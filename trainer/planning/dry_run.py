@@ -71,8 +71,7 @@ def meta_networks(stage: StageSpec, model: ModelConfig, config: TrainerConfig) -
         return transformer
 
     with torch.device("meta"):
-        shape = VSRTransformer(**model.transformer.model_dump()).config
-        return stage.modules(config.section_of(stage), transformer_of, shape, config.seed)
+        return stage.modules(config.section_of(stage), transformer_of, config.seed)
 
 
 def memory_table(
@@ -103,9 +102,11 @@ def memory_table(
     lines.append(f"{'static':<12} {'':>8} {'':>10} {'':>10} {'':>6} {first.static:8.2f}")
     lines.append(f"buckets and gathered parameters {first.buffers:.2f}")
     ranks = min(gpus, GPUS_PER_NODE)
-    loading = sum(counts.values()) * 4 / GIB
-    node = f"{ranks * loading:.0f} per node of {ranks}"
-    lines.append(f"host memory while weights are loaded, float32: {loading:.1f} per rank, {node}")
+    mapped, own = sum(counts.values()) * 4 / GIB, max(counts.values()) * 4 / GIB
+    lines.append(f"host memory while weights are loaded: {mapped:.1f} mapped, which the ranks of a node share;")
+    lines.append(
+        f"  of bfloat16 files one network in float32: {own:.1f} per rank, {ranks * own:.0f} per node of {ranks}"
+    )
     shared = f" on {config.sequence_parallel} GPUs" if config.sequence_parallel > 1 else ""
     for clip, stage_found in found.items():
         activations, peak = f"{stage_found.activations:.2f}", f"{stage_found.peak:.2f}"

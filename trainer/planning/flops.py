@@ -105,4 +105,4 @@ def _meta_modules(stage: TrainingStage) -> dict[str, nn.Module]:
         return transformer
 
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return stage.spec.modules(stage.config, transformer_of, reference.config, 0)
+        return stage.spec.modules(stage.config, transformer_of, 0)

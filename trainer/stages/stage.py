@@ -128,18 +128,18 @@ class StageSpec:
     activation_bytes: Callable[[ActivationSizes, Any], float] | None = None
 
     def modules(
-        self, config: Any, transformer_of: Callable[[NetworkSpec], nn.Module], shape: Any, seed: int
+        self, config: Any, transformer_of: Callable[[NetworkSpec], nn.Module], seed: int
     ) -> dict[str, nn.Module]:
         """Modules by network name.
 
         Args:
             config: the stage's section.
             transformer_of: gives the transformer of a network, adapter included; asked for those that are needed.
-            shape: the transformers' configuration.
             seed: run seed, of what `assemble` draws.
         """
         transformers = {n.name: transformer_of(n) for n in self.networks if n.has_transformer(config)}
-        return self.assemble(config, transformers, shape, seed)
+        shape: Any = next(iter(transformers.values()))
+        return self.assemble(config, transformers, shape.config, seed)
 
     def takes_teacher(self, config: Any) -> bool:
         """Whether `--teacher` is needed with these settings of the stage."""
@@ -159,7 +159,7 @@ class StageSetup:
     spec: StageSpec
     #: the section `trainer.<name>`
     config: Any
-    #: modules by network name, weights loaded, adapters added, float32
+    #: modules by network name, weights loaded, adapters added
     modules: dict[str, nn.Module]
     #: how a network is sharded and computed
     engine_of: Callable[[str], DeepSpeedConfig]
