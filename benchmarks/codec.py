@@ -1,118 +1,148 @@
-"""Small VAEs on held-out clips: PSNR, energy at block borders, time, and what noise in a latent looks like.
+"""The fast codec beside the VAE that it stands in for: what it costs, and what it keeps.
 
-    python benchmarks/codec.py --vae assets/small/vae assets/tiny/vae --clips VIDEO … --output runs/codec-benchmark
+    python benchmarks/codec.py [--seconds 5x240x416] [--model MODEL [--clips FOLDER]]
 
-Clips that were not trained on. Border energy is the mean squared difference of pixels across 8-pixel borders over that
-of all other neighbours, divided by the same ratio of the source: 1 is as in the source, more prints squares. The last
-line is JSON.
+Costs are of Wan2.1's VAE and three sizes of the fast networks, with random weights, which say nothing of quality.
+Operations (torch's counter) and the peak of live tensors are those of the meta device, where nothing is computed.
+Seconds are CPU seconds of one thread, at a size that a CPU finishes. The VAE encodes the enlarged clip, the fast
+encoder the LR one.
+
+With --model, a folder that holds the trained networks, the held-out clips of benchmarks/effect/held_out.py are degraded
+with three seeds, and both decoders decode z_HR and the student's latent (benchmarks/codec_quality.py). The last line is
+JSON; the ratios are full over fast at 21 x 480 x 832 with the middle networks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from diffusers import AutoencoderKLWan
+from torch.utils.flop_counter import FlopCounterMode
 
-from common.errors import run_command
-from common.video_reader import read_video
-from metrics.psnr import psnr_db
-from pipeline.model.vae import VAE, decode_latents, encode_video, load_vae, to_frames, to_pixels
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, from anywhere
 
-FRAMES, LARGEST_SIDE, BLOCK = 9, 256, 8
-NOISES = (0.1, 0.2)
+from benchmarks import codec_quality
+from common.errors import UserError, run_command
+from common.live_bytes import LiveBytes
+from pipeline.latent_codec import FastCodec, FullCodec, LatentCodec
+from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
 
-
-def load_clip(path: Path) -> Tensor:
-    """The middle of the video: (1, 3, 9, H, W) in [-1, 1], sides multiples of 16 of at most 256 pixels."""
-    video = read_video(path)
-    height, width = (min(side // 16 * 16, LARGEST_SIDE) for side in video.shape[1:3])
-    start = max(0, (len(video) - FRAMES) // 2)
-    top, left = (video.shape[1] - height) // 2, (video.shape[2] - width) // 2
-    return to_pixels(video[start : start + FRAMES, top : top + height, left : left + width])[None]
-
-
-def border_ratio(pixels: Tensor) -> float:
-    """Energy of differences across borders of 8 pixels over that of all others."""
-    energies = []
-    for axis in (-2, -1):
-        squared = pixels.diff(dim=axis).square().movedim(axis, 0).flatten(1).mean(1)
-        border = torch.arange(len(squared)) % BLOCK == BLOCK - 1
-        energies.append((squared[border].mean() / squared[~border].mean()).item())
-    return float(np.mean(energies))
+FRAMES = 21
+SIZES = ((480, 832), (704, 1280), (1088, 1920))
+#: decoder (dims, blocks) and encoder (dim, blocks)
+NETWORKS: dict[str, tuple[Any, Any]] = {
+    "small": (((128, 96, 48, 24), (4, 2, 1)), (96, 3)),
+    "middle": (((256, 128, 64, 32), (6, 2, 1)), (192, 4)),
+    "large": (((448, 192, 96, 48), (7, 2, 1)), (320, 6)),
+}
+MIB = 2**20
 
 
-def row(vae: VAE, clip: Tensor) -> dict[str, float]:
-    """Measures of one clip."""
-    began = time.perf_counter()
-    z = encode_video(vae, clip)
-    encoded = time.perf_counter()
-    decoded = decode_latents(vae, z)
-    ended = time.perf_counter()
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    disturbed = decode_latents(vae, z + NOISES[0] * noise)
-    return {
-        "psnr_db": psnr_db((decoded - clip).square().mean().item(), peak=2.0),
-        "noisy_psnr_db": psnr_db((disturbed - clip).square().mean().item(), peak=2.0),
-        "noisy_border": border_ratio(disturbed) / border_ratio(clip),
-        "border": border_ratio(decoded) / border_ratio(clip),
-        "encode_ms_per_frame": 1000 * (encoded - began) / clip.shape[2],
-        "decode_ms_per_frame": 1000 * (ended - encoded) / clip.shape[2],
-    }
+def codecs() -> dict[str, LatentCodec]:
+    """Wan2.1's VAE and the fast codecs, random weights, where the default device is."""
+    vae = AutoencoderKLWan().requires_grad_(False).eval()
+    found: dict[str, LatentCodec] = {"full": FullCodec(vae)}
+    for name, (decoder, encoder) in NETWORKS.items():
+        networks = LowResolutionEncoder(16, *encoder), FastDecoder(16, *decoder)
+        found[name] = FastCodec(vae, *(network.requires_grad_(False).eval() for network in networks))
+    return found
 
 
-def noisy_picture(vaes: dict[str, VAE], clip: Tensor) -> Image.Image:
-    """One row per VAE: source, decoded, decoded with noise of each of NOISES in normalised latents; twice the size."""
-    rows = []
-    for vae in vaes.values():
-        z = encode_video(vae, clip)
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-        shown = [clip, *(decode_latents(vae, z + strength * noise) for strength in (0.0, *NOISES))]
-        rows.append(np.concatenate([to_frames(x[0])[FRAMES // 2].numpy() for x in shown], axis=1))
-    return Image.fromarray(np.concatenate(rows)).resize((2 * rows[0].shape[1], 2 * sum(r.shape[0] for r in rows)), 0)
+def parameters(codec: LatentCodec) -> tuple[float, float]:
+    """Millions: encoder, decoder."""
+    owner: Any = codec.vae if isinstance(codec, FullCodec) else codec
+    parts = (owner.encoder, owner.decoder)
+    encoder, decoder = (sum(value.numel() for value in part.parameters()) / 1e6 for part in parts)
+    return encoder, decoder
+
+
+def passes(codec: LatentCodec, frames: int, height: int, width: int) -> dict[str, Callable[[], Any]]:
+    """Encoding and decoding one clip of that output size."""
+    places = (height // 8, width // 8)
+    inputs = torch.zeros(1, 3, frames, *(codec.place_px * place for place in places))
+    z = torch.zeros(1, 16, (frames - 1) // 4 + 1, *places)
+    return {"encode": lambda: codec.encode(inputs), "decode": lambda: codec.decode(z, inputs)}
+
+
+def counted(codec: LatentCodec, frames: int, height: int, width: int) -> dict[str, float]:
+    """Operations and bytes of a clip, on the meta device."""
+    found = {}
+    for name, run in passes(codec, frames, height, width).items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        with LiveBytes("meta") as live:
+            run()
+        found |= {f"{name}_flops": float(counter.get_total_flops()), f"{name}_bytes": float(live.peak)}
+    return found
+
+
+def timed(codec: LatentCodec, frames: int, height: int, width: int) -> dict[str, float]:
+    """CPU seconds of a clip on one thread; short passes are repeated, and the shortest counts."""
+    found = {}
+    for name, run in passes(codec, frames, height, width).items():
+        tries: list[float] = []
+        while not tries or (sum(tries) < 10 and len(tries) < 3):
+            began = time.process_time()
+            run()
+            tries.append(time.process_time() - began)
+        found[f"{name}_seconds"] = min(tries)
+    return found
+
+
+def ratios(full: dict[str, float], fast: dict[str, float]) -> dict[str, float]:
+    """Full over fast, by name."""
+    return {f"{name}_ratio": round(full[name] / fast[name], 2) for name in full}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, nargs="+", required=True)
-    parser.add_argument("--clips", type=Path, nargs="+", required=True, help="held-out videos")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", default="5x240x416", help="frames x height x width of what is timed")
+    parser.add_argument("--model", type=Path, help="a model folder with a fast codec: what it keeps is measured too")
+    parser.add_argument("--clips", type=Path, help="folder of the held-out clips, instead of the installed wheels")
     arguments = parser.parse_args()
+    try:
+        size = tuple(int(part) for part in arguments.seconds.split("x"))
+        frames, height, width = size
+    except ValueError:
+        raise UserError(f"--seconds {arguments.seconds}: give FRAMESxHEIGHTxWIDTH, as 5x240x416") from None
+    if frames % 4 != 1 or height % 16 or width % 16:
+        raise UserError(f"--seconds {arguments.seconds}: 4k + 1 frames, sides multiples of 16")
     torch.set_num_threads(1)
-    vaes = {str(path): load_vae(path) for path in arguments.vae}
-    clips = {path.name: load_clip(path) for path in arguments.clips}
-    found = {name: {clip: row(vae, pixels) for clip, pixels in clips.items()} for name, vae in vaes.items()}
-    titles = (
-        "VAE",
-        "parameters",
-        "clip",
-        "PSNR, dB",
-        "border",
-        "with noise 0.1: PSNR, dB",
-        "border",
-        "encode, ms",
-        "decode, ms",
-    )
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, rows in found.items():
-        size = sum(parameter.numel() for parameter in vaes[name].parameters()) / 1e6
-        mean = {key: float(np.mean([values[key] for values in rows.values()])) for key in next(iter(rows.values()))}
-        for clip, values in [*rows.items(), ("mean", mean)]:
-            lines.append(
-                f"| {name} | {size:.2f} M | {clip} | {values['psnr_db']:.2f} | {values['border']:.3f} "
-                f"| {values['noisy_psnr_db']:.2f} | {values['noisy_border']:.3f} "
-                f"| {values['encode_ms_per_frame']:.1f} | {values['decode_ms_per_frame']:.1f} |"
-            )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "codec.md").write_text("\n".join(lines) + "\n")
-    noisy_picture(vaes, next(iter(clips.values()))).save(arguments.output / "noise.png")
-    print("\n".join(lines))
-    print(json.dumps(found))
+    result: dict[str, Any] = {}
+    print("| frames | codec | encode, TFLOP | decode, TFLOP | encode, MiB | decode, MiB |", "|---" * 6 + "|", sep="\n")
+    with torch.device("meta"):
+        on_meta = codecs()
+        for lines, columns in SIZES:
+            for name, codec in on_meta.items():
+                found = counted(codec, FRAMES, lines, columns)
+                result[f"{name} {lines}x{columns}"] = found
+                print(
+                    f"| {FRAMES} x {lines} x {columns} | {name} | {found['encode_flops'] / 1e12:.3f} "
+                    f"| {found['decode_flops'] / 1e12:.3f} | {found['encode_bytes'] / MIB:.0f} "
+                    f"| {found['decode_bytes'] / MIB:.0f} |",
+                    flush=True,
+                )
+    print("", "| codec | encoder, M | decoder, M | encode, s | decode, s |", "|---" * 5 + "|", sep="\n")
+    for name, codec in codecs().items():
+        found = timed(codec, frames, height, width)
+        result[f"{name} seconds"] = found
+        encoder, decoder = parameters(codec)
+        times = f"{found['encode_seconds']:.2f} | {found['decode_seconds']:.2f}"
+        print(f"| {name} | {encoder:.1f} | {decoder:.1f} | {times} |", flush=True)
+    where = "{}x{}".format(*SIZES[0])
+    summary = ratios(result[f"full {where}"], result[f"middle {where}"])
+    summary |= ratios(result["full seconds"], result["middle seconds"])
+    if arguments.model:
+        result["quality"] = codec_quality.rows(arguments.model, arguments.clips)
+        print("", codec_quality.table(result["quality"]), sep="\n")
+    print(json.dumps({**summary, "timed": arguments.seconds, "all": result}))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def build_stage(stage: StageSpec, model: ModelConfig, config: TrainerConfig, dev
 
 def batch_of(stage: StageSpec, model: ModelConfig, latent: tuple[int, int, int], size: int) -> Batch:
     keys = [str(index) for index in range(size)]
-    names = ("z_win", "z_lose", "z_lr") if stage.member == "pair" else ("z_hr", "z_lr")
+    names = ("z_win", "z_lose", "z_lr") if "pair" in stage.members else ("z_hr", "z_lr")
     shape = (size, model.transformer.latent_channels, *latent)
     noises = {"noise_win": ["w"], "noise_lose": ["l"]}
     return Batch(keys, {name: torch.zeros(shape) for name in names}, [{"caption": "", **noises} for _ in keys])

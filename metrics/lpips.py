@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from metrics.frame_metric import FrameMetric
-from metrics.weights import WeightedMetric, load_state_dict
+from metrics.weights import WeightedMetric, find_weights, load_state_dict
 
 _SOURCE = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
@@ -32,8 +32,7 @@ class Lpips(WeightedMetric, FrameMetric):
     source = _SOURCE
 
     def load(self, module: Any, path: Path) -> None:
-        # pnet_rand builds the backbone without a download; its weights follow from the local file
-        network = module.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        network = lpips_network()
         _fill_backbone(network.net, load_state_dict(path), str(path))
         self._network = self.ready(network)
 
@@ -45,6 +44,30 @@ class Lpips(WeightedMetric, FrameMetric):
         assert reference is not None
         pair = (images.to(self.settings.device) for images in (frames, reference))
         return [float(value) for value in self._network(*pair, normalize=True).flatten().tolist()]
+
+
+def lpips_network() -> Any:
+    """LPIPS (AlexNet) with its calibrated heads and a random backbone.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError(f"LPIPS needs the package lpips ({error}): pip install lpips") from None
+    # pnet_rand builds the backbone without a download; its weights follow from the local file
+    return lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+
+
+def fill_lpips(network: Any) -> None:
+    """Give the backbone its published weights.
+
+    Raises:
+        UserError: their file is not there.
+    """
+    path = find_weights(Lpips.name, Lpips.file, Lpips.source)
+    _fill_backbone(network.net, load_state_dict(path), str(path))
 
 
 def _fill_backbone(backbone: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:

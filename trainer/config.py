@@ -15,6 +15,7 @@ from trainer.stages import STAGES
 from trainer.stages.base import BaseConfig
 from trainer.stages.codec import CodecConfig
 from trainer.stages.dual_stream.config import DualStreamConfig
+from trainer.stages.fast_codec.config import FastDecoderConfig, LrEncoderConfig
 from trainer.stages.preference import PreferenceTrainingConfig
 from trainer.stages.progressive import ProgressiveConfig
 from trainer.stages.stage import ScheduleConfig, StageSpec
@@ -60,8 +61,8 @@ class TrainerConfig(Section):
     seed: int = 0
     #: how networks are sharded and computed
     engine: DeepSpeedConfig = DeepSpeedConfig()
-    #: by network name (student, teacher, critic, real_score, reference, fake_score, codec): fields of `engine` that
-    #: differ for it
+    #: by network name (student, teacher, critic, real_score, reference, fake_score, codec, fast_decoder, lr_encoder,
+    #: discriminator, …): fields of `engine` that differ for it
     engine_overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     #: LoRA by network name: student, critic (its fake score); a network not named is trained in full
     lora: dict[str, LoRAConfig] = Field(default_factory=dict)
@@ -72,6 +73,8 @@ class TrainerConfig(Section):
     progressive: ProgressiveConfig = ProgressiveConfig()
     dual_stream: DualStreamConfig = DualStreamConfig()
     preference: PreferenceTrainingConfig = PreferenceTrainingConfig()
+    fast_decoder: FastDecoderConfig = FastDecoderConfig()
+    lr_encoder: LrEncoderConfig = LrEncoderConfig()
     #: attention kernels of the DiT; auto takes the fastest one installed (pipeline/model/attention.py)
     attention: Attention = "auto"
     #: ranks that share the tokens of each clip, for clips too long for one GPU (pipeline/model/sequence_parallel.py)

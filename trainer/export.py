@@ -4,12 +4,14 @@ comes from."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from common.atomic import atomic_folder
@@ -72,6 +74,17 @@ def export_folder(folder: Path, write: Callable[[Path], None], card: dict[str, A
         write(partial)
         text = f"# DUO-VSR, stage {card.get('stage', '?')}\n\nWhere it comes from:\n\n"
         (partial / "README.md").write_text(f"{text}```json\n{json.dumps(card, indent=2, default=str)}\n```\n")
+
+
+def add_component(folder: Path, model: Path, name: str, network: ModelMixin) -> None:
+    """Write a model folder: the components of `model` as they are, and `network` as the one called `name`."""
+    index = json.loads((model / "model_index.json").read_text())
+    for part, kind in index.items():
+        if isinstance(kind, list) and kind[0] is not None and part != name:
+            shutil.copytree(model / part, folder / part)
+    network.save_pretrained(folder / name, safe_serialization=True)
+    index[name] = [type(network).__module__, type(network).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def model_card(steps: int, card: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ def _train(job: TrainingJob, world: World) -> bool:
     state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
     if job.stage.export is not None:
         if world.rank == 0:
-            write = partial(job.stage.export, module=stage.exported.module, state=state)
+            write = partial(job.stage.export, module=stage.exported.module, state=state, init=job.init)
             export_folder(job.output / "model", write, {**settings, "metrics": run.metrics})
     else:
         exporter.export("model", state, job.stage.exported_steps(job.model), run.metrics)
@@ -189,6 +189,8 @@ def build_stage(
     def transformer_of(network: NetworkSpec) -> nn.Module:
         # Each network opens the file anew: mapped weights cost nothing until an engine takes them.
         folder, adapter = folders[network.weights], config.lora.get(network.lora or "")
+        if network.load is not None:
+            return network.load(folder, model, section, config.seed)
         if spec.load is not None:
             return spec.load(folder, model, config.seed)
         dtype = None if adapter is None else torch.float32  # peft makes its layers in the dtype that it finds
@@ -213,7 +215,9 @@ def build_stage(
     stage = spec.build(setup)
     if config.compile_blocks:  # only now: a copy of a compiled module is not compiled
         for trained in stage.networks.values():
-            getattr(trained.module, "transformer", trained.module).compile_repeated_blocks()
+            blocks: Any = getattr(trained.module, "transformer", trained.module)
+            if getattr(blocks, "_repeated_blocks", None):
+                blocks.compile_repeated_blocks()
     return stage
 
 
@@ -239,7 +243,7 @@ def _reader(
     readers = world.size // sequence.size
     return ShardReader(
         data or job.data,
-        members=(job.stage.member,),
+        members=job.stage.members,
         seed=seed,
         global_batch_size=samples * readers,
         rank=world.rank // sequence.size,

@@ -21,7 +21,17 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from pipeline.model.small_vae import GROUP, OVERLAP, STRIDE, WINDOW, Enlarge, ResidualBlock, convolution
+from pipeline.model.small_vae import (
+    GROUP,
+    OVERLAP,
+    STRIDE,
+    WINDOW,
+    Enlarge,
+    ResidualBlock,
+    SmallVideoVAE,
+    convolution,
+    per_channel,
+)
 
 #: LR pixels along a side of one latent place
 LR_PIXELS = 2
@@ -71,6 +81,7 @@ class FastDecoder(ModelMixin, ConfigMixin):
         z_dim: latent channels C.
         dims: widths at 1/8, 1/4, 1/2 and the full size.
         blocks: memory blocks at 1/8, residual blocks at 1/4 and 1/2.
+        latents_mean, latents_std: per channel, as the VAE has them; the linear transform sees z·std + mean.
     """
 
     #: what torch.compile takes one by one
@@ -78,9 +89,16 @@ class FastDecoder(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, z_dim: int = 16, dims: tuple[int, ...] = (256, 128, 64, 32), blocks: tuple[int, ...] = (6, 2, 1)
+        self,
+        z_dim: int = 16,
+        dims: tuple[int, ...] = (256, 128, 64, 32),
+        blocks: tuple[int, ...] = (6, 2, 1),
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
+        if latents_mean is None or latents_std is None:
+            self.register_to_config(latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim)
         self.linear = nn.ConvTranspose3d(z_dim, 3, (GROUP, WINDOW, WINDOW), stride=(GROUP, STRIDE, STRIDE))
         self.trunk = Trunk(z_dim + LR_CHANNELS, dims[0], blocks[0])
         layers: list[nn.Module] = [Enlarge(dims[0], dims[1])]
@@ -108,10 +126,18 @@ class FastDecoder(ModelMixin, ConfigMixin):
         features, after = self.trunk(torch.cat([z.transpose(1, 2), unshuffled], dim=2), memory)
         size = features.shape[:2]
         added = self.enlarge(features.flatten(0, 1)).unflatten(0, size).unflatten(2, (3, GROUP))
+        raw = z * per_channel(self, "latents_std", z) + per_channel(self, "latents_mean", z)
         cut = OVERLAP + STRIDE
-        linear = self.linear(F.pad(z, (1, 1, 1, 1, 0, 0), mode="replicate"))[..., cut:-cut, cut:-cut]
+        linear = self.linear(F.pad(raw, (1, 1, 1, 1, 0, 0), mode="replicate"))[..., cut:-cut, cut:-cut]
         frames = linear + added.transpose(1, 2).flatten(2, 3)
         return (frames[:, :, GROUP - 1 :] if memory is None else frames), after
+
+    @torch.no_grad()
+    def start_as(self, vae: SmallVideoVAE) -> None:
+        """Begin as the linear path of a small VAE: nothing of it is left to learn, and LR adds nothing yet."""
+        self.linear.load_state_dict(vae.linear_decode.state_dict())
+        nn.init.zeros_(self.enlarge[-1].weight)
+        nn.init.zeros_(self.enlarge[-1].bias)
 
 
 class LowResolutionEncoder(ModelMixin, ConfigMixin):

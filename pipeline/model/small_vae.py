@@ -75,7 +75,7 @@ class SmallVideoVAE(ModelMixin, ConfigMixin):
             Decoded pixels, not clamped, and normalised latents without the noise.
         """
         z = self.encode(x).latent_dist.mode()
-        mean, std = self._per_channel("latents_mean", z), self._per_channel("latents_std", z)
+        mean, std = per_channel(self, "latents_mean", z), per_channel(self, "latents_std", z)
         disturbed = z if noise is None else z + noise * std
         return self.decode(disturbed).sample, (z - mean) / std
 
@@ -98,16 +98,18 @@ class SmallVideoVAE(ModelMixin, ConfigMixin):
         """
         cut = OVERLAP + STRIDE
         linear = self.linear_decode(F.pad(z, (1, 1, 1, 1, 0, 0), mode="replicate"))[..., cut:-cut, cut:-cut]
-        normalised = z / self._per_channel("latents_std", z)
-        first = torch.zeros_like(z[:, :, :1]) if before is None else before / self._per_channel("latents_std", z)
+        normalised = z / per_channel(self, "latents_std", z)
+        first = torch.zeros_like(z[:, :, :1]) if before is None else before / per_channel(self, "latents_std", z)
         past = torch.cat([first, normalised[:, :, :-1]], dim=2)
         pairs = torch.cat([normalised, past], dim=1).transpose(1, 2)
         corrections = self.decoder(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])  # (B, T, 12, H, W)
         frames = linear + corrections.unflatten(2, (3, GROUP)).transpose(1, 2).flatten(2, 3)
         return DecoderOutput(frames if before is not None else frames[:, :, GROUP - 1 :])
 
-    def _per_channel(self, name: str, like: Tensor) -> Tensor:
-        return torch.tensor(self.config[name], device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+
+def per_channel(network: ConfigMixin, name: str, like: Tensor) -> Tensor:
+    """A list of the configuration, one number per latent channel, as (1, C, 1, 1, 1)."""
+    return torch.tensor(network.config[name], device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
 
 
 class ResidualBlock(nn.Module):

@@ -52,6 +52,8 @@ TRAINER: dict[str, Any] = {
         "progressive": SCHEDULE,
         "dual_stream": SCHEDULE | {"steps": 5},
         "preference": SCHEDULE | {"steps": 5},
+        "fast_decoder": SCHEDULE | {"steps": 5},
+        "lr_encoder": SCHEDULE | {"steps": 5},
     },
     "codec": {"frames": 5, "side": 16, "optimizer": ADAM},
     "base": {"optimizer": ADAM | {"warmup_updates": 3}, "ema_decay": 0.9},
@@ -64,6 +66,16 @@ TRAINER: dict[str, Any] = {
         "head": {"hidden_channels": 4},
     },
     "preference": {"optimizer": ADAM},
+    "fast_decoder": {
+        "shape": {"dims": [8, 8, 6, 4], "blocks": [1, 1, 0]},
+        "frames": 5,
+        "side": 16,
+        "full_decoder_weight": 0.5,
+        "adversarial_weight": 0.1,
+        "adversarial_from_step": 2,
+        "discriminator": {"hidden_channels": 4},
+    },
+    "lr_encoder": {"shape": {"dim": 8, "blocks": 1}},
 }
 
 
@@ -153,8 +165,9 @@ def clip(index: int) -> Sample:
     z_hr = _latent("hr", index)
     tensors = {"z_hr": z_hr, "z_lr": z_hr + 0.3 * _latent("lr", index)}
     sample = _sample(f"clip-{index:03d}", "latents", tensors, {"caption": DEFAULT_PROMPT})
-    pixels = (60 * seeded_noise((5, 16, 16, 3), "pixels", index) + 128).clamp(0, 255).to(torch.uint8)
-    return Sample(sample.key, {"hr.mkv": encode_bytes(pixels.numpy())} | sample.members)
+    hr = (60 * seeded_noise((5, 32, 32, 3), "pixels", index) + 128).clamp(0, 255).to(torch.uint8)
+    clips = {"hr.mkv": encode_bytes(hr.numpy()), "lr.mkv": encode_bytes(hr[:, ::4, ::4].contiguous().numpy())}
+    return Sample(sample.key, clips | sample.members)
 
 
 def _pair(index: int) -> Sample:

@@ -37,7 +37,7 @@ def make_run(preset: Path, stage: str, output: Path, world: World, **changes: An
     def reader(seed: int) -> ShardReader:
         return ShardReader(
             preset.parent / ("pairs" if stage == "preference" else "clips"),
-            members=(spec.member,),
+            members=spec.members,
             seed=seed,
             global_batch_size=schedule.global_batch_size,
             rank=world.rank,

@@ -40,6 +40,7 @@ def counted_in_earnest(run: Run, step: int, batches: list[Any]) -> float:
         ("progressive", 0, {}),
         ("progressive", 3, {}),
         ("preference", 0, {}),
+        ("fast_decoder", 2, {}),
         ("dual_stream", 0, {}),
         ("dual_stream", 0, {"dmd_weight": 0.0, "tapped": "real"}),
         ("dual_stream", 0, {"discriminator_input": "clean", "tapped": "fake"}),

@@ -63,6 +63,8 @@ def meta_networks(stage: StageSpec, model: ModelConfig, config: TrainerConfig) -
     """
 
     def transformer_of(network: NetworkSpec) -> nn.Module:
+        if network.load is not None:
+            return network.load(None, model, config.section_of(stage), config.seed)
         if stage.load is not None:
             return stage.load(None, model, config.seed)
         transformer = VSRTransformer(**model.transformer.model_dump())

@@ -15,10 +15,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from datagen.dataset.loader import Batch
+from pipeline.model.transformer import VSRTransformer
 from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.lora import add_adapter_like
 from trainer.stages.stage import Meter, NetworkSpec, TrainingStage
@@ -96,13 +98,14 @@ class UntrackedModules(nullcontext[None]):
 
 def _meta_modules(stage: TrainingStage) -> dict[str, nn.Module]:
     """Modules by network name of the same shapes and parameter names, without values, engines or checkpointing."""
-    reference: Any = stage.exported.module
 
     def transformer_of(network: NetworkSpec) -> nn.Module:
         module = stage.networks[network.name].module
-        transformer: nn.Module = type(reference).from_config(reference.config)
-        add_adapter_like(transformer, getattr(module, "transformer", module))  # type: ignore[arg-type]
-        return transformer
+        inner: Any = next(m for m in (module, *module.children()) if isinstance(m, ConfigMixin))
+        copied: nn.Module = type(inner).from_config(inner.config)
+        if isinstance(inner, VSRTransformer):
+            add_adapter_like(copied, inner)  # type: ignore[arg-type]
+        return copied
 
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return stage.spec.modules(stage.config, transformer_of, 0)

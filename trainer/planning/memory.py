@@ -31,6 +31,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from pipeline.model.config import TransformerConfig
 from trainer.engine.config import DeepSpeedConfig
 
@@ -126,6 +129,9 @@ class ActivationSizes:
     layers: int
     dim: int
     ffn_dim: int
+    #: places of the micro-batch's latents, and their channels
+    places: int
+    latent_channels: int
     #: tokens of the micro-batch, and those of them that this rank computes
     tokens: int
     own_tokens: int
@@ -156,6 +162,8 @@ class ActivationSizes:
             layers=shape.num_layers,
             dim=shape.num_attention_heads * shape.attention_head_dim,
             ffn_dim=shape.ffn_dim,
+            places=batch * math.prod(latent),
+            latent_channels=shape.latent_channels,
             tokens=batch * tokens,
             own_tokens=batch * -(-tokens // sequence_parallel),
             width=2 if engine.precision == "bf16" else 4,
@@ -195,3 +203,18 @@ class ActivationSizes:
 
     def _block(self, trained: bool) -> float:
         return block_bytes(self.dim, self.ffn_dim, self.precision, trainable=trained)
+
+
+def saved_bytes(module: nn.Module, *inputs: Tensor) -> int:
+    """What a pass through a module on the meta device holds for its backward, its parameters left out."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage()._cdata] = tensor  # kept, so that no later one takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = module(*inputs)
+    del result
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in held.items() if key not in parameters)

@@ -1,4 +1,4 @@
-"""The stages of training: `STAGES` by name. A stage is one file (Stage II: one folder) that ends with its `SPEC`."""
+"""The stages of training: `STAGES` by name. A stage is one file, Stage II and the fast codec a folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from common.errors import UserError
 from common.plugins import load_object
 from trainer.stages import base, codec, preference, progressive
 from trainer.stages.dual_stream import spec as dual_stream
+from trainer.stages.fast_codec.spec import FAST_DECODER, LR_ENCODER
 from trainer.stages.stage import StageSpec
 
 #: in the order in which they are trained
 STAGES: dict[str, StageSpec] = {
-    spec.name: spec for spec in (codec.SPEC, base.SPEC, progressive.SPEC, dual_stream.SPEC, preference.SPEC)
+    spec.name: spec
+    for spec in (codec.SPEC, base.SPEC, progressive.SPEC, dual_stream.SPEC, preference.SPEC, FAST_DECODER, LR_ENCODER)
 }
 
 

@@ -22,7 +22,10 @@ from common.config import Section
 from common.errors import UserError
 from pipeline.model.config import ModelConfig
 from trainer.engine.config import OptimizerConfig
+from trainer.planning.memory import saved_bytes
+from trainer.stages.crops import crop_starts, require_room
 from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
+from trainer.stages.parameter_groups import linear_apart
 from trainer.stages.random_draws import Draws
 from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
 
@@ -30,9 +33,6 @@ if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
     from pipeline.model.small_vae import SmallVideoVAE
     from trainer.planning.memory import ActivationSizes
-
-#: float32 tensors kept between forward and backward, bytes per pixel of a crop; measured on 5 x 128 x 128
-BYTES_PER_PIXEL = 845
 
 
 class CodecConfig(Section):
@@ -75,13 +75,7 @@ class Codec(TrainingStage):
 
     def __init__(self, setup: StageSetup) -> None:
         super().__init__(setup)
-        named = list(setup.modules["codec"].named_parameters())
-        linear = [parameter for name, parameter in named if name.startswith("linear")]
-        rest = [parameter for name, parameter in named if not name.startswith("linear")]
-        groups = [
-            {"name": "linear", "params": linear, "lr": self.config.linear_learning_rate},
-            {"name": "convolutions", "params": rest},
-        ]
+        groups = linear_apart(setup.modules["codec"], self.config.linear_learning_rate)
         self.codec = self.exported = setup.network("codec", groups)
         self.networks = {"codec": self.codec}
 
@@ -130,20 +124,9 @@ class Codec(TrainingStage):
 
         clips = batch.tensors["hr"]
         wanted = (self.config.frames, self.config.side, self.config.side)
-        if any(have < want for have, want in zip(clips.shape[1:4], wanted, strict=True)):
-            have = " x ".join(map(str, clips.shape[1:4]))
-            raise UserError(
-                f"trainer.codec: crops of {' x '.join(map(str, wanted))} do not fit the stored clips of {have}; "
-                "lower frames or side"
-            )
+        require_room(self.name, ("frames", "side"), wanted, clips)
         room = [have - want + 1 for have, want in zip(clips.shape[1:4], wanted, strict=True)]
-        if step is None:
-            starts = [[0, room[1] // 2, room[2] // 2]] * len(clips)
-        else:
-            # On the CPU: these draws select pixels, no tensor on the device depends on them.
-            draws = Draws(batch.keys, self._seed, self.name, step, 0)
-            columns = [(draws.uniform(f"crop {axis}") * size).long() for axis, size in enumerate(room)]
-            starts = torch.stack(columns, 1).tolist()
+        starts = crop_starts(batch.keys, room, None if step is None else (self._seed, self.name, step, 0))
         crops = [
             to_pixels(clip[f : f + wanted[0], y : y + wanted[1], x : x + wanted[2]])
             for clip, (f, y, x) in zip(clips, starts, strict=True)
@@ -172,7 +155,7 @@ def load_codec(folder: Path | None, model: ModelConfig, seed: int) -> SmallVideo
     return vae.requires_grad_(True).train()
 
 
-def export_codec(folder: Path, module: Any, state: dict[str, Tensor]) -> None:
+def export_codec(folder: Path, module: Any, state: dict[str, Tensor], init: Path | None = None) -> None:
     """Write a VAE folder with the trained weights."""
     from pipeline.model.small_vae import SmallVideoVAE
 
@@ -184,7 +167,10 @@ def export_codec(folder: Path, module: Any, state: dict[str, Tensor]) -> None:
 
 def activation_bytes(sizes: ActivationSizes, config: CodecConfig) -> float:
     """Of one crop: training never sees a clip in full."""
-    return BYTES_PER_PIXEL * config.frames * config.side**2
+    from pipeline.model.small_vae import SmallVideoVAE
+
+    with torch.device("meta"):
+        return saved_bytes(SmallVideoVAE(), torch.empty(1, 3, config.frames, config.side, config.side))
 
 
 SPEC = StageSpec(
@@ -195,7 +181,7 @@ SPEC = StageSpec(
     build=Codec,
     schedule=ScheduleConfig(steps=20_000, global_batch_size=8, learning_rate_schedule="cosine"),  # [ours]
     init="a VAE of tools/initialise_small_vae.py",
-    member="hr",
+    members=("hr",),
     pixels=True,
     load=load_codec,
     export=export_codec,

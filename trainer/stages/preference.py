@@ -220,7 +220,7 @@ SPEC = StageSpec(
     init="the Stage-II student",
     teacher="the real score of Stage II",
     teacher_needed="regularised",
-    member="pair",
+    members=("pair",),
     target="z_win",
     latents_per_sample=lambda config: 1 if config.operating_point == "one_step" else 2,
 )

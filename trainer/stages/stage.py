@@ -69,6 +69,9 @@ class NetworkSpec:
     lora: str | None = None
     #: property of the stage's configuration that tells whether its transformer is needed; None: always
     needed: str | None = None
+    #: reads its first weights itself: (folder or None, model, the stage's section, seed) -> module, untrained without a
+    #: folder, without values on the meta device; None: the stage's `load`
+    load: Callable[[Path | None, ModelConfig, Any, int], nn.Module] | None = None
 
     def has_transformer(self, config: Any) -> bool:
         """Whether there is one with these settings of the stage."""
@@ -105,16 +108,16 @@ class StageSpec:
     teacher: str | None = None
     #: property of the stage's configuration that tells whether `--teacher` is needed; None: always
     teacher_needed: str | None = None
-    #: member of the dataset's samples that it reads
-    member: str = "latents"
-    #: tensor of that member that validation compares with
+    #: members of the dataset's samples that it reads
+    members: tuple[str, ...] = ("latents",)
+    #: tensor of them that validation compares with
     target: str = "z_hr"
     #: whether the stage works on pixels: `previews` and `target` are (B, 3, F, H, W) in [-1, 1] instead of latents
     pixels: bool = False
     #: reads the folder of `--init` or `--teacher`: (folder or None, model, seed) -> module; None: a transformer
     load: Callable[[Path | None, ModelConfig, int], nn.Module] | None = None
-    #: writes what the stage makes: (folder, module=, state=) of the exported network; None: a model folder around a
-    #: transformer
+    #: writes what the stage makes: (folder, module=, state=, init=) of the exported network and the folder of `--init`;
+    #: None: a model folder around a transformer
     export: Callable[..., None] | None = None
     #: Euler steps that the exported model is meant for
     exported_steps: Callable[[ModelConfig], int] = lambda model: 1

@@ -1,0 +1,44 @@
+"""Where crops of stored clips start: functions of the sample, like all draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from trainer.stages.random_draws import Draws
+
+
+def crop_starts(keys: Sequence[str], room: Sequence[int], identity: tuple[object, ...] | None) -> list[list[int]]:
+    """Of each sample, a start along each axis.
+
+    Args:
+        room: how many starts each axis has.
+        identity: of the draw, as `Draws` takes it; None: the middle, and the first frame.
+    """
+    if identity is None:
+        return [[0, *(size // 2 for size in room[1:])]] * len(keys)
+    # On the CPU: these draws select pixels, no tensor on the device depends on them.
+    draws = Draws(keys, *identity)
+    columns = [(draws.uniform(f"crop {axis}") * size).long() for axis, size in enumerate(room)]
+    return torch.stack(columns, 1).tolist()
+
+
+def require_room(stage: str, fields: tuple[str, str], wanted: Sequence[int], clips: Tensor) -> None:
+    """
+    Args:
+        fields: names of the fields that decide frames and side.
+        wanted: frames, height, width of a crop.
+        clips: (B, F, H, W, 3).
+
+    Raises:
+        UserError: the crops are larger than the clips.
+    """
+    have = clips.shape[1:4]
+    if any(size < want for size, want in zip(have, wanted, strict=True)):
+        raise UserError(
+            f"trainer.{stage}: crops of {' x '.join(map(str, wanted))} do not fit the stored clips of "
+            f"{' x '.join(map(str, have))}; lower {fields[0]} or {fields[1]}"
+        )
