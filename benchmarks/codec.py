@@ -1,6 +1,6 @@
 """The fast codec beside the VAE that it stands in for: what it costs, and what it keeps.
 
-    python benchmarks/codec.py [--seconds 5x240x416] [--model MODEL [--clips FOLDER]]
+    python benchmarks/codec.py [--seconds 5x128x224] [--model MODEL [--clips FOLDER] [--seeds 0 1 2]]
 
 Costs are of Wan2.1's VAE and three sizes of the fast networks, with random weights, which say nothing of quality.
 Operations (torch's counter) and the peak of live tensors are those of the meta device, where nothing is computed.
@@ -8,7 +8,7 @@ Seconds are CPU seconds of one thread, at a size that a CPU finishes. The VAE en
 encoder the LR one.
 
 With --model, a folder that holds the trained networks, the held-out clips of benchmarks/effect/held_out.py are degraded
-with three seeds, and both decoders decode z_HR and the student's latent (benchmarks/codec_quality.py). The last line is
+with each seed, and both decoders decode z_HR and the student's latent (benchmarks/codec_quality.py). The last line is
 JSON; the ratios are full over fast at 21 x 480 x 832 with the middle networks.
 """
 
@@ -103,15 +103,16 @@ def ratios(full: dict[str, float], fast: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", default="5x240x416", help="frames x height x width of what is timed")
+    parser.add_argument("--seconds", default="5x128x224", help="frames x height x width of what is timed")
     parser.add_argument("--model", type=Path, help="a model folder with a fast codec: what it keeps is measured too")
     parser.add_argument("--clips", type=Path, help="folder of the held-out clips, instead of the installed wheels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the degradation")
     arguments = parser.parse_args()
     try:
         size = tuple(int(part) for part in arguments.seconds.split("x"))
         frames, height, width = size
     except ValueError:
-        raise UserError(f"--seconds {arguments.seconds}: give FRAMESxHEIGHTxWIDTH, as 5x240x416") from None
+        raise UserError(f"--seconds {arguments.seconds}: give FRAMESxHEIGHTxWIDTH, as 5x128x224") from None
     if frames % 4 != 1 or height % 16 or width % 16:
         raise UserError(f"--seconds {arguments.seconds}: 4k + 1 frames, sides multiples of 16")
     torch.set_num_threads(1)
@@ -140,7 +141,7 @@ def main() -> None:
     summary = ratios(result[f"full {where}"], result[f"middle {where}"])
     summary |= ratios(result["full seconds"], result["middle seconds"])
     if arguments.model:
-        result["quality"] = codec_quality.rows(arguments.model, arguments.clips)
+        result["quality"] = codec_quality.rows(arguments.model, arguments.clips, arguments.seeds)
         print("", codec_quality.table(result["quality"]), sep="\n")
     print(json.dumps({**summary, "timed": arguments.seconds, "all": result}))
 

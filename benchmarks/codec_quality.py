@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from pipeline.model.vae import encode_video, to_frames, to_pixels
 from pipeline.sampling import one_step
 from pipeline.vsr_pipeline import VSRPipeline, open_pipeline
 
-SEEDS = (0, 1, 2)
 RECIPE = "light"
 
 
 @torch.no_grad()
-def rows(model: Path, clips: Path | None) -> dict[str, dict[str, list[float]]]:
-    """By row ("full, z_HR", …) and measure, one number per clip and seed."""
+def rows(model: Path, clips: Path | None, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """By row ("full decoder, z_HR", …) and measure, one number per clip and seed of the degradation."""
     pipeline = open_pipeline(model)
     codecs: dict[str, LatentCodec] = {name: pipeline.codec(name) for name in ("full", "fast")}  # type: ignore[arg-type]
     (vmaf,) = create_all(["vmaf_neg"])
@@ -36,7 +36,7 @@ def rows(model: Path, clips: Path | None) -> dict[str, dict[str, list[float]]]:
         high = clip.frames(clips)
         pixels = to_pixels(high)[None]
         z_hr = encode_video(pipeline.vae, pixels)
-        for seed in SEEDS:
+        for seed in seeds:
             low, _ = degrade_clip(high, RECIPE, seed)
             inputs = {name: codec.inputs(low)[None] for name, codec in codecs.items()}
             z_lr = {name: codec.encode(inputs[name]) for name, codec in codecs.items()}
