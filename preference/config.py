@@ -27,8 +27,9 @@ class PreferenceConfig(Section):
     minimum_differences: dict[str, float] = Field(
         default={"lpips": 1e-4, "musiq": 0.01, "dover": 0.01, "gmsd": 1e-5, "niqe_fitted": 1e-3}
     )
-    #: a candidate with a smaller mean, of [0, 1], is black, and its clip is dropped [ours]
-    black_below: float = Field(default=0.005, ge=0, le=1)
+    #: a candidate whose mean, of [0, 1], is smaller is black: its clip is dropped [ours: the small model makes 0.015
+    #: of black]
+    black_below: float = Field(default=0.03, ge=0, le=1)
     #: seed of the candidates' noise
     seed: int = 0
     #: candidates in one forward pass of the DiT and of the decoder; memory against speed [ours]

@@ -11,10 +11,13 @@ import pytest
 
 from benchmarks.dual_stream_step import count_flops
 from benchmarks.effect.train import CONFIG, ROWS, chain
+from benchmarks.inference import STEPS, time_command, time_model
 from benchmarks.read_ahead import waited, write_dataset
+from benchmarks.upscale import moving
 from benchmarks.validation_cost import shares
 from common.config import load_section
 from common.errors import UserError
+from pipeline.upscale_options import DEFAULT_MODEL
 from trainer.config import config_class
 from trainer.stages import find_stage
 
@@ -38,6 +41,27 @@ def test_a_benchmark_starts_as_a_file(script: str, tmp_path: Path) -> None:
 def test_a_round_needs_0_73_of_the_operations_of_a_literal_one() -> None:
     flops = count_flops(argparse.Namespace(frames=21, height=720, width=1280, batch=1), ("ours", "literal"))
     assert flops["ours"] / flops["literal"] == pytest.approx(0.7307, abs=1e-4)
+
+
+def test_inference_times_each_step_of_a_model() -> None:
+    given = argparse.Namespace(
+        model=DEFAULT_MODEL, device="cpu", dtype="fp32", repeats=2, transformer_tile=None, vae_tile=None
+    )
+    found = time_model(moving(16, 16, 5), given)
+    assert {step: len(values) for step, values in found["seconds"].items()} == dict.fromkeys(STEPS, 2)
+    assert all(value > 0 for values in found["seconds"].values() for value in values)
+    assert found["dit_evaluations"] == 1 and found["parameters"]["transformer"] > 10**6 < found["peak_bytes"]
+
+
+def test_inference_times_a_command_that_leaves_every_frame() -> None:
+    frames = moving(16, 16, 3)
+    command = "sh -c 'cp -r {input}/. {output}; sleep 0.3'"  # long enough for a look at its memory
+    found = time_command(frames, argparse.Namespace(command=command, repeats=2))
+    assert len(found["seconds"]["command"]) == 2 and found["peak_bytes"] > 0
+    with pytest.raises(UserError, match="status 0 and 0 of 3 frames"):
+        time_command(frames, argparse.Namespace(command="true {input} {output}", repeats=1))
+    with pytest.raises(UserError, match=r"needs .input. and .output."):
+        time_command(frames, argparse.Namespace(command="true", repeats=1))
 
 
 @pytest.mark.parametrize("name", ROWS)
