@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +17,9 @@ from datagen.config import DatagenConfig
 from datagen.degradation.degrade import degrade_clip
 from datagen.degradation.registry import describe
 from pipeline.vsr_pipeline import open_pipeline
+from tests.commands import ROOT, run
 from tests.trainer.presets import run_command, write_preset
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 
 
@@ -82,8 +80,7 @@ def test_a_metric_of_another_project_scores(project: Path, tmp_path: Path) -> No
     np.save(tmp_path / "hr.npy", frames)
     np.save(tmp_path / "out.npy", frames + 51)
     line = ["--video", tmp_path / "out.npy", "--reference", tmp_path / "hr.npy", "--output", tmp_path / "m.json"]
-    command = [sys.executable, "-m", "metrics.evaluate", *map(str, line), "--metrics", "psnr,my_project.mae:Mae"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run("-m", "metrics.evaluate", *line, "--metrics", "psnr,my_project.mae:Mae")
     assert done.returncode == 0, done.stderr
     assert "MAE ↓" in done.stdout
     result = json.loads((tmp_path / "m.json").read_text())

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu.table import Table
+from tests import commands
 from tests.trainer.presets import write_preset
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "run.py")]
-COMMAND = [*SCRIPT, "checks"]
+SCRIPT = commands.ROOT / "benchmarks" / "gpu" / "run.py"
+run = partial(commands.run, SCRIPT, warm_children=True)
 
 
 @pytest.mark.distributed
 def test_checks_at_toy_size(tmp_path: Path) -> None:
-    line = [*COMMAND, "--device", "cpu", "--size", "toy", "--minutes", "30", "--output", str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    line = ("checks", "--device", "cpu", "--size", "toy", "--minutes", 30, "--output", tmp_path)
+    done = run(*line, folder=tmp_path, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     outcomes = {row["row"]: row["outcome"] for row in report["rows"]}
@@ -34,8 +34,7 @@ def test_checks_at_toy_size(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_speed_at_toy_size(tmp_path: Path) -> None:
-    line = [*SCRIPT, "speed", "--device", "cpu", "--size", "toy", "--minutes", "30", "--output", str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    done = run("speed", "--device", "cpu", "--size", "toy", "--minutes", 30, "--output", tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     training, inference = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert training["outcome"] == inference["outcome"] == "measured"
@@ -47,11 +46,11 @@ def test_speed_at_toy_size(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_train_trains_and_resumes(tmp_path: Path) -> None:
     preset = write_preset(tmp_path)
-    line = [*SCRIPT, "train", "--device", "cpu", "--output", str(tmp_path / "results"), "--config", str(preset)]
-    line += ["--data", str(tmp_path / "clips"), "--run", str(tmp_path / "run"), "--minutes", "5", "--more"]
+    line = ["train", "--device", "cpu", "--output", tmp_path / "results", "--config", preset]
+    line += ["--data", tmp_path / "clips", "--run", tmp_path / "run", "--minutes", 5, "--more"]
     for stop, finished in (("2", False), (None, True)):
         more = ["--stop-after", stop] if stop else []
-        done = subprocess.run([*line, *more], capture_output=True, text=True)
+        done = run(*line, *more)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
         assert row["outcome"] == "measured" and row["finished"] is finished and row["logged_now"] > 0
@@ -60,27 +59,24 @@ def test_train_trains_and_resumes(tmp_path: Path) -> None:
 
 
 def test_train_without_a_dataset_says_so(tmp_path: Path) -> None:
-    line = [*SCRIPT, "train", "--device", "cpu", "--output", str(tmp_path), "--data", "nowhere", "--run", "x"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    line = ("train", "--device", "cpu", "--output", tmp_path, "--data", "nowhere", "--run", "x")
+    done = run(*line, folder=tmp_path)
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert row["outcome"] == "not here" and "no dataset in nowhere" in row["reason"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_says_so() -> None:
-    done = subprocess.run(COMMAND, capture_output=True, text=True)
+    done = run("checks")
     assert done.returncode == 2 and "PyTorch sees no GPU here; choose --device cpu" in done.stderr
 
 
 def test_a_failing_row_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from benchmarks.gpu.table import Table;"
-        "table = Table(Path(sys.argv[2]), 'checks', {'device': 'cpu'}, 1.0);"
-        "table.attempt('broken', lambda: 1 / 0); table.attempt('wide', lambda: {'deviation': 2.0, 'limit': 1.0});"
-        "table.attempt('not a number', lambda: {'deviation': float('nan'), 'limit': 1.0});"
-        "table.attempt('fine', lambda: {'deviation': 0.5, 'limit': 1.0}); print(table.failed)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "['broken', 'wide', 'not a number']", done.stderr
+    table = Table(tmp_path, "checks", {"device": "cpu"}, 1.0)
+    table.attempt("broken", lambda: {"deviation": 1 / 0})
+    table.attempt("wide", lambda: {"deviation": 2.0, "limit": 1.0})
+    table.attempt("not a number", lambda: {"deviation": float("nan"), "limit": 1.0})
+    table.attempt("fine", lambda: {"deviation": 0.5, "limit": 1.0})
+    assert table.failed == ["broken", "wide", "not a number"]
     rows = json.loads((tmp_path / "gpu_checks_cpu.json").read_text())["rows"]
     assert rows[0]["reason"].startswith("ZeroDivisionError") and rows[-1]["outcome"] == "passed"

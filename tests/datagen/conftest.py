@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from common.lossless_clip import write_lossless
 from common.storage import open_folder
 from datagen.dataset.shard_format import Manifest, Sample, write_manifest, write_shard
 from pipeline.model.tiny_vae import TinyVideoVAE
+from tests.commands import run
 
 SHARD_SIZES = (5, 1, 9, 3)
 #: twelve windows in three variants: long enough to be killed in the middle
@@ -71,21 +69,14 @@ def write_config(folder: Path) -> Path:
 
 
 def build_command(config: Path, videos: Path | str, output: Path | str, *more: str) -> list[str]:
-    """The command as a user types it."""
-    command = [sys.executable, "-m", "datagen.build_shards", "--config", str(config)]
+    """The command as a user types it after `python`."""
+    command = ["-m", "datagen.build_shards", "--config", str(config)]
     return command + ["--input", str(videos), "--output", str(output), *more]
 
 
 def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, **environment: str) -> str:
     """Run the command to its end; its stderr, or a failed assertion."""
-    done = subprocess.run(
-        build_command(config, videos, output, *more),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        check=False,
-    )
+    done = run(*build_command(config, videos, output, *more), environment=environment)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from datagen.job_folder import check_limit, writing
 from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
 from datagen.survey.source_survey import Unreadable
+from tests.commands import run
 from tests.datagen.conftest import build_command, moving_picture
 
 LOCAL = StorageConfig()
@@ -39,7 +39,7 @@ def test_a_missing_vae(config_file: Path, videos: Path, tmp_path: Path, capsys: 
 def refused(capsys: pytest.CaptureFixture[str], config: Path, videos: Path, output: Path, *more: str) -> str:
     """The one line that the command says before it exits with status 2 and leaves nothing; without Ray."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr("sys.argv", build_command(config, videos, output, *more)[2:])
+        patch.setattr("sys.argv", build_command(config, videos, output, *more)[1:])
         run_command(main)
     assert left.value.code == 2 and not output.exists()
     return capsys.readouterr().err
@@ -50,7 +50,7 @@ def test_a_text_file_named_mp4_and_a_clip_shorter_than_the_window(config_file: P
     write_lossless(tmp_path / "in/short.mkv", moving_picture(8, 80, 96, 0))
     (tmp_path / "in/text.mp4").write_text("this is no video")
     command = build_command(config_file, tmp_path / "in", tmp_path / "out")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = run(*command)
     assert done.returncode == 2, done.stderr
     assert not (tmp_path / "out").exists(), "something was left behind"
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("survey: ")]

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from common.storage import open_folder
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import read_manifest, shard_name
 from datagen.dataset.verify import faults
+from tests.commands import Command, run, start
 from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, contents, run_build
 
 pytestmark = pytest.mark.distributed
@@ -47,7 +47,7 @@ def test_lr_is_reproducible_from_the_metadata(whole: Path) -> None:
         assert (lr == batch.tensors["lr"][index].numpy()).all()
 
 
-def kill_busy(process: subprocess.Popen[str], name: str) -> None:
+def kill_busy(process: Command, name: str) -> None:
     """SIGKILL to a process of the job while it works on a task whose Ray name starts with `name`."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
@@ -63,16 +63,14 @@ def kill_busy(process: subprocess.Popen[str], name: str) -> None:
     raise AssertionError(f"{name} was not seen within 200 s")
 
 
-def start(config_file: Path, videos: Path, output: Path) -> subprocess.Popen[str]:
-    command = build_command(config_file, videos, output, "--workers", "2", *VARIANTS)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+def begin(config_file: Path, videos: Path, output: Path) -> Command:
+    return start(*build_command(config_file, videos, output, "--workers", "2", *VARIANTS))
 
 
 def test_a_killed_worker_and_a_killed_actor_cost_nothing(
     whole: Path, videos: Path, config_file: Path, tmp_path: Path
 ) -> None:
-    process = start(config_file, videos, tmp_path / "dataset")
+    process = begin(config_file, videos, tmp_path / "dataset")
     kill_busy(process, "ray::MapBatches(degrade)")
     kill_busy(process, "ray::MapWorker")
     _, stderr = process.communicate(timeout=300)
@@ -82,7 +80,7 @@ def test_a_killed_worker_and_a_killed_actor_cost_nothing(
 
 def test_a_killed_driver_goes_on_where_it_was(whole: Path, videos: Path, config_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "dataset"
-    process = start(config_file, videos, output)
+    process = begin(config_file, videos, output)
     while process.poll() is None and not (output / "shards/shard-000000.json").exists():
         time.sleep(0.002)
     process.kill()
@@ -97,7 +95,7 @@ def test_a_killed_driver_goes_on_where_it_was(whole: Path, videos: Path, config_
 def test_another_plan_in_the_same_folder_is_refused(whole: Path, videos: Path, config_file: Path) -> None:
     before = contents(whole)
     command = build_command(config_file, videos, whole, *VARIANTS, "--set", "datagen.seed=1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = run(*command)
     assert done.returncode == 2
     assert "was begun with another plan: config differ" in done.stderr
     assert contents(whole) == before

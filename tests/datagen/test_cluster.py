@@ -79,7 +79,7 @@ def test_a_cluster_that_is_not_there(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = address if how == "named" else "auto"
     command = build_command(config_file, videos, tmp_path / "out", "--address", given)
-    monkeypatch.setattr("sys.argv", command[2:])
+    monkeypatch.setattr("sys.argv", command[1:])
     with pytest.raises(SystemExit) as left:
         run_command(main)
     line = capsys.readouterr().err

@@ -24,6 +24,7 @@ from metrics.fit_niqe import fit_niqe
 from metrics.frame_metric import ClipSize, FrameMetric, MetricSettings
 from metrics.registry import create, create_all
 from metrics.scoring import score_clip
+from tests.commands import run
 
 ROOT = Path(__file__).parents[2]
 SIDE = 100
@@ -184,9 +185,8 @@ def test_an_error_in_the_middle_lets_go_of_programs_and_threads(real_clip: Tenso
             (tmp_path / name).mkdir(exist_ok=True)
             Image.fromarray(frame).save(tmp_path / name / f"{index}.png")
     (tmp_path / "out/2.png").write_bytes(b"broken")
-    command = [sys.executable, "-m", "metrics.evaluate", "--video", tmp_path / "out", "--reference", tmp_path / "hr"]
-    command += ["--metrics", "vmaf,cvvdp", "--output", tmp_path / "m.json"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    line = ["--video", tmp_path / "out", "--reference", tmp_path / "hr", "--metrics", "vmaf,cvvdp"]
+    done = run("-m", "metrics.evaluate", *line, "--output", tmp_path / "m.json")
     assert done.returncode == 2 and "2.png is damaged" in done.stderr.splitlines()[-1]
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from metrics.comparison.clip_sets import gather_sets, parse_methods
 from metrics.comparison.summary import Row
 from metrics.comparison.tables import latex_escaped
 from metrics.registry import METRICS, create
+from tests.commands import start
 
 ROOT = Path(__file__).parents[2]
 CLIPS = 5
@@ -127,8 +127,7 @@ def test_the_table_holds_what_the_metrics_give(folders: Path, monkeypatch: pytes
 def test_a_killed_run_goes_on_and_gives_the_same_table(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, *options(folders, "--output", folders / "whole"))
     cache = folders / "cut/cache"
-    command = [sys.executable, "-m", "metrics.compare", *options(folders, "--output", folders / "cut")]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = start("-m", "metrics.compare", *options(folders, "--output", folders / "cut"), warm=False)
     while len(list(cache.rglob("[!.]*.json"))) < 6 and running.poll() is None:
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from metrics import evaluate, fit_niqe
 from metrics.clips import find_clips, load_clip
 from metrics.published import load_published
 from metrics.registry import METRICS, create, resolve_names
+from tests import commands
 
 
 def write_pictures(folder: Path, video: Tensor) -> None:
@@ -124,10 +124,8 @@ def test_the_old_option_for_sets_is_refused_with_the_new_one(folders: Path, monk
 
 
 def test_the_command_ends_with_status_two_and_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "metrics.evaluate", "--video", "absent", "--output", "m.json"]
-    done = subprocess.run(
-        [*command, "--metrics", "niqe_fitted"], capture_output=True, text=True, check=False, cwd=Path.cwd()
-    )
+    line = ("--video", "absent", "--output", tmp_path / "m.json", "--metrics", "niqe_fitted")
+    done = commands.run("-m", "metrics.evaluate", *line, warm=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: niqe_fitted needs --niqe-model")

@@ -3,8 +3,6 @@
 import itertools
 import json
 import signal
-import subprocess
-import sys
 import time
 from fractions import Fraction
 
@@ -23,6 +21,7 @@ from pipeline.resumable_video import only_job
 from pipeline.tiling import blend_windows, spans
 from pipeline.video_windows import Windows, split_video, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
+from tests.commands import start
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +171,7 @@ def test_terminated_command_leaves_nothing_half_written(model_folder, tmp_path):
         for seed in range(40):
             writer.write(frames(50, seed=seed))
     output = tmp_path / "out" / "out.mp4"
-    command = [sys.executable, "-m", "pipeline.upscale", str(source), str(output), "--model", str(model_folder)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = start("-m", "pipeline.upscale", source, output, "--model", model_folder, warm=False)
     while not (output.parent.exists() and list(output.parent.iterdir())):
         assert process.poll() is None
         time.sleep(0.05)
@@ -206,8 +204,7 @@ def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, numb
         for seed in range(6):
             writer.write(frames(20, seed=seed) // 16 + 8 * seed)
     options = ("--model", model_folder, "--part-frames", 20, "--window", 9, "--overlap", 2)
-    command = [sys.executable, "-m", "pipeline.upscale", source, output, *options]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = start("-m", "pipeline.upscale", source, output, *options)
     parts = output.with_name(".out.mp4.parts")
     while len(list(parts.glob("part-*.json"))) < 2:
         assert process.poll() is None

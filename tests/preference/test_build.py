@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -35,8 +32,8 @@ from preference.gallery import gallery
 from preference.pair_maker import Outcome, PairMaker
 from preference.planning import estimate
 from preference.ranking import rank
+from tests.commands import start
 
-ROOT = Path(__file__).parents[2]
 SHAPE = (8, 2, 6, 6)  # 5 frames of 48×48
 CLIPS = 6
 CONFIG = PreferenceConfig(
@@ -147,10 +144,8 @@ def test_killed_job_goes_on_and_keeps_whole_shards(pairs: Path, model: Path, dat
     config, output = tmp_path / "config.yaml", tmp_path / "pairs"
     settings = CONFIG.model_dump(mode="json")
     config.write_text(json.dumps({"preference": settings}))  # JSON is YAML
-    command = [sys.executable, "-m", "preference.build", "--config", str(config), "--model", str(model)]
-    command += ["--data", str(data), "--output", str(output), "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    command = ["-m", "preference.build", "--config", config, "--model", model]
+    job = start(*command, "--data", data, "--output", output, "--device", "cpu", warm=False)
     first = output / "shards" / "shard-000000.json"
     while job.poll() is None and not first.exists():
         time.sleep(0.002)

@@ -6,10 +6,8 @@ Everything on disk is what the commands read and write; only the sizes are toys.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,9 @@ from common.storage import open_folder
 from datagen.dataset.shard_format import Sample, write_manifest, write_shard
 from pipeline.model.prompts import DEFAULT_PROMPT, placeholder_cache
 from pipeline.model.tiny_vae import TinyVideoVAE
+from tests.commands import ROOT, Command, launch, start
 
-ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "trainer" / "run.py"
 LATENT = (4, 2, 4, 4)  # C, T, h, w
 CLIPS = 12
 
@@ -100,41 +99,25 @@ def write_preset(folder: Path) -> Path:
     return path
 
 
-def run_command(*arguments: object, ranks: int | None = None, limit: str = "") -> subprocess.CompletedProcess[str]:
-    """`python trainer/run.py …`, or through the deepspeed launcher with `ranks`; from a foreign folder.
-
-    Args:
-        limit: a shell command to run first (`ulimit …`).
-    """
-    started = start_command(*arguments, ranks=ranks, limit=limit)
+def run_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`start_command`, and wait for its end."""
+    started = start_command(*arguments, **options)
     output, errors = started.communicate(timeout=300)
+    assert started.returncode is not None
     return subprocess.CompletedProcess(started.args, started.returncode, output, errors)
 
 
-def start_command(
-    *arguments: object, ranks: int | None = None, limit: str = "", environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
-    """The same in the background.
+def start_command(*arguments: object, ranks: int | None = None, **options: Any) -> Command:
+    """`python trainer/run.py …`, or through the deepspeed launcher with `ranks`; from a foreign folder.
 
     Args:
-        environment: added to this process's own.
+        options: of `tests.commands.start`.
     """
-    script = [str(ROOT / "trainer" / "run.py"), *map(str, arguments)]
-    if ranks is None:
-        command = [sys.executable, *script]
-    else:
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
-        command = [*launcher, "--master_port", str(29600 + os.getpid() % 300), *script]
-    if limit:
-        command = ["bash", "-c", f'{limit} && exec "$0" "$@"', *command]
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    inherited |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = inherited | (environment or {})
-    return subprocess.Popen(command, cwd="/", env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload]
+    line, options = (TRAIN, *arguments), {"folder": Path("/")} | options
+    return start(*line, **options) if ranks is None else launch(ranks, *line, **options)
 
 
-def signal_after(process: subprocess.Popen[str], log: Path, lines: int, number: signal.Signals) -> None:
+def signal_after(process: Command, log: Path, lines: int, number: signal.Signals) -> None:
     """Send a signal once `log` has `lines` lines."""
     while process.poll() is None:
         if log.exists() and log.read_text().count("\n") >= lines:

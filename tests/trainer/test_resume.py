@@ -112,10 +112,10 @@ def test_full_disk_while_saving(preset: Path, uninterrupted: Path, tmp_path: Pat
     assert run_command(*arguments, "--stop-after", 10).returncode == EXIT_SAVED_ON_SIGNAL
     saved = tmp_path / "run" / "checkpoints" / "step-00000010"
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
-    size_kib = max(len(content) for content in before.values()) // 2048
+    half = max(len(content) for content in before.values()) // 2
 
     # No file may grow beyond half a checkpoint: the write fails as on a full disk.
-    full = run_command(*arguments, limit=f"trap '' XFSZ && ulimit -f {size_kib}")
+    full = run_command(*arguments, largest_file=half)
     assert full.returncode == 2
     assert "cannot save" in full.stderr and "step-00000020" in full.stderr and "free space" in full.stderr
     assert "Traceback" not in full.stderr
@@ -183,8 +183,7 @@ def test_every_later_stage_survives_a_kill_a_signal_and_a_full_disk(
     saved = latest_checkpoint(output / "checkpoints")
     assert saved is not None and saved.name == f"step-{len(losses(output)):08d}"
 
-    size_kib = max(path.stat().st_size for path in saved.rglob("*")) // 2048
-    full = run_command(*line, limit=f"trap '' XFSZ && ulimit -f {size_kib}")
+    full = run_command(*line, largest_file=max(path.stat().st_size for path in saved.rglob("*")) // 2)
     assert full.returncode == 2, full.stderr
     assert "cannot save" in full.stderr and "free space" in full.stderr
     assert latest_checkpoint(output / "checkpoints") == saved

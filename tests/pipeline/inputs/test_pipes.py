@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -13,9 +12,8 @@ import pytest
 from common.piped_video import PipedVideo
 from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import EXACT, read_video
+from tests.commands import start
 from tests.pipeline.inputs.conftest import frame_times, picture
-
-COMMAND = (sys.executable, "-m", "pipeline.upscale", "-", "-")
 
 
 @pytest.fixture
@@ -33,14 +31,20 @@ def from_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pipe_gives_the_frames_that_a_file_gives(y4m, upscale, model_folder, tmp_path):
     """Standard output holds the video alone; FFmpeg reads it as it comes."""
     options = ("--model", model_folder, "--window", 5, "--overlap", 1)
-    with y4m.open("rb") as source:
-        command = [*map(str, (*COMMAND, *options))]
-        done = subprocess.run(command, stdin=source, capture_output=True, check=True, cwd=Path.cwd())
-    assert done.stdout.startswith(b"YUV4MPEG2 W256 H192 F24000:1001 ")
-    assert b"-: 12 frames of 256x192" in done.stderr
     piped = tmp_path / "piped.y4m"
-    piped.write_bytes(done.stdout)
-    assert piped.stat().st_size == done.stdout.index(b"\n") + 1 + 12 * (len(b"FRAME\n") + 256 * 192 * 3 // 2)
+    line = ["-m", "pipeline.upscale", "-", "-", *options]
+    with y4m.open("rb") as source, piped.open("wb") as sink:
+        feeding = subprocess.Popen(["cat"], stdin=source, stdout=subprocess.PIPE)
+        draining = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=sink)
+        assert feeding.stdout is not None and draining.stdin is not None
+        with feeding.stdout, draining.stdin:
+            command = start(*line, stdin=feeding.stdout.fileno(), stdout=draining.stdin.fileno())
+        _, errors = command.communicate(timeout=300)
+        assert (command.returncode, feeding.wait(60), draining.wait(60)) == (0, 0, 0), errors
+    content = piped.read_bytes()
+    assert content.startswith(b"YUV4MPEG2 W256 H192 F24000:1001 ")
+    assert "-: 12 frames of 256x192" in errors
+    assert len(content) == content.index(b"\n") + 1 + 12 * (len(b"FRAME\n") + 256 * 192 * 3 // 2)
     output = tmp_path / "file.mkv"
     assert upscale(y4m, output, *options, "--lossless").returncode == 0
     luma = np.array([0.299, 0.587, 0.114])
@@ -84,13 +88,13 @@ def test_other_pipes_are_one_line(upscale, tmp_path, monkeypatch, content):
 
 def test_a_reader_that_stops_reading_is_one_line(y4m, tmp_path):
     """As `… | head`: no traceback, and no process waits for ever."""
-    command = [*COMMAND[:3], str(y4m), "-", "--bicubic", "--size", "1024x768"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path.cwd()) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.read(9) == b"YUV4MPEG2"
-        process.stdout.close()
-        lines = process.stderr.read().decode().splitlines()
-        assert process.wait(60) == 2
+    reading, writing = os.pipe()
+    process = start("-m", "pipeline.upscale", y4m, "-", "--bicubic", "--size", "1024x768", stdout=writing)
+    os.close(writing)
+    with open(reading, "rb") as stdout:
+        assert stdout.read(9) == b"YUV4MPEG2"
+    lines = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 2
     assert lines[-1].startswith("error: cannot write -: ") and not any("Traceback" in line for line in lines)
 
 
