@@ -24,7 +24,7 @@ def test_checks_at_toy_size(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     outcomes = {row["row"]: row["outcome"] for row in report["rows"]}
-    assert report["failed"] == [] and len(outcomes) == 23
+    assert report["failed"] == [] and len(outcomes) == 22, "all rows but the compiled one in bf16"
     unavailable = [name for name, outcome in outcomes.items() if outcome != "passed"]
     assert all(name.startswith("attention ") and outcomes[name] == "not here" for name in unavailable)
     assert outcomes["attention native, fp32"] == "passed"

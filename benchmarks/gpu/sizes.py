@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.model.config import TransformerConfig
 
@@ -15,6 +15,8 @@ class Size:
     #: DiT of the checks, and the latents (T, h, w) that it sees
     checked: TransformerConfig
     latent: tuple[int, int, int]
+    #: precisions in which compiled blocks are checked
+    compiled: tuple[Literal["fp32", "bf16"], ...]
     #: output pixels (frames, height, width) of the VAE's check, its tile and overlap
     vae_clip: tuple[int, int, int]
     vae_tile: tuple[int, int]
@@ -32,6 +34,7 @@ SIZES = {
             num_layers=4, num_attention_heads=4, attention_head_dim=128, ffn_dim=2048, freq_dim=256, text_dim=64
         ),
         latent=(3, 16, 24),
+        compiled=("fp32", "bf16"),
         vae_clip=(9, 384, 512),
         vae_tile=(256, 128),
         paper=TransformerConfig(),  # Wan2.1-T2V-1.3B
@@ -41,10 +44,11 @@ SIZES = {
         speed_tile=768,
     ),
     "toy": Size(
-        checked=TransformerConfig(  # one block: inductor's C++ is most of the time on a CPU, and grows with the blocks
+        checked=TransformerConfig(
             num_layers=1, num_attention_heads=2, attention_head_dim=24, ffn_dim=96, freq_dim=32, text_dim=16
         ),
         latent=(2, 4, 6),
+        compiled=("fp32",),  # inductor compiles C++ here: most of the time that the toy size takes
         vae_clip=(5, 96, 128),
         vae_tile=(96, 32),
         paper=TransformerConfig(

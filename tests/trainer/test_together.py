@@ -79,6 +79,6 @@ def test_all_ranks_fail_alike_after_they_met(preset: Path, tmp_path: Path) -> No
 @pytest.mark.distributed
 def test_all_ranks_fail_alike_before_they_met(preset: Path, tmp_path: Path) -> None:
     line = ["--config", preset, "--stage", "base", "--data", preset.parent / "clips", "--output", tmp_path]
-    result = run_command(*line, "--set", "trainer.base.optimiser.learning_rate=1", ranks=2)
+    result = run_command(*line, "--set", "trainer.base.optimiser.learning_rate=1", ranks=2, warm=False)
     assert result.returncode == 2
     assert told(result.stderr) == [f"error: {preset}: unknown key trainer.base.optimiser; did you mean 'optimizer'?"]
