@@ -38,7 +38,7 @@ MORE = (
     "wandb",
 )
 #: beginnings of the names that libraries read as they are imported: these must be the server's own
-FIXED = ("HF_", "TORCH_HOME", "TRANSFORMERS_", "DIFFUSERS_", "XDG_", "MPL", "LD_", "MKL_", "OPENBLAS_", "PYTHONHASH")
+FIXED = ("HF_", "TORCH_HOME", "TRANSFORMERS_", "DIFFUSERS_", "XDG_", "MPL", "MKL_", "OPENBLAS_", "PYTHONHASH")
 
 
 def import_libraries() -> None:
