@@ -14,7 +14,7 @@ from benchmarks.effect.held_out import CLIPS
 from common.seeding import seeded_noise
 from datagen.degradation.degrade import degrade_clip
 from metrics.clips import to_tensor
-from metrics.psnr import psnr_db
+from common.psnr import psnr_db
 from metrics.registry import create_all
 from pipeline.latent_codec import LatentCodec
 from pipeline.model.prompts import DEFAULT_PROMPT

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, run_command
+from common.psnr import psnr_db
 from common.scale import SCALE
 from common.video_reader import read_video
 from datagen.degradation.degrade import draw_operations
@@ -37,7 +38,6 @@ from datagen.degradation.noise import add_gaussian, poisson_quantiles
 from datagen.degradation.recipe import Recipe
 from datagen.degradation.registry import find_operation
 from datagen.degradation.video_compression import CodecConfig
-from metrics.psnr import psnr_db
 
 
 def load_basicsr() -> tuple[Any, Any]:

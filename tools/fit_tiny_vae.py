@@ -21,9 +21,9 @@ from torch import Tensor
 
 from common.errors import UserError, run_command
 from common.progress import progress
+from common.psnr import psnr_db
 from common.video_probe import VIDEO_SUFFIXES
 from common.video_reader import read_video
-from metrics.psnr import psnr_db
 from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import load_vae

@@ -17,13 +17,15 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from webdataset import TarWriter
 
 from common.errors import UserError
 from common.storage import Folder, open_folder
+
+if TYPE_CHECKING:
+    from webdataset import TarWriter
 
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
@@ -104,6 +106,8 @@ def write_shard(
     Raises:
         ValueError: a key with a dot or slash, or a key twice.
     """
+    from webdataset import TarWriter  # here: it imports PyTorch, which tasks that make samples do not need
+
     if isinstance(folder, (str, os.PathLike)):
         folder = open_folder(folder)
     name = shard_name(index)

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.lossless_clip import encode_bytes
+from common.psnr import psnr_db
 from common.storage import StorageConfig
 from datagen.config import DatagenConfig, FilterConfig
 from datagen.dataset.shard_format import Sample
@@ -23,7 +24,6 @@ from datagen.plan import SamplePlan
 from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated
 from datagen.survey.video_survey import mean_measure, to_thumbnail
-from metrics.psnr import psnr_db
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
-from safetensors.torch import load
 
 from common.scale import SCALE
 from common.storage import StorageConfig
@@ -130,6 +129,8 @@ class _EncodeActor:
         self._encoder = Encoder(vae, config.encode.cpus, config.encode.batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        from safetensors.torch import load
+
         from datagen.encode.vae_encoder import latents_member
 
         rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()

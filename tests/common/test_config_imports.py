@@ -32,3 +32,10 @@ def test_reading_a_section_imports_no_framework(section: str, module: str, name:
     code = READ.format(section=section, module=module, name=name)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_cpu_tasks_of_datagen_import_no_pytorch() -> None:
+    """Each is a process of its own, and there is one per core."""
+    code = "import sys, datagen.encode.ray_jobs, datagen.survey.survey_cache; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common.errors import UserError
+from common.psnr import psnr_db
 from datagen.dataset.loader import Batch
-from metrics.psnr import psnr_db
 from pipeline.model.vae import VAE, decode_latents, to_frames
 from trainer.monitoring.tracking import Tracker
 from trainer.stages.stage import TrainingStage

@@ -4,9 +4,9 @@ import av
 import numpy as np
 import pytest
 
+from common.psnr import psnr_db
 from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import read_video
-from metrics.psnr import psnr_db
 from tests.pipeline.inputs.conftest import frame_times, picture, tone, tracks
 
 
