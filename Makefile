@@ -33,7 +33,7 @@ demo: $(SAMPLES) ## raw videos to an upscaled clip on a CPU: runs/demo/report.ht
 	$(BIN)/python -m demo.run --output runs/demo
 
 test: $(SAMPLES) ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 # cvvdp asks for a package that hides ffmpeg-python: its own dependencies are named here instead.
 $(EFFECT): $(SAMPLES)

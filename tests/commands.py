@@ -10,12 +10,10 @@ interpreter, as are all on a machine with a GPU: CUDA does not survive a fork.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import resource
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from tests.warm_python import request
 ROOT = Path(__file__).resolve().parents[1]
 #: what a launcher tells its ranks: not for the commands that a test starts
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RUNS_WARM = not torch.cuda.is_available()
 
 
 class Command:
@@ -108,7 +107,7 @@ def start(
     """
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     inherited |= {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    warm = warm and not torch.cuda.is_available()
+    warm = warm and RUNS_WARM
     task = {
         "line": [str(word) for word in line],
         "environment": inherited | dict(environment or {}),
@@ -157,9 +156,8 @@ def _new_interpreter(task: dict[str, Any], files: tuple[int, int, int]) -> subpr
 
 @functools.cache
 def _server() -> str:
-    """The address of this process's own server, which ends with it."""
+    """The address of this process's own server, which ends with it and removes the folder."""
     folder = tempfile.mkdtemp(prefix="duo-vsr-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     address, python = Path(folder, "socket"), Path(folder, "python")
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {ROOT / "tests/warm_python.py"} {address} "$@"\n')
     python.chmod(0o700)

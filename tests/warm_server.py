@@ -17,6 +17,7 @@ import os
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -77,6 +78,7 @@ def serve(address: str) -> dict[str, Any]:
     print("ready", flush=True)
     while True:
         if 0 in select.select([0, listening], [], [])[0]:
+            shutil.rmtree(Path(address).parent)
             os._exit(0)
         connection, _ = listening.accept()
         if not os.fork():
