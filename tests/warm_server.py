@@ -38,8 +38,8 @@ MORE = (
     "torch._inductor.compile_fx",
     "wandb",
 )
-#: beginnings of the names that libraries read as they are imported: these must be the server's own
-FIXED = ("HF_", "TORCH_HOME", "TRANSFORMERS_", "DIFFUSERS_", "XDG_", "MPL", "MKL_", "OPENBLAS_", "PYTHONHASH")
+#: what libraries read as they are imported: it must be as it was then
+FIXED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MPLCONFIGDIR", "PYTHONHASHSEED", "TORCH_HOME", "XDG_CACHE_HOME")
 
 
 def import_libraries() -> None:
@@ -106,12 +106,12 @@ def serve(address: str) -> dict[str, Any]:
 def become(task: dict[str, Any], own: dict[str, str], path: list[str]) -> None:
     """Run a command line as the interpreter does, in what serve() has returned."""
     wanted: dict[str, str] = task["environment"]
-    for name in own.keys() | wanted.keys():
-        if name.startswith(FIXED) and own.get(name) != wanted.get(name):
-            sys.exit(f"{name} is read by libraries that are imported already: start this command with warm=False")
     for number, file in enumerate(task["files"]):
         os.dup2(file, number)
         os.close(file)
+    for name in FIXED:
+        if own.get(name) != wanted.get(name):
+            sys.exit(f"{name} is read by libraries that are imported already: start this command with warm=False")
     if task.get("largest_file") is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest_file"],) * 2)
     os.environ.clear()
