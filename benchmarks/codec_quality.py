@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.effect.held_out import CLIPS
+from common.psnr import psnr_db
 from common.seeding import seeded_noise
 from datagen.degradation.degrade import degrade_clip
 from metrics.clips import to_tensor
-from common.psnr import psnr_db
 from metrics.registry import create_all
 from pipeline.latent_codec import LatentCodec
 from pipeline.model.prompts import DEFAULT_PROMPT
