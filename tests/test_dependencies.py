@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from importlib.metadata import packages_distributions
@@ -83,8 +84,11 @@ def _normal(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
+_installed = functools.cache(packages_distributions)  # reads every distribution's files
+
+
 def distributions(module: str) -> set[str]:
-    names = packages_distributions().get(module, [module])
+    names = _installed().get(module, [module])
     return {_normal(name) for name in names}
 
 
