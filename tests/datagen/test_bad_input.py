@@ -50,7 +50,7 @@ def test_a_text_file_named_mp4_and_a_clip_shorter_than_the_window(config_file: P
     write_lossless(tmp_path / "in/short.mkv", moving_picture(8, 80, 96, 0))
     (tmp_path / "in/text.mp4").write_text("this is no video")
     command = build_command(config_file, tmp_path / "in", tmp_path / "out")
-    done = run(*command)
+    done = run(*command, warm=False)
     assert done.returncode == 2, done.stderr
     assert not (tmp_path / "out").exists(), "something was left behind"
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("survey: ")]
