@@ -106,7 +106,7 @@ def test_distance_is_the_written_formula() -> None:
 def under(metric_class: type[Niqe] | type[FittedNiqe], model: NiqeModel) -> Niqe | FittedNiqe:
     """A metric with `model`, without its file."""
     metric = metric_class.__new__(metric_class)
-    metric.model = model
+    metric.settings, metric.model = MetricSettings(), model
     return metric
 
 

@@ -16,7 +16,7 @@ from common.scene_cuts import CONTEXT
 from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import read_video
 from common.video_writer import VideoWriter
-from pipeline import vsr_pipeline
+from pipeline import latent_codec
 from pipeline.resumable_video import only_job
 from pipeline.tiling import blend_windows, spans
 from pipeline.video_windows import Windows, split_video, upscale_video
@@ -267,7 +267,7 @@ def test_options_that_change_no_pixel_resume(upscale, model_folder, whole_video,
 
 def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_video, tmp_path, monkeypatch):
     """No GPU here: the decoder refuses more than 40 x 40 latent cells, as a GPU's memory would."""
-    decode, refused = vsr_pipeline.decode_latents, []
+    decode, refused = latent_codec.decode_latents, []
 
     def small_memory(vae, z):
         if max(z.shape[-2:]) > 40:
@@ -278,7 +278,7 @@ def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_vid
     source = tmp_path / "in.mkv"
     with VideoWriter(source, width=120, height=96, frame_rate=Fraction(24), quality="lossless") as writer:
         writer.write(frames(6, 96, 120))
-    monkeypatch.setattr(vsr_pipeline, "decode_latents", small_memory)
+    monkeypatch.setattr(latent_codec, "decode_latents", small_memory)
     options = ("--model", model_folder, "--tile-overlap", 64, "--lossless")
     done = upscale(source, tmp_path / "out.mkv", *options)
     assert done.returncode == 0 and "on with --decode-tile 256 --vae-tile whole" in done.stderr
@@ -286,6 +286,6 @@ def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_vid
     assert upscale(source, tmp_path / "tiled.mkv", *options, "--decode-tile", 256).returncode == 0
     assert np.array_equal(read_video(tmp_path / "out.mkv"), read_video(tmp_path / "tiled.mkv"))
 
-    monkeypatch.setattr(vsr_pipeline, "decode_latents", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
+    monkeypatch.setattr(latent_codec, "decode_latents", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
     done = upscale(source, tmp_path / "none.mkv", *options)
     assert done.returncode == 2 and "the smallest tiles" in done.stderr and not (tmp_path / "none.mkv").exists()

@@ -73,7 +73,7 @@ def test_a_schedule_refines_the_stages_own_default() -> None:
         ("trainer.engine.zero_stage=4", "trainer.engine.zero_stage = 4"),
         ("trainer.progressive.schedule=[4,3,1]", "must halve at every entry"),
         ("trainer.tracking.wandb=maybe", "trainer.tracking.wandb = 'maybe'"),
-        ("trainer.engine_overrides={discriminator: {}}", "unknown network 'discriminator'; known: codec, critic"),
+        ("trainer.engine_overrides={judge: {}}", "unknown network 'judge'; known: codec, critic, discriminator"),
         ("trainer.engine_overrides={critic: {stage: 3}}", "unknown key critic.stage; known: zero_stage"),
         ("trainer.engine_overrides={critic: {zero_stage: 4}}", "critic.zero_stage = 4: Input should be 1, 2 or 3"),
         ("trainer.engines={critic: {}}", "trainer.engines is now called trainer.engine_overrides"),
