@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.errors import run_command
 from common.video_reader import read_video
-from metrics.psnr import psnr_db
+from metrics.decibel import psnr_db
 from pipeline.model.vae import VAE, decode_latents, encode_video, load_vae, to_frames, to_pixels
 
 FRAMES, LARGEST_SIDE, BLOCK = 9, 256, 8

@@ -4,7 +4,7 @@
     python benchmarks/degrade.py [--clips 6] [--frames 9] [--size 704x1280 ...]
 
 The reference applies each drawn operation with BasicSR's functions (kernels, noise, JPEG, unsharp mask) and
-mmagic's way through the codec (an mp4 in memory, x264 at its default preset), frame by frame on float pictures.
+mmagic's way through the codec (an mp4 in memory, x264 at its default preset), frame by frame on floats.
 Everything runs on one core; times are CPU times, which other work on the machine disturbs least. The last line is
 one JSON object.
 """
@@ -37,7 +37,7 @@ from datagen.degradation.noise import add_gaussian, poisson_quantiles
 from datagen.degradation.recipe import Recipe
 from datagen.degradation.registry import find_operation
 from datagen.degradation.video_compression import CodecConfig
-from metrics.psnr import psnr_db
+from metrics.decibel import psnr_db
 
 
 def load_basicsr() -> tuple[Any, Any]:
@@ -106,8 +106,8 @@ class Reference:
 
     def _jpeg(self, operation: dict[str, Any], frames: list[np.ndarray], target: Any) -> list[np.ndarray]:
         def one(frame: np.ndarray, quality: int) -> np.ndarray:
-            picture = np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8)  # OpenCV 5 takes no float pictures
-            _, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
+            frame = np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8)  # OpenCV 5 takes no float frames
+            _, data = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])
             return np.float32(cv2.imdecode(data, 1)) / 255
 
         return [one(frame, quality) for frame, quality in zip(frames, operation["quality"], strict=True)]
@@ -127,8 +127,8 @@ class Reference:
                 if frame.shape[:2] != (height, width):
                     frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
                 frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-                picture = np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="bgr24")))
+                frame = np.rint(np.clip(frame, 0, 1) * 255).astype(np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
             container.mux(stream.encode())
         with av.open(buffer, "r", "mp4") as container:
             container.streams.video[0].thread_type = "NONE"

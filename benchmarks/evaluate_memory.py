@@ -2,7 +2,7 @@
 
     python benchmarks/evaluate_memory.py [--size 640x360] [--metrics psnr,ssim,…] [--seconds 10,100]
 
-Both clips are made by FFmpeg (a moving test picture, without loss, and a blurred copy) and scored by the command in a
+Both clips are made by FFmpeg (a moving test image, without loss, and a blurred copy) and scored by the command in a
 process of its own. Its peak resident memory and that of the FFmpeg processes it starts are told apart. The last line
 is JSON.
 """

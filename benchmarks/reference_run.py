@@ -6,7 +6,7 @@
     python benchmarks/reference_run.py --compare RUN                       # an earlier run
 
 configs/reference.yaml says what is trained, on clips made from a seed; every stage starts from the model that the one
-before has left. The table gives each curve's largest deviation from benchmarks/results/reference_run/, the picture
+before has left. The table gives each curve's largest deviation from benchmarks/results/reference_run/, the image
 RUN/comparison.png both. The status is 1 where one is above --tolerance.
 """
 
@@ -312,7 +312,7 @@ def _device_name() -> str:
 
 
 def report(run: Path, tolerance: float) -> bool:
-    """Print the table, save the picture; whether the run is the reference run."""
+    """Print the table, save the image; whether the run is the reference run."""
     mine, theirs = read_run(run), read_reference()
     deviations = compare(mine, theirs)
     print(table(deviations, tolerance))
@@ -321,7 +321,7 @@ def report(run: Path, tolerance: float) -> bool:
     ):
         print(f"this run is set otherwise than the reference: {line}")
     draw(mine, theirs, run / "comparison.png")
-    print(f"picture: {run / 'comparison.png'}")
+    print(f"image: {run / 'comparison.png'}")
     worst = max(deviations, key=lambda d: d.largest)
     agrees = worst.largest <= tolerance
     print(

@@ -40,8 +40,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def moving(width: int, height: int, frames: int) -> np.ndarray:
     """uint8 (F, H, W, 3): smooth noise that moves by a pixel a frame, so that there is no cut."""
     small = np.random.default_rng(SEED).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    picture = np.kron(small, np.ones((8, 8, 1), np.uint8))[:height, :width]
-    return np.stack([np.roll(picture, number, axis=1) for number in range(frames)])
+    frame = np.kron(small, np.ones((8, 8, 1), np.uint8))[:height, :width]
+    return np.stack([np.roll(frame, number, axis=1) for number in range(frames)])
 
 
 def step_by_step(source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, float]:

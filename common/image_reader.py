@@ -60,7 +60,7 @@ class Images:
 
     @property
     def still(self) -> bool:
-        """One picture."""
+        """One image."""
         return self.info.frames == 1
 
 

@@ -29,7 +29,7 @@ def opened(source: Any, name: str) -> Any:
     """PyAV's container of a path or binary file object, decoding in one thread.
 
     Raises:
-        UnreadableVideo: nothing FFmpeg knows, or nothing with pictures.
+        UnreadableVideo: nothing FFmpeg knows, or nothing with frames.
     """
     try:
         container = av.open(source)

@@ -1,7 +1,7 @@
 """Scene cuts: one definition for datagen, whose windows never hold one, and upscale, which starts a new window there.
 
 PySceneDetect's AdaptiveDetector: a frame starts a scene if it differs from the one before `threshold` times as much as
-the frames around it do, on average. A flash is no cut: after one or two frames the picture is the one before again.
+the frames around it do, on average. A flash is no cut: after one or two frames the scene is the one before again.
 """
 
 from __future__ import annotations

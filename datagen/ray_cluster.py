@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,49 @@ ANSWER_WITHIN_S = 5.0
 #: grow with their number [ours]
 VARIANTS_PER_ROW = 8
 
-#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
-MAX_RETRIES = 3
+#: how often a task is tried again after its worker died; Ray Data's default is for ever. Enough for a task whose
+#: clips all end their worker as often as datagen/encode/attempts.py lets them [ours]
+MAX_RETRIES = 24
+
+
+@contextmanager
+def ray_when_needed(address: str | None, workers: int | None, config: DatagenConfig) -> Iterator[Callable[[], None]]:
+    """What to call before the first Ray job of the block; what it starts ends with the block.
+
+    A job that has nothing to do, or is refused, starts no processes.
+    """
+    ours = not ray.is_initialized()
+    try:
+        yield partial(start_ray, address, workers, config)
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
     """Connect to the cluster at `address`, or start Ray on this machine; `workers` clips are in the making at once
-    (default: one per CPU).
+    (default: one per CPU). Where this process has Ray already, that is taken.
 
     What the VAE actors hold comes on top, or they would keep the tasks waiting while they wait for clips themselves.
 
     Raises:
         UserError: no cluster at `address`, or one of another version.
     """
+    held = (config.encode.actors or 1) * config.encode.cpus
+    if not ray.is_initialized():
+        _initialise(address, (workers or os.cpu_count() or 1) + held)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        cpu=workers + held if workers else None, object_store_memory=memory_ahead(config)
+    )
+    # it logs the tracebacks of errors that reach us as exceptions anyway
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def _initialise(address: str | None, cpus: int) -> None:
+    """Join the cluster at `address`, or start Ray with `cpus` CPUs here."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray announces other names for arguments such as max_retries, which 2.60 does not have yet
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
@@ -46,12 +77,10 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # the environment reaches the workers: one thread per task, cores are for other tasks
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
-    held = (config.encode.actors or 1) * config.encode.cpus
     start: dict[str, Any] = {"address": address}
     if address:
         _check_answer(address)
     else:
-        cpus = (workers or os.cpu_count() or 1) + held
         start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         with _silent_stderr():
@@ -63,13 +92,6 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
             f"--address {address}: cannot join the Ray cluster there ({_one_line(error)}); its Ray and Python must "
             "be of this version, and where it asks for a token, RAY_AUTH_MODE=token must be set here"
         ) from None
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(
-        cpu=workers + held if workers else None, object_store_memory=memory_ahead(config)
-    )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
@@ -79,11 +101,25 @@ def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
 
 
-def iterate_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """The rows, in order, as they come."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for index in range(batch.num_rows):
-            yield batch.slice(index, 1).to_pylist()[0]
+def iterate_rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any]]:
+    """The rows, in order, as they come. Close it before `ray.shutdown()`, which else waits for its thread for ever."""
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for index in range(batch.num_rows):
+                yield batch.slice(index, 1).to_pylist()[0]
+    finally:
+        dataset._synchronize_progress_bar()  # ends the executor and waits for it, which is all that it does
+
+
+def iterate_blocks(dataset: ray.data.Dataset) -> Generator[tuple[Any, int, int]]:
+    """Reference, rows and bytes of each block, in order, as they come; to be closed like `iterate_rows`."""
+    try:
+        bundles, _, _ = dataset._execute_to_iterator()
+        for bundle in bundles:
+            for entry in bundle.blocks:
+                yield entry.ref, int(entry.metadata.num_rows or 0), int(entry.metadata.size_bytes or 0)
+    finally:
+        dataset._synchronize_progress_bar()
 
 
 def text_array(values: list[str]) -> pa.Array:

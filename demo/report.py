@@ -1,4 +1,4 @@
-"""What the demo's report says: pictures, curves, tables and a plain word on what the tiny model is."""
+"""What the demo's report says: images, curves, tables and a plain word on what the tiny model is."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SUMMARY = (
     "than bicubic by the linear filter that is part of the model; the network adds next to nothing to it yet "
     "(docs/effect.md).",
 )
-#: columns of the README's picture
+#: columns of the README's image
 SHOWN_METHODS = ("bicubic", "shipped")
 
 
@@ -89,7 +89,7 @@ def describe(output: Path, metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def scene(output: Path, frames: dict[str, Path], title: str, caption: str) -> dict[str, Any]:
-    """One clip's pictures."""
+    """One clip's images."""
     return {
         "title": title,
         "caption": caption,
@@ -140,10 +140,10 @@ def extract_frames(output: Path, results: str, methods: tuple[str, ...]) -> dict
     return frames
 
 
-def grab(video: Path, picture: Path, scale: int = 1) -> None:
+def grab(video: Path, image: Path, scale: int = 1) -> None:
     """Save frame `SHOWN_FRAME`."""
     stream = ffmpeg.input(str(video)).filter("select", f"eq(n,{SHOWN_FRAME})")
     if scale != 1:
         stream = stream.filter("scale", f"iw*{scale}", f"ih*{scale}", flags="neighbor")
-    stream = stream.output(str(picture), vframes=1, fps_mode="passthrough").overwrite_output()
+    stream = stream.output(str(image), vframes=1, fps_mode="passthrough").overwrite_output()
     stream.global_args("-loglevel", "error", "-nostdin").run(cmd=imageio_ffmpeg.get_ffmpeg_exe())

@@ -105,7 +105,7 @@ class Views:
     """The two views, filled from the frames that they need; the others are passed over. Fixed random seed.
 
     Attributes:
-        aesthetic: float32 (1, 3, 32, 224, 224), normalised: one frame from each of 32 stretches, the whole picture.
+        aesthetic: float32 (1, 3, 32, 224, 224), normalised: one frame from each of 32 stretches, the whole image.
         technical: float32 (3, 3, 32, 224, 224), normalised: three clips of 7×7 fragments at full resolution.
     """
 
@@ -127,7 +127,7 @@ class Views:
         if len(chosen):
             self.aesthetic[0][:, chosen] = _normalised(self._resized(frame, size=(_SIDE, _SIDE)))[:, None]
         ratio = min(frame.shape[1:]) / _SIDE
-        if ratio < 1 and (len(cut) or not self._places):  # smaller pictures are enlarged first
+        if ratio < 1 and (len(cut) or not self._places):  # smaller images are enlarged first
             frame = self._resized(frame, scale_factor=1 / ratio)
         if not self._places:
             self._places = [fragment_places(frame.shape[1], frame.shape[2], self._generator) for _ in self._cut]

@@ -1,4 +1,4 @@
-"""NIQE: the distance of a picture's local statistics from those of good pictures (Mittal et al., "Making a
+"""NIQE: the distance of an image's local statistics from those of good images (Mittal et al., "Making a
 'Completely Blind' Image Quality Analyzer", 2013). No reference, no network.
 
 Two metrics share the features of niqe_features.py:
@@ -124,7 +124,7 @@ class RunningGaussian:
         """
         if self._usable < 2:
             raise UserError(
-                f"NIQE found {self._usable} usable blocks: the picture is flat or smaller than two blocks; "
+                f"NIQE found {self._usable} usable blocks: the image is flat or smaller than two blocks; "
                 "use larger frames, or a model fitted with a smaller --block"
             )
         return self._sums / self._counts, self._scatter / (self._usable - 1)

@@ -1,6 +1,6 @@
-"""The 36 numbers NIQE takes from each block of a picture: 18 on the picture, 18 on its half-size copy.
+"""The 36 numbers NIQE takes from each block of an image: 18 on the image, 18 on its half-size copy.
 
-All blocks of a picture are fitted at once: an asymmetric generalised Gaussian (AGGD) needs only means over
+All blocks of an image are fitted at once: an asymmetric generalised Gaussian (AGGD) needs only means over
 the block and a look-up, so a block costs no loop.
 """
 
@@ -14,7 +14,7 @@ from scipy.special import gamma
 from common.errors import UserError
 
 FEATURES = 36
-#: share of a picture's sharpest block that a block must exceed to be learnt from [NIQE]
+#: share of an image's sharpest block that a block must exceed to be learnt from [NIQE]
 OFFICIAL_SHARPNESS = 0.75
 
 _Array = NDArray[np.float64]
@@ -45,7 +45,7 @@ def block_features(plane: _Array, block: int) -> _Array:
 
 
 def sharp_block_features(plane: _Array, block: int, threshold: float = OFFICIAL_SHARPNESS) -> _Array:
-    """Features of the blocks whose mean local deviation exceeds `threshold` of the picture's sharpest block:
+    """Features of the blocks whose mean local deviation exceeds `threshold` of the image's sharpest block:
     those the authors' prior is fitted on."""
     features, sharpness = _features_and_sharpness(plane, block)
     return features[sharpness > threshold * sharpness.max()]

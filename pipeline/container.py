@@ -99,7 +99,7 @@ def plan_tracks(source: Path, suffix: str) -> TrackPlan:
                     continue
                 known = name or "a codec that FFmpeg does not know"
                 reason = "nothing here decodes it" if stream.type == "audio" else f"{suffix} does not take it"
-                reason = "one picture is upscaled" if stream.type == "video" else reason
+                reason = "one video stream is upscaled" if stream.type == "video" else reason
                 dropped.append(f"track {stream.index} ({stream.type}, {known}) is left out: {reason}")
     except FFmpegError as error:
         raise UserError(f"{source} is not a readable video ({error})") from None
@@ -119,7 +119,7 @@ def _kept_as(stream: Any, codec: str | None, suffix: str) -> str | None:
 
 
 def times_restart(source: Path) -> bool:
-    """Whether the time stamps of the picture go back within the file, as in recordings put one after the other."""
+    """Whether the time stamps of the video stream go back within the file, as in recordings put one after the other."""
     with av.open(url(source)) as container:
         previous = None
         for packet in container.demux(first_video(container)):
@@ -255,7 +255,7 @@ def write_output(
         with av.open(url(source)) as container:
             start_s = (container.start_time or 0) / av.time_base
             index = first_video(container).index
-    # AVI has no times: what stands before the first sound or picture is written as silence or empty frames.
+    # AVI has no times: what stands before the first sound or frame is written as silence or empty frames.
     absolute = not restarts and suffix != ".avi"
     command = [ffmpeg_binary(), "-loglevel", "error", "-nostdin", "-y", *(["-copyts"] if absolute else [])]
     if suffix == ".avi":

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from common.live_bytes import LiveBytes
+from pipeline.latent_codec import CodecName, FastCodec, FullCodec, LatentCodec
+from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
 from pipeline.model.prompts import load_prompts
 from pipeline.model.transformer import VSRTransformer
-from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, decode_latents, encode_video, vae_class
-from pipeline.vsr_pipeline import Tiling
+from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, vae_class
+from pipeline.vsr_pipeline import Tiling, require_part
 
 GIB = 2**30
 
@@ -53,17 +55,24 @@ class WindowMemory:
 class MemoryEstimate:
     """The networks of a model folder, on the meta device."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, codec: CodecName = "full") -> None:
         """
         Raises:
             UserError: the folder lacks a part.
         """
-        vae = vae_class(folder / "vae")
+        classes: dict[str, Any] = {"vae": vae_class(folder / "vae"), "transformer": VSRTransformer}
+        if codec == "fast":
+            classes |= {"lr_encoder": LowResolutionEncoder, "fast_decoder": FastDecoder}
+        networks: dict[str, Any] = {}
         with torch.device("meta"):
-            self._vae: Any = vae.from_config(vae.load_config(folder / "vae"))
-            config = VSRTransformer.load_config(folder / "transformer")
-            self._transformer: Any = VSRTransformer.from_config(config)
-        for network in (self._vae, self._transformer):
+            for name, network_class in classes.items():
+                require_part(folder, name)
+                networks[name] = network_class.from_config(network_class.load_config(folder / name))
+        self._transformer = networks["transformer"]
+        self._codec: LatentCodec = FullCodec(networks["vae"])
+        if codec == "fast":
+            self._codec = FastCodec(networks["vae"], networks["lr_encoder"], networks["fast_decoder"])
+        for network in networks.values():
             network.requires_grad_(False).eval()
             kept = set(network._keep_in_fp32_modules or ())
             for name, parameter in network.named_parameters():
@@ -71,7 +80,7 @@ class MemoryEstimate:
                     parameter.data = parameter.data.to(dtype)
         self._prompt = load_prompts(folder / "prompts").embed([""]).to("meta", dtype)
         self._bytes_per_value = torch.finfo(dtype).bits // 8
-        self.weights = sum(value.nbytes for network in (self._vae, self._transformer) for value in network.parameters())
+        self.weights = sum(value.nbytes for network in networks.values() for value in network.parameters())
 
     def window(self, frames: int, width: int, height: int, tiling: Tiling) -> WindowMemory:
         """Of `frames` frames of the model's output size, px."""
@@ -84,20 +93,24 @@ class MemoryEstimate:
             return tuple(length if side is None else min(side, length) for length in whole)  # type: ignore[return-value]
 
         latent_frames = (frames - 1) // TEMPORAL_FACTOR + 1
-        channels = self._vae.config.z_dim
+        channels = self._codec.vae.config.z_dim
 
         def latent(size: tuple[int, ...]) -> Tensor:
             return torch.empty(1, channels, latent_frames, *(s // SPATIAL_FACTOR for s in size), device="meta")
 
-        encoded = tile(tiling.vae_tile_px)
-        pixels = torch.empty(1, 3, frames, *encoded, device="meta")
-        encode = _peak(lambda: encode_video(self._vae, pixels)) + pixels[0].numel() * self._bytes_per_value
-        z = latent(tile(tiling.transformer_tile_px))
+        def inputs(size: tuple[int, ...]) -> Tensor:
+            places = (s // SPATIAL_FACTOR * self._codec.place_px for s in size)
+            return torch.empty(1, 3, frames, *places, device="meta")
+
+        pixels = inputs(tile(tiling.vae_tile_px))
+        encode = _peak(lambda: self._codec.encode(pixels)) + pixels.numel() * self._bytes_per_value
+        noise = latent(tile(tiling.transformer_tile_px))
         t = torch.ones(1, device="meta")
-        transformer = _peak(lambda: self._transformer(z, t, z, self._prompt)) + 4 * latent(whole).nbytes
+        transformer = _peak(lambda: self._transformer(noise, t, noise, self._prompt)) + 4 * latent(whole).nbytes
         decoded = tile(tiling.decode_tile_px or tiling.vae_tile_px)
-        decode = _peak(lambda: decode_latents(self._vae, latent(decoded)))
-        if decoded != whole:  # the strip of tiles and the picture that they are put into
+        z, seen = latent(decoded), inputs(decoded)
+        decode = _peak(lambda: self._codec.decode(z, seen))
+        if decoded != whole:  # the strip of tiles and the frames that they are put into
             decode += 4 * 3 * frames * whole[1] * (decoded[0] + whole[0])
         return WindowMemory(self.weights, encode, transformer, decode)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -52,3 +52,17 @@ def blend_windows(parts: Iterable[tuple[range, Tensor]], length: int, axis: int)
     if result is None or end != length:
         raise ValueError(f"windows end at {end}, not {length}")
     return result
+
+
+def in_tiles(
+    shape: tuple[int, ...], tile: int | None, overlap: int, compute: Callable[[slice, slice], Tensor]
+) -> Tensor:
+    """Run `compute` on spatial tiles of an output of `shape` (C, T, h, w) and blend; all at once without tiles."""
+    height, width = shape[2:]
+
+    def row(rows: range) -> Iterator[tuple[range, Tensor]]:
+        for columns in spans(width, tile, overlap):
+            yield columns, compute(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+
+    strips = ((rows, blend_windows(row(rows), width, axis=4)) for rows in spans(height, tile, overlap))
+    return blend_windows(strips, height, axis=3)

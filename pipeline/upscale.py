@@ -137,12 +137,13 @@ def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch:
             "input": str(path),
             "model": "bicubic" if arguments.bicubic else str(arguments.model),
             "seed": arguments.seed,
+            "codec": arguments.codec,
             "frames": frames,
             "width": job.size.output[0],
             "height": job.size.output[1],
             "seconds": seconds,
             **{name: round(value, 3) for name, value in statistics.items()},
-            "device": arguments.device,
+            "device": ",".join(arguments.devices) or arguments.device,
             "damage": damage,
         }
         write_atomic(arguments.stats, json.dumps(record, indent=2) + "\n")
@@ -158,7 +159,7 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
     if sound and arguments.on_error == "stop":
         raise UserError(f"{tracks_from}: {sound[0]}; --on-error keep goes on")
     with only_job(job.output):
-        identity = job_identity(arguments, job.source) | {"codec": job.codec, "bit_depth": job.bit_depth}
+        identity = job_identity(arguments, job.source) | {"encoder": job.codec, "bit_depth": job.bit_depth}
         parts = VideoParts(job.output, identity, arguments.part_frames, restart=arguments.restart, images=job.images)
         if parts.complete:
             print(f"resuming after {parts.frames} frames", file=sys.stderr)

@@ -26,7 +26,7 @@ _INCIDENTAL = frozenset(
     {
         "output",
         "stats",
-        "codec",
+        "encoder",
         "bit_depth",
         "part_frames",
         "restart",
@@ -34,6 +34,7 @@ _INCIDENTAL = frozenset(
         "on_error",
         "attention",
         "device",
+        "devices",
         "stills",
         "dry_run",
     }
@@ -85,7 +86,7 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     )
     info = source.info
     images = None if output == PIPE else image_output(output, source, arguments.start, arguments.frames)
-    codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.codec)
+    codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.encoder)
     if codec in ("y4m", *IMAGE_ENCODERS):
         _check_alone(codec, arguments)
     if images:
@@ -111,7 +112,7 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
         tracks = plan_tracks(source.file, output.suffix.lower())
         said += tracks.dropped
     elif info.audio_codecs:
-        said.append(f"sound is left out: {codec} holds pictures alone")
+        said.append(f"sound is left out: {codec} holds images alone")
     frame_rate = None if source.images and not source.images.durations_ms else arguments.fps
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps
@@ -168,7 +169,7 @@ def _check_alone(codec: str, arguments: argparse.Namespace) -> None:
     Raises:
         UserError: one of them was given.
     """
-    given = {"--codec": arguments.codec, "--crf": arguments.crf, "--lossless": arguments.lossless or None}
+    given = {"--encoder": arguments.encoder, "--crf": arguments.crf, "--lossless": arguments.lossless or None}
     for option, value in given.items():
         if value is not None:
             raise UserError(f"{option} means nothing to {codec}; leave it out")

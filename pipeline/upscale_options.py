@@ -15,6 +15,7 @@ from common.encoders import ENCODERS
 from common.errors import UserError
 from common.video_reader import Deinterlace
 from pipeline.colour_fix import ColourFix
+from pipeline.latent_codec import CodecName
 from pipeline.model.config import Attention
 from pipeline.model.prompts import DEFAULT_PROMPT
 from pipeline.output_size import parse_size
@@ -51,25 +52,34 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be {limits}")
     if arguments.lossless and arguments.crf is not None:
         raise UserError(f"--crf {arguments.crf} means nothing with --lossless; leave one of them out")
-    if arguments.lossless and arguments.codec not in (None, "h264"):
-        raise UserError(f"--lossless is h264; leave it or --codec {arguments.codec} out")
+    if arguments.codec in ENCODERS:
+        raise UserError(
+            f"--codec {arguments.codec}: the file's codec is --encoder {arguments.codec}; --codec is full or fast"
+        )
+    if arguments.codec not in get_args(CodecName):
+        raise UserError(f"--codec {arguments.codec}: choose {' or '.join(get_args(CodecName))}")
+    if arguments.bicubic and arguments.codec == "fast":
+        raise UserError("--codec fast means nothing with --bicubic; leave one of them out")
+    if arguments.lossless and arguments.encoder not in (None, "h264"):
+        raise UserError(f"--lossless is h264; leave it or --encoder {arguments.encoder} out")
     if arguments.encoder_options and (arguments.lossless or set(arguments.encoder_options) & _OWN_OPTIONS):
         names = ", ".join(arguments.encoder_options)
         raise UserError(f"--encoder-options {names}: set by options of upscale itself; leave it out")
-    if arguments.crf is not None and arguments.codec and ENCODERS[arguments.codec].crf is None:
-        raise UserError(f"--crf means nothing to {arguments.codec}; leave it out")
+    if arguments.crf is not None and arguments.encoder and ENCODERS[arguments.encoder].crf is None:
+        raise UserError(f"--crf means nothing to {arguments.encoder}; leave it out")
     if arguments.lossless and arguments.bit_depth == 10:
         raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
     if arguments.model is None and not arguments.bicubic:
         arguments.model = _default_model()
         if arguments.tile is None:
             arguments.tile = DEFAULT_MODEL_TILE_PX
-    try:
-        kind = torch.device(arguments.device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {arguments.device}: choose cpu, cuda, cuda:1, … or mps")
+    for device in arguments.devices or (arguments.device,):
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            kind = ""
+        if kind not in ("cpu", "cuda", "mps"):
+            raise UserError(f"--device {device}: choose cpu, cuda, cuda:1, … or mps")
     return arguments
 
 
@@ -82,6 +92,11 @@ def _default_model() -> Path:
         raise UserError("--model is needed: the small model lies in the repository's assets/, not in the package")
     print("no --model: the small model of assets/small, trained on a CPU; see docs/small.md", file=sys.stderr)
     return DEFAULT_MODEL
+
+
+def _devices(text: str) -> tuple[str, ...]:
+    """Numbers of GPUs, or names as `--device` takes."""
+    return tuple(f"cuda:{name}" if name.isdigit() else name for name in text.split(","))
 
 
 def _encoder_options(text: str) -> dict[str, str]:
@@ -122,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
     parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
+    parser.add_argument(
+        "--codec", default="full", metavar="{full,fast}",
+        help="of the latents: the VAE, or the networks beside it in the model folder that were trained to replace it",
+    )  # fmt: skip
     parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
     parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
     parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided, 384 without --model")
@@ -144,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error", choices=("warn", "keep", "stop"), default="warn",
         help="a damaged input: write what can be read and end with status 3 (warn) or 0 (keep), or stop",
     )  # fmt: skip
-    parser.add_argument("--codec", choices=tuple(ENCODERS), help="default: vp9 for .webm, else h264")
-    parser.add_argument("--crf", type=float, help="quality; default: the codec's own, hard to tell from the source")
+    parser.add_argument("--encoder", choices=tuple(ENCODERS), help="of the file; default: vp9 for .webm, else h264")
+    parser.add_argument("--crf", type=float, help="quality; default: the encoder's own, hard to tell from the source")
     parser.add_argument(
         "--encoder-options", type=_encoder_options, default={}, metavar="NAME=VALUE,…", help="as preset=slow"
     )
@@ -153,7 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bit-depth", type=int, choices=(8, 10, 16), help="10: videos, 16: PNG and TIFF; default: 10 for HDR"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices.add_argument(
+        "--devices", type=_devices, default=(), metavar="0,1,…", help="GPUs that share the windows of a video"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument(

@@ -39,7 +39,8 @@ Watch = Callable[[int, int | None], None]
 
 
 @cache
-def _pipeline(model: Path, device: str, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+def _pipeline(model: Path, device: str, copy: int, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+    """Opened once for all videos of a folder; `copy` tells those on one device apart."""
     pipeline = open_pipeline(model, device, dtype)
     set_attention(pipeline.transformer, attention)
     return pipeline
@@ -55,8 +56,13 @@ def with_model(
 ) -> Clips:
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    devices = arguments.devices or (arguments.device,)
+    pipelines = [
+        _pipeline(arguments.model, device, copy, dtype, arguments.attention) for copy, device in enumerate(devices)
+    ]
+    pipelines[0].codec(arguments.codec)  # an error now, before the first frame
     return upscale_video(
-        _pipeline(arguments.model, arguments.device, dtype, arguments.attention),
+        pipelines,
         frames,
         job.windows,
         first=first,
@@ -69,6 +75,7 @@ def with_model(
         colour_fix=arguments.colour_fix,
         bit_depth=job.bit_depth,
         tiling=tiling,
+        codec=arguments.codec,
     )
 
 
@@ -221,7 +228,7 @@ def _until_damaged(reader: FrameReader) -> Iterator[np.ndarray]:
 
 
 def damage_of(errors: list[str], end_s: Fraction | None, job: Job, arguments: argparse.Namespace) -> list[str]:
-    """What is wrong with the input's picture, one line each.
+    """What is wrong with the input's frames, one line each.
 
     Args:
         errors: of the reader.

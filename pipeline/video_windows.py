@@ -1,13 +1,15 @@
 """Long videos in windows: cut at scene changes, overlapping within a scene, cross-faded where they overlap.
 
 The only place with temporal windows. `VSRPipeline` takes one window; memory stays bounded, and no scene bleeds into the
-next.
+next. Windows know nothing of each other, so several devices can work on one video.
 """
 
 from __future__ import annotations
 
+import queue
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 from common.errors import UserError
 from common.scene_cuts import DELAY, SceneCuts, small_frame
 from pipeline.model.vae import TEMPORAL_FACTOR
-from pipeline.vsr_pipeline import VSRPipeline
+from pipeline.vsr_pipeline import VSRPipeline, VSRResult
 
 
 class Place(NamedTuple):
@@ -97,8 +99,44 @@ def split_video(
     yield from last()
 
 
+def run_windows(
+    pipelines: Sequence[VSRPipeline], split: Iterator[tuple[int, int, np.ndarray]], **options: Any
+) -> Iterator[tuple[int, int, np.ndarray, VSRResult]]:
+    """Each window of `split_video` with its result, in order; every pipeline works on one window at a time.
+
+    Which pipeline takes a window does not change the result: seeds belong to places in the video.
+    """
+    if len(pipelines) == 1:
+        for window in split:
+            yield *window, pipelines[0](window[2], first_frame=window[0], **options)
+        return
+    free: queue.SimpleQueue[VSRPipeline] = queue.SimpleQueue()
+    for pipeline in pipelines:
+        free.put(pipeline)
+
+    def run(start: int, frames: np.ndarray) -> VSRResult:
+        pipeline = free.get()
+        try:
+            return pipeline(frames, first_frame=start, **options)
+        finally:
+            free.put(pipeline)
+
+    running: deque[tuple[tuple[int, int, np.ndarray], Future[VSRResult]]] = deque()
+    with ThreadPoolExecutor(len(pipelines), thread_name_prefix="device") as pool:
+        try:
+            for window in split:
+                running.append((window, pool.submit(run, window[0], window[2])))
+                if len(running) == len(pipelines):
+                    window, result = running.popleft()
+                    yield *window, result.result()
+            for window, result in running:
+                yield *window, result.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 def upscale_video(
-    pipeline: VSRPipeline,
+    pipelines: Sequence[VSRPipeline],
     frames: Iterator[np.ndarray],
     windows: Windows,
     *,
@@ -113,13 +151,14 @@ def upscale_video(
     out the same again when it is read from its first frame.
 
     Args:
+        pipelines: the same model on each device.
         frames, first, context: as in `scenes`.
-        statistics: DiT evaluations and seconds are added to it.
+        statistics: DiT evaluations and seconds are added to it; seconds of all devices.
         options: the pipeline's.
     """
     tail: np.ndarray | None = None
-    for start, shared, window in split_video(frames, windows, first, context):
-        result = pipeline(window, first_frame=start, **options)
+    split = split_video(frames, windows, first, context)
+    for start, shared, window, result in run_windows(pipelines, split, **options):
         statistics["dit_evaluations"] = statistics.get("dit_evaluations", 0) + result.dit_evaluations
         for step, seconds in result.seconds.items():
             statistics[f"{step}_s"] = statistics.get(f"{step}_s", 0.0) + seconds

@@ -3,43 +3,39 @@
     pipeline = VSRPipeline.from_pretrained("runs/demo/preference/model")
     frames = pipeline(low_resolution, seed=0).frames
 
-A diffusers pipeline of three components (transformer, vae, prompts). Large clips go through in overlapping tiles, which
-are blended with smooth weights. Long videos go through in windows, one call each (pipeline/video_windows.py); the noise
-belongs to the place in the video, not to the window, so that neighbours agree where they overlap.
+A diffusers pipeline of three components (transformer, vae, prompts), and a fast codec where one was trained. Large
+clips go through in overlapping tiles, which are blended with smooth weights. Long videos go through in windows, one
+call each (pipeline/video_windows.py); the noise belongs to the place in the video, not to the window, so that
+neighbours agree where they overlap.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from common.encoders import BitDepth
 from common.errors import UserError
+from common.scale import SCALE
 from common.seeding import seeded_noise
 from pipeline.colour_fix import ColourFix, fix_colour
+from pipeline.latent_codec import CodecName, FastCodec, FullCodec, LatentCodec, padded_inputs
+from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
 from pipeline.model.prompts import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
 from pipeline.model.transformer import VSRTransformer
-from pipeline.model.vae import (
-    SPATIAL_FACTOR,
-    TEMPORAL_FACTOR,
-    VAE,
-    decode_latents,
-    encode_video,
-    latent_shape,
-    to_frames,
-    upsample_low_resolution,
-)
+from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE, to_frames, upsample_low_resolution
 from pipeline.sampling import euler_sample
-from pipeline.tiling import blend_windows, spans
+from pipeline.tiling import in_tiles
 
+#: components of a model folder that `codec="fast"` needs, each made by the stage of that name
+FAST_CODEC = ("fast_decoder", "lr_encoder")
 #: what a call spends its time on
 STEPS = ("upsample", "encode", "transformer", "decode", "colour")
 
@@ -115,22 +111,29 @@ class VSRPipeline(DiffusionPipeline):
 
     Args:
         transformer, vae, prompts: the components of a model folder.
+        fast_decoder, lr_encoder: what `codec="fast"` takes in the place of the VAE; None: the folder holds none.
         num_inference_steps: steps the transformer was trained for (1 after Stage I); the default of a call.
         shift: timestep shift s of the sampler.
         guidance_weight: w of v(c) + w·(v(c) - v(∅)); 0 for distilled models.
     """
+
+    _optional_components: ClassVar[list[str]] = list(FAST_CODEC)
 
     def __init__(
         self,
         transformer: VSRTransformer,
         vae: VAE,
         prompts: PromptCache,
+        fast_decoder: FastDecoder | None = None,
+        lr_encoder: LowResolutionEncoder | None = None,
         num_inference_steps: int = 1,
         shift: float = 5.0,
         guidance_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, prompts=prompts)
+        self.register_modules(
+            transformer=transformer, vae=vae, prompts=prompts, fast_decoder=fast_decoder, lr_encoder=lr_encoder
+        )
         self.register_to_config(num_inference_steps=num_inference_steps, shift=shift, guidance_weight=guidance_weight)
 
     @torch.no_grad()
@@ -146,6 +149,7 @@ class VSRPipeline(DiffusionPipeline):
         colour_fix: ColourFix = "none",
         bit_depth: BitDepth = 8,
         first_frame: int = 0,
+        codec: CodecName = "full",
     ) -> VSRResult:
         """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.
 
@@ -153,9 +157,11 @@ class VSRPipeline(DiffusionPipeline):
             low_resolution: uint8, or uint16 in 0…65535, (F, h, w, 3) RGB, any F and size.
             seed: of the noise; the result is a function of the clip and this.
             first_frame: number of the clip's first frame in its video; the noise depends on it.
+            codec: `full` is the VAE, `fast` the networks trained to stand in for it.
 
         Raises:
             ValueError: another dtype or shape.
+            UserError: `codec="fast"` of a model without it.
         """
         frames = torch.as_tensor(np.ascontiguousarray(low_resolution))
         known = frames.dtype in (torch.uint8, torch.uint16)
@@ -168,6 +174,7 @@ class VSRPipeline(DiffusionPipeline):
             self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
             self.config.guidance_weight if guidance_weight is None else guidance_weight,
             tiling,
+            self.codec(codec),
         )
         enlarged = run.clip(frames, first_frame)
         if colour_fix != "none":
@@ -176,14 +183,34 @@ class VSRPipeline(DiffusionPipeline):
             run.lap("colour", began)
         return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
 
+    def codec(self, name: CodecName) -> LatentCodec:
+        """What encodes and decodes.
+
+        Raises:
+            UserError: the model holds no fast codec.
+        """
+        if name == "full":
+            return FullCodec(self.vae)
+        for part in FAST_CODEC:
+            if getattr(self, part) is None:
+                raise UserError(_without("the model", part))
+        return FastCodec(self.vae, self.lr_encoder, self.fast_decoder)
+
 
 class _Run:
     """One call: its settings, counters and clocks."""
 
     def __init__(
-        self, pipeline: VSRPipeline, prompt: str, seed: int, steps: int, guidance_weight: float, tiling: Tiling
+        self,
+        pipeline: VSRPipeline,
+        prompt: str,
+        seed: int,
+        steps: int,
+        guidance_weight: float,
+        tiling: Tiling,
+        codec: LatentCodec,
     ) -> None:
-        self._pipeline, self._seed, self._steps, self._tiling = pipeline, seed, steps, tiling
+        self._pipeline, self._seed, self._steps, self._tiling, self._codec = pipeline, seed, steps, tiling, codec
         self._guidance_weight = guidance_weight
         device = pipeline.transformer.device
         self._prompt = pipeline.prompts.embed([prompt]).to(device)
@@ -195,15 +222,14 @@ class _Run:
         """uint8 or uint16 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
         count = len(frames)
         began = time.perf_counter()
-        pixels = upsample_low_resolution(_repeat_last(frames))
-        height, width = pixels.shape[2:]
-        pixels = _mirror(pixels, self._multiple())
+        height, width = (SCALE * side for side in frames.shape[1:3])
+        inputs = padded_inputs(self._codec, frames, self._multiple())
         began = self.lap("upsample", began)
-        z_lr = self._encode(pixels[None])
+        z_lr = self._encode(inputs)
         began = self.lap("encode", began)
         z = self._transform(z_lr, first_frame)
         began = self.lap("transformer", began)
-        decoded = self._decode(z)[0]
+        decoded = self._decode(z, inputs)[0]
         self.lap("decode", began)
         return decoded[:, :count, :height, :width].cpu()
 
@@ -213,31 +239,37 @@ class _Run:
 
     def lap(self, part: str, began: float) -> float:
         """Add the time since `began` to a part; returns now."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        device = self._pipeline.transformer.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = time.perf_counter()
         self.seconds[part] += now - began
         return now
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        shape = latent_shape(self._pipeline.vae, *pixels.shape[2:])
+    def _encode(self, inputs: Tensor) -> Tensor:
         tile = self._tile(self._tiling.vae_tile_px)
-        return _tiled(
-            shape, tile, self._overlap(), lambda rows, columns: encode_video(
-                self._pipeline.vae, pixels[..., _scaled(rows), _scaled(columns)]
-            )
-        )  # fmt: skip
 
-    def _decode(self, z: Tensor) -> Tensor:
+        def encode(rows: slice, columns: slice) -> Tensor:
+            return self._codec.encode(self._inputs_at(inputs, rows, columns))
+
+        return in_tiles(self._codec.latent_shape(inputs), tile, self._overlap(), encode)
+
+    def _decode(self, z: Tensor, inputs: Tensor) -> Tensor:
         frames = (z.shape[2] - 1) * TEMPORAL_FACTOR + 1
         shape = (3, frames, z.shape[3] * SPATIAL_FACTOR, z.shape[4] * SPATIAL_FACTOR)
         tile = self._tile(self._tiling.decode_tile_px or self._tiling.vae_tile_px)
         tile_px = None if tile is None else tile * SPATIAL_FACTOR
 
         def decode(rows: slice, columns: slice) -> Tensor:
-            return decode_latents(self._pipeline.vae, z[..., _latent(rows), _latent(columns)])
+            rows, columns = _latent(rows), _latent(columns)
+            return self._codec.decode(z[..., rows, columns], self._inputs_at(inputs, rows, columns))
 
-        return _tiled(shape, tile_px, self._overlap() * SPATIAL_FACTOR, decode)
+        return in_tiles(shape, tile_px, self._overlap() * SPATIAL_FACTOR, decode)
+
+    def _inputs_at(self, inputs: Tensor, rows: slice, columns: slice) -> Tensor:
+        """Those of some latent places."""
+        px = self._codec.place_px
+        return inputs[..., rows.start * px : rows.stop * px, columns.start * px : columns.stop * px]
 
     def _transform(self, z_lr: Tensor, first_frame: int) -> Tensor:
         noise = self._noise(z_lr.shape[1:], first_frame).to(z_lr.device)
@@ -255,7 +287,7 @@ class _Run:
                 guidance_weight=self._guidance_weight,
             )
 
-        return _tiled(tuple(z_lr.shape[1:]), tile, self._overlap(), sample)
+        return in_tiles(tuple(z_lr.shape[1:]), tile, self._overlap(), sample)
 
     def _noise(self, shape: tuple[int, ...], first_frame: int) -> Tensor:
         """(1, C, T, h, w); a latent frame's noise belongs to its place in the video.
@@ -301,47 +333,33 @@ def open_pipeline(
     folder = Path(folder)
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no GPU here; choose --device cpu")
+    if str(device).startswith("cuda:") and torch.device(device).index >= torch.cuda.device_count():
+        raise UserError(f"{device}: PyTorch sees {torch.cuda.device_count()} GPUs here, numbered from 0")
     if not (folder / "model_index.json").is_file():
         raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
     for part in ("transformer", "vae", "prompts"):
-        if not list((folder / part).glob("*.safetensors")):
-            raise UserError(f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again")
+        require_part(folder, part)
     pipeline = VSRPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    for component in (pipeline.transformer, pipeline.vae, pipeline.prompts):
-        component.requires_grad_(False).eval()
+    for component in pipeline.components.values():
+        if component is not None:
+            component.requires_grad_(False).eval()
     return pipeline.to(device)
 
 
-def _repeat_last(frames: Tensor) -> Tensor:
-    """(F, h, w, 3) to 4k + 1 frames."""
-    missing = -(len(frames) - 1) % TEMPORAL_FACTOR
-    return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
+def require_part(folder: Path, part: str) -> None:
+    """
+    Raises:
+        UserError: the model folder holds no weights of that component.
+    """
+    if not list((folder / part).glob("*.safetensors")):
+        if part in FAST_CODEC:
+            raise UserError(_without(f"the model in {folder}", part))
+        raise UserError(f"the model in {folder} is incomplete: {part}/ holds no .safetensors; export it again")
 
 
-def _mirror(pixels: Tensor, multiple: int) -> Tensor:
-    """(3, F, H, W) to sides that are multiples."""
-    bottom, right = -pixels.shape[2] % multiple, -pixels.shape[3] % multiple
-    if not (bottom or right):
-        return pixels
-    mode = "reflect" if bottom < pixels.shape[2] and right < pixels.shape[3] else "replicate"
-    return F.pad(pixels, (0, right, 0, bottom), mode=mode)
-
-
-def _tiled(shape: tuple[int, ...], tile: int | None, overlap: int, compute: Callable[[slice, slice], Tensor]) -> Tensor:
-    """Run `compute` on spatial tiles of an output of `shape` (C, T, h, w) and blend; all at once without tiles."""
-    height, width = shape[2:]
-
-    def row(rows: range) -> Iterator[tuple[range, Tensor]]:
-        for columns in spans(width, tile, overlap):
-            yield columns, compute(slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-
-    strips = ((rows, blend_windows(row(rows), width, axis=4)) for rows in spans(height, tile, overlap))
-    return blend_windows(strips, height, axis=3)
-
-
-def _scaled(cells: slice) -> slice:
-    return slice(cells.start * SPATIAL_FACTOR, cells.stop * SPATIAL_FACTOR)
+def _without(model: str, part: str) -> str:
+    return f"{model} holds no {part}: train one with trainer/run.py --stage {part}, or take --codec full"
 
 
 def _latent(pixels: slice) -> slice:

@@ -1,2 +1,2 @@
 """Preference pairs from the one-step model: candidates, scores, ranking (build.py), and the blind study
-(study.py)."""
+(study/)."""

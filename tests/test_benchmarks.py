@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.dual_stream_step import count_flops
 from benchmarks.effect.train import CONFIG, ROWS, chain
+from benchmarks.read_ahead import waited, write_dataset
+from benchmarks.validation_cost import shares
 from common.config import load_section
 from common.errors import UserError
 from trainer.config import config_class
@@ -55,3 +57,19 @@ def test_rows_come_after_the_rows_they_start_from() -> None:
     assert chain(["without_dual_stream", "decoupled_dmd"]) == ["progressive", "without_dual_stream", "decoupled_dmd"]
     with pytest.raises(UserError, match="--rows dmd: choose from progressive"):
         chain(["dmd"])
+
+
+def test_validation_waits_for_the_rank_with_the_most_clips() -> None:
+    """4 clips on 64 ranks are one on some and none on others: 400 of previews and 3 x 100 of decoding in 100 rounds."""
+    arguments = argparse.Namespace(config=Path("configs/wan-1.3b.yaml"), decoder_efficiency=1.0)
+    operations = {"round": 4000.0, "previews": 400.0, "decode": 100.0, "previews_shown": 3.0}
+    table = shares(operations, arguments)
+    assert table[64]["now"] == pytest.approx(700 / (100 * 4000 + 700))
+    assert table[8]["now"] == pytest.approx(700 / (100 * 8 * 4000 + 700))
+    assert table[8]["before"] == pytest.approx(4 * 900 / (100 * 8 * 4000 + 4 * 900))
+
+
+def test_read_ahead_waits_once_a_step(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), None)
+    arguments = argparse.Namespace(batches=3, steps=2, compute=0.0)
+    assert len(waited(str(tmp_path), None, 4, arguments)) == 2

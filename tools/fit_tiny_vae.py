@@ -23,7 +23,7 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from common.video_probe import VIDEO_SUFFIXES
 from common.video_reader import read_video
-from metrics.psnr import psnr_db
+from metrics.decibel import psnr_db
 from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import load_vae

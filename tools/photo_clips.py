@@ -28,7 +28,7 @@ SHORT_SIDE_PIXELS = 700
 
 
 def find_photos(inputs: list[Path]) -> list[Path]:
-    """Pictures under `inputs`, sorted; symbolic links (the packages' smaller copies) are left out."""
+    """Images under `inputs`, sorted; symbolic links (the packages' smaller copies) are left out."""
     found: set[Path] = set()
     for entry in inputs:
         if not entry.exists():
@@ -36,7 +36,7 @@ def find_photos(inputs: list[Path]) -> list[Path]:
         candidates = entry.rglob("*") if entry.is_dir() else [entry]
         found |= {path for path in candidates if path.suffix.lower() in SUFFIXES and not path.is_symlink()}
     if not found:
-        raise UserError(f"no picture ({', '.join(SUFFIXES)}) under {', '.join(map(str, inputs))}")
+        raise UserError(f"no image ({', '.join(SUFFIXES)}) under {', '.join(map(str, inputs))}")
     return sorted(found)
 
 
@@ -85,7 +85,7 @@ def _clips(photo: np.ndarray, name: str, arguments: argparse.Namespace) -> Itera
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders or pictures")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="folders or images")
     parser.add_argument("--output", type=Path, required=True, help="folder of the videos")
     parser.add_argument("--clips-per-photo", type=int, default=6)
     parser.add_argument("--frames", type=int, default=9)

@@ -19,6 +19,9 @@ from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import VAE
 from pipeline.vsr_pipeline import VSRPipeline
 
+#: a training set's cache may hold a prompt for every clip, gigabytes of them [ours]
+EXPORTED_PROMPTS = 64
+
 
 def export_model(
     folder: Path,
@@ -36,6 +39,7 @@ def export_model(
 
     Args:
         state: the transformer's weights, float32.
+        prompts: the first `EXPORTED_PROMPTS` of them come along.
         steps: Euler steps the model is meant for.
         card: what the model card records: stage, data manifest, configuration, last numbers.
 
@@ -46,7 +50,12 @@ def export_model(
     transformer.load_state_dict(state, strict=True)
     transformer.to(dtype)
     pipeline = VSRPipeline(
-        transformer, vae, prompts, num_inference_steps=steps, shift=model.shift, guidance_weight=guidance_weight
+        transformer,
+        vae,
+        prompts.first(EXPORTED_PROMPTS),
+        num_inference_steps=steps,
+        shift=model.shift,
+        guidance_weight=guidance_weight,
     )
     with atomic_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)

@@ -1,4 +1,4 @@
-"""The README's picture: details of two held-out clips at 1:1, from the frames that score.py saved.
+"""The README's image: details of two held-out clips at 1:1, from the frames that score.py saved.
 
 python benchmarks/effect/readme_image.py --frames FOLDER/frames --output docs/images/effect.png [--method shipped]
 """

@@ -16,11 +16,11 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from webdataset import TarWriter
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from common.errors import UserError
 from common.storage import Folder, open_folder
@@ -28,6 +28,9 @@ from common.storage import Folder, open_folder
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+
+#: which samples a shard holds; None in datasets without a split, which are training samples as a whole
+Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,43 @@ class ShardEntry(BaseModel):
     samples: int
     bytes: int
     sha256: str
+    split: Split | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_split(self, handler: Any) -> dict[str, Any]:
+        """Without the field where there is no split: the bytes that were written before the field existed."""
+        document: dict[str, Any] = handler(self)
+        if document["split"] is None:
+            del document["split"]
+        return document
 
 
-class Sidecar(ShardEntry):
-    """What lies in a shard and where. `extra` belongs to whoever wrote it (plan hash, statistics)."""
+class CommittedShard(ShardEntry):
+    """What a job keeps of a shard: a million samples' members would fill its memory.
+
+    Attributes:
+        extra: belongs to whoever wrote it (plan hash, statistics).
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    extra: dict[str, Any] = {}
+
+
+class Sidecar(CommittedShard):
+    """What lies in a shard and where."""
+
+    model_config = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     keys: list[str]
     members: list[dict[str, Span]]
-    extra: dict[str, Any] = {}
+
+    def without_members(self) -> CommittedShard:
+        return CommittedShard(**{field: getattr(self, field) for field in CommittedShard.model_fields})
+
+
+Committed = TypeVar("Committed", bound=CommittedShard)
 
 
 class Manifest(BaseModel):
@@ -83,6 +114,15 @@ class Manifest(BaseModel):
     shards: list[ShardEntry]
     extra: dict[str, Any] = {}
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether some of its samples are held out."""
+        return any(entry.split == "validation" and entry.samples for entry in self.shards)
+
+    def shards_of(self, split: Split | Literal["all"]) -> list[ShardEntry]:
+        """Shards of one side; those of a dataset without a split are training shards."""
+        return [entry for entry in self.shards if split in ("all", entry.split or "train")]
+
 
 def shard_name(index: int) -> str:
     """Name of shard `index` inside the dataset folder."""
@@ -94,48 +134,80 @@ def sidecar_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".json"
 
 
+class ShardFile:
+    """A shard in the making: a tar under a temporary name until `commit`.
+
+    Samples are written as they come, so memory holds one sample, not a shard.
+    """
+
+    def __init__(self, folder: Folder, index: int) -> None:
+        self._folder = folder
+        self.name = shard_name(index)
+        self._temporary = folder.temporary(self.name)
+        self._file = self._temporary.open("wb")
+        self._stream = _HashedFile(self._file)
+        self._keys: list[str] = []
+        self._members: list[dict[str, Span]] = []
+
+    def add(self, sample: Sample) -> None:
+        """
+        Raises:
+            ValueError: a key with a dot or slash, or a key twice.
+        """
+        key = sample.key
+        if "." in key or "/" in key or key in self._keys:
+            raise ValueError(f"sample key {key!r} has a dot or slash, or appears twice in {self.name}")
+        self._keys.append(key)
+        self._members.append(
+            {member: _add(self._stream, key, member, content) for member, content in sample.members.items()}
+        )
+
+    def commit(self, extra: dict[str, Any] | None = None, split: Split | None = None) -> Sidecar:
+        """Give the shard its name, then write its sidecar."""
+        self._stream.write(bytes(2 * tarfile.BLOCKSIZE))
+        self._stream.write(bytes(-self._stream.size % tarfile.RECORDSIZE))
+        self._file.close()
+        self._folder.commit(self._temporary, self.name)
+        sidecar = Sidecar(
+            name=self.name,
+            samples=len(self._keys),
+            bytes=self._stream.size,
+            sha256=self._stream.digest.hexdigest(),
+            keys=self._keys,
+            members=self._members,
+            extra=extra or {},
+            split=split,
+        )
+        self._folder.write(sidecar_name(self.name), _to_json(sidecar))
+        return sidecar
+
+    def discard(self) -> None:
+        """Leave nothing behind of a shard that is not committed."""
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
 def write_shard(
-    folder: Folder | str | os.PathLike[str], index: int, samples: Iterable[Sample], extra: dict[str, Any] | None = None
+    folder: Folder | str | os.PathLike[str],
+    index: int,
+    samples: Iterable[Sample],
+    extra: dict[str, Any] | None = None,
+    split: Split | None = None,
 ) -> Sidecar:
     """Write shard `index` atomically, the sidecar last.
-
-    Samples are taken one at a time, so memory holds one sample, not a shard.
 
     Raises:
         ValueError: a key with a dot or slash, or a key twice.
     """
-    if isinstance(folder, (str, os.PathLike)):
-        folder = open_folder(folder)
-    name = shard_name(index)
-    temporary = folder.temporary(name)
-    keys: list[str] = []
-    members: list[dict[str, Span]] = []
+    shard = ShardFile(open_folder(folder) if isinstance(folder, (str, os.PathLike)) else folder, index)
     try:
-        with temporary.open("wb") as file:
-            stream = _HashedFile(file)
-            with TarWriter(stream, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
-                for sample in samples:
-                    if "." in sample.key or "/" in sample.key or sample.key in keys:
-                        raise ValueError(f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}")
-                    keys.append(sample.key)
-                    members.append(
-                        {member: _add(tar, sample.key, member, content) for member, content in sample.members.items()}
-                    )
-        folder.commit(temporary, name)
+        for sample in samples:
+            shard.add(sample)
+        return shard.commit(extra, split)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        shard.discard()
         raise
-    sidecar = Sidecar(
-        name=name,
-        samples=len(keys),
-        bytes=stream.size,
-        sha256=stream.digest.hexdigest(),
-        keys=keys,
-        members=members,
-        extra=extra or {},
-    )
-    folder.write(sidecar_name(name), _to_json(sidecar))
-    return sidecar
 
 
 def read_sidecar(folder: Folder, shard: str) -> Sidecar:
@@ -145,9 +217,18 @@ def read_sidecar(folder: Folder, shard: str) -> Sidecar:
         FileNotFoundError: the shard is not committed.
         DamagedShard: the sidecar is damaged.
     """
+    return _read_sidecar(folder, shard, Sidecar)
+
+
+def read_committed(folder: Folder, shard: str) -> CommittedShard:
+    """The sidecar of tar `shard` without its members; raises like `read_sidecar`."""
+    return _read_sidecar(folder, shard, CommittedShard)
+
+
+def _read_sidecar(folder: Folder, shard: str, kind: type[Committed]) -> Committed:
     name = sidecar_name(shard)
     try:
-        return Sidecar.model_validate_json(folder.read(name))
+        return kind.model_validate_json(folder.read(name))
     except ValidationError as error:
         raise DamagedShard(f"{folder.url}/{name} is damaged: {error.errors()[0]['msg']}") from None
 
@@ -211,11 +292,15 @@ class DamagedShard(Exception):
     """A shard's bytes are not those that were written."""
 
 
-def _add(tar: TarWriter, key: str, member: str, content: bytes) -> Span:
-    """Append one member; `TarWriter.write` sorts those of one call, so each has a call of its own."""
-    tar.write({"__key__": key, member: content})
-    padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return Span(tar.tarstream.offset - padded, len(content), zlib.crc32(content))
+def _add(stream: _HashedFile, key: str, member: str, content: bytes) -> Span:
+    """Append one member as `webdataset.TarWriter` does, whose package loads torch into every process that writes."""
+    info = tarfile.TarInfo(f"{key}.{member}")
+    info.size, info.mode = len(content), 0o644
+    stream.write(info.tobuf())
+    span = Span(stream.size, len(content), zlib.crc32(content))
+    stream.write(content)
+    stream.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+    return span
 
 
 class _HashedFile:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from common.errors import UserError
 from common.storage import Folder, StorageConfig, open_folder
@@ -91,6 +90,9 @@ def _sidecar(folder: Folder, shard: str) -> Sidecar | None:
 
 def read_latent(dataset: str, place: Place, plan: SamplePlan, storage: StorageConfig) -> bytes:
     """A safetensors file of `z_hr`; nothing where the sample is damaged, out of reach, or of other pixels."""
+    # torch is loaded where a latent is read: most tasks read none
+    from safetensors.torch import load, save
+
     folder = open_folder(dataset, storage)
     try:
         metadata = json.loads(read_member(folder, place.shard, place.metadata))

@@ -11,7 +11,7 @@ from common.config import Section
 
 
 class Frame(Section):
-    """A picture and what to call it."""
+    """An image and what to call it."""
 
     label: str
     image: Path

@@ -1,8 +1,8 @@
-"""One self-contained HTML page from a plain description: pictures, 1:1 crops, curves, tables, times, notes.
+"""One self-contained HTML page from a plain description: images, 1:1 crops, curves, tables, times, notes.
 
     python -m metrics.report --description report.json --output report.html
 
-or `build_report(ReportDescription(...), output)`. Pictures are embedded, so the page is one file; relative
+or `build_report(ReportDescription(...), output)`. Images are embedded, so the page is one file; relative
 paths in the description are meant from its own folder. The description (unknown keys are errors):
 
     {
@@ -43,7 +43,7 @@ from common.errors import UserError
 from metrics.published import load_published
 from metrics.registry import METRICS
 from metrics.report.description import ReportDescription, Scene
-from metrics.report.pictures import crop_uri, curve_svg, picture_uri
+from metrics.report.images import crop_uri, curve_svg, image_uri
 
 #: columns beside metrics, with their heading
 _OTHER_COLUMNS = {"dit_evaluations": "DiT evaluations", "seconds": "seconds", "parameters_b": "parameters (B)"}
@@ -56,7 +56,7 @@ def build_report(description: ReportDescription, output: Path, base: Path | None
         base: folder that relative paths of the description start from; the working directory by default.
 
     Raises:
-        UserError: a picture or a log that is missing or unreadable, a crop outside its frame.
+        UserError: an image or a log that is missing or unreadable, a crop outside its frame.
     """
     base = base or Path()
     environment = jinja2.Environment(
@@ -116,8 +116,8 @@ def _scene(scene: Scene, base: Path) -> dict[str, Any]:
         raise UserError(f"compare names the frame {unknown[0]!r}; the scene has {', '.join(paths)}")
     return {
         "scene": scene,
-        "compare": [(label, picture_uri(paths[label])) for label in scene.compare or ()],
-        "frames": [(frame, picture_uri(path)) for frame, path in frames],
+        "compare": [(label, image_uri(paths[label])) for label in scene.compare or ()],
+        "frames": [(frame, image_uri(path)) for frame, path in frames],
         "crops": [[(frame, crop_uri(path, box)) for frame, path in frames] for box in scene.crops],
     }
 

@@ -3,17 +3,22 @@
     python -m pipeline.model.prompts --encoder Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --output prompts/
 
 `--encoder` is a Wan folder in diffusers layout (`tokenizer/`, `text_encoder/`: umT5-xxl). The folder written is a
-`PromptCache`: the `prompts` component of a model folder.
+`PromptCache`: the `prompts` component of a model folder. A training set may have as many prompts as clips; its cache is
+mapped into memory, so the ranks of a node share one copy, and a model folder gets a few of them.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import UserError, run_command
@@ -58,15 +63,29 @@ class PromptCache(ModelMixin, ConfigMixin):
         """
         result = torch.zeros(len(captions), self.config.max_length, self.config.text_dim, device=self.rows.device)
         for index, caption in enumerate(captions):
-            if caption not in self.config.prompts:
+            if caption not in self._spans:
                 raise UserError(
                     f"prompt {caption!r} is not in the prompt cache; add it with python -m pipeline.model.prompts, "
                     f"or use one of {', '.join(map(repr, self.config.prompts[:5]))}"
                 )
-            position = self.config.prompts.index(caption)
-            start, length = sum(self.config.lengths[:position]), self.config.lengths[position]
-            result[index, :length] = self.rows[start : start + length]
+            rows = self.rows[self._spans[caption]]
+            result[index, : len(rows)] = rows
         return result
+
+    def first(self, count: int) -> PromptCache:
+        """The null prompt, the default prompt if it is there, and others in their order: at most `count` in all."""
+        prompts = dict.fromkeys([NULL_PROMPT, *(p for p in (DEFAULT_PROMPT, *self.config.prompts) if p in self._spans)])
+        chosen = {prompt: self.rows[self._spans[prompt]] for prompt in list(prompts)[:count]}
+        return self.from_embeddings(chosen, self.config.max_length)
+
+    @cached_property
+    def _spans(self) -> dict[str, slice]:
+        """The rows of each prompt."""
+        ends = list(accumulate(self.config.lengths))
+        return {
+            prompt: slice(end - length, end)
+            for prompt, end, length in zip(self.config.prompts, ends, self.config.lengths, strict=True)
+        }
 
 
 def load_prompts(folder: str | Path) -> PromptCache:
@@ -77,10 +96,15 @@ def load_prompts(folder: str | Path) -> PromptCache:
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"no prompt cache in {folder}; make one with python -m pipeline.model.prompts")
+    with torch.device("meta"):
+        cache = PromptCache.from_config(PromptCache.load_config(folder))
+    weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     try:
-        return PromptCache.from_pretrained(folder, use_safetensors=True).requires_grad_(False)
-    except OSError as error:
+        with safe_open(weights, framework="pt") as file:  # mapped: the pages are read when used, and shared
+            cache.load_state_dict({"rows": file.get_tensor("rows")}, assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"cannot load the prompt cache in {folder}: {str(error).splitlines()[0]}") from None
+    return cache.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.first, self.second = _conv(dim, dim), _conv(dim, dim)
+        self.first, self.second = convolution(dim, dim), convolution(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.gelu(self.first(F.gelu(x))))
@@ -126,13 +126,13 @@ class Enlarge(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = _conv(inputs, outputs)
+        self.conv = convolution(inputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     # Windows of the kernel 4 are centred on the pairs of pixels that they merge.
     kernel = 3 if stride == 1 else 4
     return nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=1, padding_mode="replicate")
@@ -141,12 +141,12 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 def _encoder(z_dim: int, dims: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in zip((3 * GROUP, *dims[:-1]), dims, strict=True):
-        layers += [_conv(inputs, outputs, stride=2), ResidualBlock(outputs)]
-    return nn.Sequential(*layers, nn.GELU(), _conv(dims[-1], z_dim))
+        layers += [convolution(inputs, outputs, stride=2), ResidualBlock(outputs)]
+    return nn.Sequential(*layers, nn.GELU(), convolution(dims[-1], z_dim))
 
 
 def _decoder(inputs: int, dims: tuple[int, ...], blocks: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = [_conv(inputs, dims[0])]
+    layers: list[nn.Module] = [convolution(inputs, dims[0])]
     for dim, larger, count in zip(dims[:-1], dims[1:], blocks, strict=True):
         layers += [*(ResidualBlock(dim) for _ in range(count)), Enlarge(dim, larger)]
-    return nn.Sequential(*layers, nn.GELU(), _conv(dims[-1], 3 * GROUP))
+    return nn.Sequential(*layers, nn.GELU(), convolution(dims[-1], 3 * GROUP))

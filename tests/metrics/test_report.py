@@ -13,8 +13,8 @@ from PIL import Image
 
 from common.errors import UserError
 from metrics.report.description import ReportDescription, Series
+from metrics.report.images import read_series, running_mean
 from metrics.report.page import build_report, comparison, duration_text, read_description
-from metrics.report.pictures import read_series, running_mean
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scenes": [{"frames": [{"label": "x", "image": "absent.png"}]}]}, "no picture .*absent.png"),
-        ({"scenes": [{"frames": [{"label": "x", "image": "metrics.jsonl"}]}]}, "not a readable picture"),
+        ({"scenes": [{"frames": [{"label": "x", "image": "absent.png"}]}]}, "no image .*absent.png"),
+        ({"scenes": [{"frames": [{"label": "x", "image": "metrics.jsonl"}]}]}, "not a readable image"),
         (
             {"scenes": [{"frames": [{"label": "x", "image": "student.png"}], "compare": ["x", "y"]}]},
             "compare names the frame 'y'",

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.video_probe import probe
 from common.video_reader import read_video
 from common.video_writer import VideoWriter
-from metrics.psnr import psnr_db
+from metrics.decibel import psnr_db
 from pipeline.output_size import choose_size, parse_size
 from pipeline.upscale import main
 

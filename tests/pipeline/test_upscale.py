@@ -19,7 +19,6 @@ from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import read_video
 from common.video_writer import VideoWriter
 from pipeline import vsr_pipeline
-from pipeline.model.prompts import PromptCache, load_prompts
 from pipeline.resumable_video import only_job
 from pipeline.tiling import blend_windows, spans
 from pipeline.video_windows import Windows, split_video, upscale_video
@@ -100,7 +99,7 @@ def test_video_is_cut_at_scene_changes_and_every_frame_comes_out_once(pipeline):
     for _, _, clip in clips:
         assert clip.min() == clip.max(), "a clip holds two scenes"
     statistics: dict[str, float] = {}
-    upscaled = upscale_video(pipeline, iter(whole_video), Windows(5, 2), statistics=statistics)
+    upscaled = upscale_video([pipeline], iter(whole_video), Windows(5, 2), statistics=statistics)
     result = np.concatenate([clip for clip, _ in upscaled])
     assert result.shape == (15, 96, 160, 3) and statistics["dit_evaluations"] == 4
 
@@ -112,7 +111,7 @@ def test_the_last_window_is_not_short(pipeline, count, last):
     """It begins a multiple of four frames earlier, so that it draws the same noise; each frame comes out once."""
     video = frames(count, 16, 16) // 16
     assert [(start, shared, len(clip)) for start, shared, clip in split_video(iter(video), Windows())][-1] == last
-    clips = [clip for clip, _ in upscale_video(pipeline, iter(video), Windows(), statistics={})]
+    clips = [clip for clip, _ in upscale_video([pipeline], iter(video), Windows(), statistics={})]
     assert sum(map(len, clips)) == count
 
 
@@ -188,14 +187,14 @@ def test_a_video_goes_on_from_any_of_its_places(pipeline, windows):
     """Cuts, short scenes and windows that overlap: what follows a place is the same when the video starts there."""
     scenes = [np.full((count, 24, 40, 3), level, np.uint8) for count, level in ((7, 20), (2, 220), (12, 90))]
     whole_video = np.concatenate(scenes) + frames(21) // 32
-    whole = list(upscale_video(pipeline, iter(whole_video), windows, statistics={}))
+    whole = list(upscale_video([pipeline], iter(whole_video), windows, statistics={}))
     places = [index for index, (_, place) in enumerate(whole) if place is not None]
     assert len(places) >= 3
     for index in places:
         start, skip = whole[index][1]
         context = min(start, CONTEXT)
         rest_of_video = iter(whole_video[start - context :])
-        again = upscale_video(pipeline, rest_of_video, windows, first=start, context=context, statistics={})
+        again = upscale_video([pipeline], rest_of_video, windows, first=start, context=context, statistics={})
         rest = np.concatenate([clip for clip, _ in again])[skip:]
         assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
 
@@ -293,15 +292,3 @@ def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_vid
     monkeypatch.setattr(vsr_pipeline, "decode_latents", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
     done = upscale(source, tmp_path / "none.mkv", *options)
     assert done.returncode == 2 and "the smallest tiles" in done.stderr and not (tmp_path / "none.mkv").exists()
-
-
-def test_prompt_cache_round_trip_and_unknown_prompt(tmp_path):
-    cache = PromptCache.from_embeddings({"": torch.zeros(1, 3), "a b": torch.arange(6.0).reshape(2, 3)}, 4)
-    cache.save_pretrained(tmp_path)
-    embedded = load_prompts(tmp_path).embed(["a b", ""])
-    assert embedded.shape == (2, 4, 3)
-    assert (
-        torch.equal(embedded[0, :2].flatten(), torch.arange(6.0))
-        and not embedded[0, 2:].any()
-        and not embedded[1].any()
-    )

@@ -85,7 +85,7 @@ def test_windows_draw_the_noise_of_their_place_in_the_video(pipeline, monkeypatc
 
     monkeypatch.setattr(pipeline.transformer, "forward", remember)
     video = clip(15)
-    list(upscale_video(pipeline, iter(video), Windows(9, 1), statistics={}, num_inference_steps=1))
+    list(upscale_video([pipeline], iter(video), Windows(9, 1), statistics={}, num_inference_steps=1))
     first, second = seen  # of frames 0…8 and 8…14, the second padded to 8…16
     assert torch.equal(first[:, :, -1], second[:, :, 0])
     assert not torch.equal(first[:, :, 0], second[:, :, 0])

@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: `metrics.jsonl` and `previews/` always, wandb if wanted."""
+"""Where numbers and images of a run go: `metrics.jsonl` and `previews/` always, wandb if wanted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Validation: fixed clips with fixed noise, through the EMA that will be exported; numbers and pictures.
+"""Validation: fixed clips with fixed noise, through the EMA that will be exported; numbers and images.
 
-In distillation the loss curves say little; these pictures show a drift first. The clips are the first of the validation
+In distillation the loss curves say little; these images show a drift first. The clips are the first of the validation
 set's order, spread over the ranks, so that the numbers are means over the same clips whatever the number of ranks.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from datagen.dataset.loader import Batch
-from metrics.psnr import psnr_db
+from metrics.decibel import psnr_db
 from pipeline.model.vae import VAE, decode_latents, to_frames
 from trainer.monitoring.tracking import Tracker
 from trainer.stages.stage import TrainingStage
@@ -41,12 +41,12 @@ class Validation:
         count = len(batch.keys) if clips is None else min(max(clips - first, 0), len(batch.keys))
         self._clips, self._count = [_one(batch, index) for index in range(len(batch.keys))], count
         self._vae, self._device = vae, torch.device(device)
-        #: of each clip, what does not change from look to look: the decoded target, and z_lr's picture and PSNR
+        #: of each clip, what does not change from look to look: the decoded target, and z_lr's image and PSNR
         self._targets: list[Tensor] = []
         self._low_resolution: list[tuple[Tensor, float]] = []
 
     def look(self, stage: TrainingStage, step: int, tracker: Tracker | None) -> dict[str, float]:
-        """Log and return means over all clips; save a picture of the first. Collective.
+        """Log and return means over all clips; save an image of the first. Collective.
 
         Every rank returns the same.
         """

@@ -253,7 +253,8 @@ class TrainingStage(ABC):
 
     def latents(self, batch: Batch, name: str) -> Tensor:
         """A tensor of the batch (`z_hr`, `z_lr`, …), (B, C, T, H, W), float32, on the device."""
-        return batch.tensors[name].to(self._device, torch.float32)
+        # in two calls: a copy that also converts converts on the CPU first and is not asynchronous
+        return batch.tensors[name].to(self._device, non_blocking=True).float()
 
     def prompts(self, batch: Batch) -> Tensor:
         """Embeddings of the batch's captions, (B, L, text_dim), on the device."""
@@ -261,7 +262,7 @@ class TrainingStage(ABC):
 
     def embedded(self, captions: list[str]) -> Tensor:
         """Embeddings of `captions`, (B, L, text_dim), on the device."""
-        return self._embed(captions).to(self._device)
+        return self._embed(captions).to(self._device, non_blocking=True)
 
 
 class Meter:

@@ -107,8 +107,8 @@ def test_half_a_file(make, upscale, tmp_path):
         (("--crf", -1), "--crf -1.0: it must be 0 to 63"),
         (("--lossless", "--crf", 10), "means nothing with --lossless"),
         (("--start", 500), "no frame to write"),
-        (("--codec", "prores"), ".mp4 does not take prores; choose .mov"),
-        (("--codec", "hevc", "--lossless"), "--lossless is h264"),
+        (("--encoder", "prores"), ".mp4 does not take prores; choose .mov"),
+        (("--encoder", "hevc", "--lossless"), "--lossless is h264"),
     ],
 )
 def test_wrong_options_are_one_line(base, upscale, tmp_path, options, words):
@@ -225,7 +225,7 @@ def test_statistics_replace_neither_input_nor_output(base, upscale, tmp_path):
 
 
 def test_what_an_encoder_refuses_is_known_before_the_first_frame(base, upscale, tmp_path):
-    for options in (("--encoder-options", "preset=nope"), ("--codec", "hevc", "--crf", 60)):
+    for options in (("--encoder-options", "preset=nope"), ("--encoder", "hevc", "--crf", 60)):
         done = upscale(base, tmp_path / "out.mp4", "--bicubic", *options)
         assert done.returncode == 2 and "cannot write" in done.stderr and "upscaling:" not in done.stderr
     for options in (("--encoder-options", "r=10"), ("--encoder-options", "x"), ("--size", "7")):

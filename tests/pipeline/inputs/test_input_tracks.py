@@ -6,7 +6,7 @@ import pytest
 
 from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import read_video
-from metrics.psnr import psnr_db
+from metrics.decibel import psnr_db
 from tests.pipeline.inputs.conftest import frame_times, picture, tone, tracks
 
 
@@ -127,11 +127,11 @@ def test_the_program_that_reads_and_writes_is_the_bundled_one(base, upscale, tmp
 @pytest.mark.parametrize(
     ("name", "options", "codec", "pixels", "sound"),
     [
-        ("out.mp4", ("--codec", "hevc"), "hevc", "yuv420p", "aac"),
-        ("out.mkv", ("--codec", "hevc", "--bit-depth", 10), "hevc", "yuv420p10le", "aac"),
+        ("out.mp4", ("--encoder", "hevc"), "hevc", "yuv420p", "aac"),
+        ("out.mkv", ("--encoder", "hevc", "--bit-depth", 10), "hevc", "yuv420p10le", "aac"),
         ("out.webm", ("--encoder-options", "cpu-used=8"), "vp9", "yuv420p", "opus"),
-        ("out.webm", ("--codec", "av1", "--encoder-options", "preset=12"), "libdav1d", "yuv420p", "opus"),
-        ("out.mov", ("--codec", "prores"), "prores", "yuv422p10le", "aac"),
+        ("out.webm", ("--encoder", "av1", "--encoder-options", "preset=12"), "libdav1d", "yuv420p", "opus"),
+        ("out.mov", ("--encoder", "prores"), "prores", "yuv422p10le", "aac"),
     ],
 )
 def test_codecs(base, upscale, tmp_path, name, options, codec, pixels, sound):

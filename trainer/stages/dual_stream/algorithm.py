@@ -321,7 +321,7 @@ class DualStream(TrainingStage):
     def previews(self, batch: Batch) -> dict[str, Tensor]:
         """x0 predictions of all networks, the score models looking at z_t^S at `preview_time`.
 
-        The noise is always the same for a sample, so pictures of different steps compare. In DMD these show a
+        The noise is always the same for a sample, so images of different steps compare. In DMD these show a
         drift before any loss does.
         """
         s = self._sample(batch, -1, 0)

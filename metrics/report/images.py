@@ -1,4 +1,4 @@
-"""The pictures of a report as data URIs: frames, crops at 1:1 and doubled, and curves drawn by matplotlib."""
+"""The images of a report as data URIs: frames, crops at 1:1 and doubled, and curves drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ _LOSSLESS_PIXELS = 640 * 360
 _COLOURS = ("#2f6fde", "#d9822b", "#2a9d6f", "#b5489a", "#7a7f87", "#c23b3b")
 
 
-def picture_uri(path: Path) -> str:
-    """A picture file as a data URI."""
-    picture = _open(path)
-    return _encode(picture, lossless=picture.width * picture.height <= _LOSSLESS_PIXELS)
+def image_uri(path: Path) -> str:
+    """An image file as a data URI."""
+    image = _open(path)
+    return _encode(image, lossless=image.width * image.height <= _LOSSLESS_PIXELS)
 
 
 def crop_uri(path: Path, box: tuple[int, int, int, int]) -> str:
-    """The part (x, y, width, height) of a picture, lossless.
+    """The part (x, y, width, height) of an image, lossless.
 
     Raises:
-        UserError: the box reaches outside the picture.
+        UserError: the box reaches outside the image.
     """
-    picture = _open(path)
+    image = _open(path)
     x, y, width, height = box
-    if x < 0 or y < 0 or width < 1 or height < 1 or x + width > picture.width or y + height > picture.height:
-        raise UserError(f"crop {list(box)} reaches outside {path} ({picture.width}×{picture.height})")
-    return _encode(picture.crop((x, y, x + width, y + height)), lossless=True)
+    if x < 0 or y < 0 or width < 1 or height < 1 or x + width > image.width or y + height > image.height:
+        raise UserError(f"crop {list(box)} reaches outside {path} ({image.width}×{image.height})")
+    return _encode(image.crop((x, y, x + width, y + height)), lossless=True)
 
 
 @lru_cache(maxsize=16)
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"no picture {path} for the report") from None
+        raise UserError(f"no image {path} for the report") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path} is not a readable picture ({error})") from None
+        raise UserError(f"{path} is not a readable image ({error})") from None
 
 
-def _encode(picture: Image.Image, *, lossless: bool) -> str:
+def _encode(image: Image.Image, *, lossless: bool) -> str:
     buffer = io.BytesIO()
     if lossless:
-        picture.save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG", optimize=True)
     else:
-        picture.save(buffer, "JPEG", quality=92, subsampling=0)
+        image.save(buffer, "JPEG", quality=92, subsampling=0)
     kind = "png" if lossless else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
