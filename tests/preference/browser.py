@@ -48,8 +48,16 @@ class BrowserPage:
 
     async def open(self, address: str) -> None:
         """Load a page."""
-        await self.call("Page.navigate", url=address)
-        await self.wait("document.readyState === 'complete'")
+        await self._leave("Page.navigate", url=address)
+
+    async def reload(self) -> None:
+        await self._leave("Page.reload")
+
+    async def _leave(self, method: str, **parameters: Any) -> None:
+        """Until the new document is there: for a while, questions are still answered by the old one."""
+        await self.evaluate("window.isOld = true")
+        await self.call(method, **parameters)
+        await self.wait("!window.isOld && document.readyState === 'complete'")
 
     async def key(self, key: str, repeats: int = 0) -> None:
         """Press a key; `repeats` more events come while it is held."""

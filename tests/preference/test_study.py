@@ -222,7 +222,7 @@ async def rate(study: Path, profile: Path, port: int) -> None:
         await page.wait("document.getElementById('trouble').textContent.startsWith('This answer is not kept yet')")
         with served(study, address):
             await page.wait(f"{OPEN} && {PRESSED} === 2")
-            await page.call("Page.reload")
+            await page.reload()
             await page.wait(f"!document.getElementById('ask').hidden && {PRESSED} === 2")
             await answer(page, 1, KEYS["anna"][1], given=2)
             for pair in (2, 3):
