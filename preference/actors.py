@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from common.errors import UserError
 from preference.config import PreferenceConfig
-from preference.pair_maker import Outcome, PairMaker
+from preference.pair_maker import Outcome, PairJob, PairMaker
 
 #: positions of clips -> their outcomes, in the same order
 MakeAll = Callable[[Sequence[int]], Iterator[Outcome]]
@@ -23,21 +22,21 @@ def actor_count(config: PreferenceConfig, device: str) -> int:
 
 
 @contextmanager
-def pair_makers(config: PreferenceConfig, arguments: dict[str, Any], address: str | None) -> Iterator[MakeAll]:
+def pair_makers(job: PairJob, address: str | None, *, keep_niqe: bool) -> Iterator[MakeAll]:
     """Makers that share out clips among them.
 
     Args:
-        arguments: of `PairMaker`.
+        keep_niqe: as of `PairMaker`.
         address: of a Ray cluster; None: this machine. One actor without a cluster needs no Ray.
 
     Raises:
         UserError: as of `PairMaker`, or an actor died.
     """
-    device, count = arguments["device"], actor_count(config, arguments["device"])
+    config, count = job.config, actor_count(job.config, job.device)
     if count == 1 and address is None:
         if config.cpus:
             torch.set_num_threads(config.cpus)
-        maker = PairMaker(**arguments)
+        maker = PairMaker(job, keep_niqe=keep_niqe)
         yield lambda positions: map(maker.make, positions)
         return
     import ray
@@ -48,7 +47,7 @@ def pair_makers(config: PreferenceConfig, arguments: dict[str, Any], address: st
 
     cpus = config.cpus or (1 if address else max(1, (os.cpu_count() or 1) // count))
     join_or_start(address, count * cpus)
-    share = {"num_gpus": 1} if device.startswith("cuda") else {"num_cpus": cpus}
+    share = {"num_gpus": 1} if job.device.startswith("cuda") else {"num_cpus": cpus}
     actor = ray.remote(**share)(_Actor)
     actors = [actor.remote(cpus) for _ in range(count)]
 
@@ -61,9 +60,9 @@ def pair_makers(config: PreferenceConfig, arguments: dict[str, Any], address: st
 
     try:
         # The first one fits the NIQE model that the others read.
-        faults = [ray.get(actors[0].start.remote(arguments))]
+        faults = [ray.get(actors[0].start.remote(job, keep_niqe))]
         if faults == [None]:
-            faults += ray.get([one.start.remote(arguments | {"keep_niqe": True}) for one in actors[1:]])
+            faults += ray.get([one.start.remote(job, True) for one in actors[1:]])
         for fault in filter(None, faults):
             raise UserError(fault)
         yield make_all
@@ -77,10 +76,10 @@ class _Actor:
     def __init__(self, cpus: int) -> None:
         torch.set_num_threads(cpus)
 
-    def start(self, arguments: dict[str, Any]) -> str | None:
+    def start(self, job: PairJob, keep_niqe: bool) -> str | None:
         """Open model and judges; what the user has to mend, if anything."""
         try:
-            self._maker = PairMaker(**arguments)
+            self._maker = PairMaker(job, keep_niqe=keep_niqe)
         except UserError as error:
             return str(error)
         return None

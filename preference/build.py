@@ -38,7 +38,7 @@ from preference.actors import MakeAll, actor_count, pair_makers
 from preference.candidates import model_fingerprint
 from preference.clips import ClipFolder
 from preference.config import PreferenceConfig
-from preference.pair_maker import CLOSE
+from preference.pair_maker import CLOSE, PairJob
 from preference.planning import estimate
 
 #: fields that decide how fast pairs come, not which
@@ -47,18 +47,7 @@ SPEED_ONLY = ("candidates_per_forward", "frames_per_forward", "actors", "cpus")
 BROKEN_AT_START = 20
 
 
-def build(
-    config: PreferenceConfig,
-    model_folder: Path,
-    data: str,
-    output: Path,
-    *,
-    weights: Path | None = None,
-    device: str = "cpu",
-    part: tuple[int, int] = (0, 1),
-    storage: StorageConfig | None = None,
-    address: str | None = None,
-) -> int | None:
+def build(job: PairJob, *, part: tuple[int, int] = (0, 1), address: str | None = None) -> int | None:
     """Make the shards that are not there yet: those of `part`, then those that replace dropped clips.
 
     Clips are taken in rounds: first as many as pairs are asked for, then as many as were dropped, until there are
@@ -73,13 +62,10 @@ def build(
     Raises:
         UserError: anything the command's user can mend, found before the first candidate where possible.
     """
-    clips = ClipFolder(data, storage)
-    plan = {"data": clips.fingerprint, "model": model_fingerprint(model_folder), "config": plan_config(config)}
-    identity, folder = plan_hash(plan), open_folder(output, storage)
-    arguments = {
-        "config": config, "model_folder": model_folder, "data": data, "output": output, "weights": weights,
-        "device": device, "storage": storage, "keep_niqe": bool(committed_shards(folder, identity)),
-    }  # fmt: skip
+    config, clips = job.config, ClipFolder(job.data, job.storage)
+    plan = {"data": clips.fingerprint, "model": model_fingerprint(job.model), "config": plan_config(config)}
+    identity, folder = plan_hash(plan), open_folder(job.output, job.storage)
+    keep_niqe = bool(committed_shards(folder, identity))
     with ExitStack() as stack:
         make_all: MakeAll | None = None
         shards, position, missing = 0, 0, min(config.pairs, len(clips))
@@ -94,7 +80,7 @@ def build(
                 if index not in committed and (shards or index % part[1] == part[0])
             }
             if todo:
-                make_all = make_all or stack.enter_context(pair_makers(config, arguments, address))
+                make_all = make_all or stack.enter_context(pair_makers(job, address, keep_niqe=keep_niqe))
                 write_shards(folder, todo, make_all, identity)
             committed = committed_shards(folder, identity)
             if not spans.keys() <= committed.keys():
@@ -188,21 +174,13 @@ def main() -> None:
     if arguments.metrics:
         arguments.overrides.append(f"preference.metrics={arguments.metrics}")
     config, storage = load_sections(arguments, preference=PreferenceConfig, storage=StorageConfig)
-    if arguments.dry_run:
-        actors = actor_count(config, arguments.device)
-        print(estimate(config, arguments.model, arguments.data, arguments.weights, arguments.device, storage, actors))
-        return
-    pairs = build(
-        config,
-        arguments.model,
-        arguments.data,
-        arguments.output,
-        weights=arguments.weights,
-        device=arguments.device,
-        part=_part(arguments.part),
-        storage=storage,
-        address=arguments.address,
+    job = PairJob(
+        config, arguments.model, arguments.data, arguments.output, arguments.weights, arguments.device, storage
     )
+    if arguments.dry_run:
+        print(estimate(job, actor_count(config, job.device)))
+        return
+    pairs = build(job, part=_part(arguments.part), address=arguments.address)
     if pairs is None:
         print(f"part {arguments.part} is done; the manifest follows with the last part")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,23 @@ class Outcome(NamedTuple):
     dropped: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class PairJob:
+    """What pairs are made from, the same for everyone who makes some of them."""
+
+    config: PreferenceConfig
+    #: model folder of the stage dual_stream
+    model: Path
+    #: dataset folder or s3:// prefix
+    data: str
+    #: folder of the pairs, and of the NIQE model where `niqe_fitted` is a judge
+    output: Path
+    #: folder searched first for the judges' weights
+    weights: Path | None = None
+    device: str = "cpu"
+    storage: StorageConfig | None = None
+
+
 class PairMaker:
     """Model and judges, opened once; outcomes are pure functions of the clip's position.
 
@@ -37,31 +55,19 @@ class PairMaker:
         UserError: model, data, weights or packages are missing.
     """
 
-    def __init__(
-        self,
-        config: PreferenceConfig,
-        model_folder: Path,
-        data: str,
-        output: Path,
-        *,
-        weights: Path | None = None,
-        device: str = "cpu",
-        storage: StorageConfig | None = None,
-        keep_niqe: bool = False,
-    ) -> None:
+    def __init__(self, job: PairJob, *, keep_niqe: bool = False) -> None:
         """
         Args:
-            output: folder of the NIQE model, where `niqe_fitted` is a judge.
-            keep_niqe: use the NIQE model that lies there.
+            keep_niqe: use the NIQE model that lies in the output folder.
         """
-        self._config = config
-        self._clips = ClipFolder(data, storage)
+        config = self._config = job.config
+        self._clips = ClipFolder(job.data, job.storage)
         #: in the dataset
         self.clips = len(self._clips)
-        self._metrics = open_metrics(config, weights, device)
-        self._model = CandidateModel(model_folder, config, device)
+        self._metrics = open_metrics(config, job.weights, job.device)
+        self._model = CandidateModel(job.model, config, job.device)
         if FITTED in resolve_names(config.metrics):
-            self._metrics.append(fitted_niqe(config, self._clips, self._model, output, keep=keep_niqe))
+            self._metrics.append(fitted_niqe(config, self._clips, self._model, job.output, keep=keep_niqe))
 
     def make(self, position: int) -> Outcome:
         """The pair of one clip. Whatever goes wrong with it is recorded; only a lack of memory is raised."""

@@ -29,7 +29,7 @@ from pipeline.vsr_pipeline import VSRPipeline
 from preference.build import build
 from preference.config import PreferenceConfig
 from preference.gallery import gallery
-from preference.pair_maker import Outcome, PairMaker
+from preference.pair_maker import Outcome, PairJob, PairMaker
 from preference.planning import estimate
 from preference.ranking import rank
 from tests.commands import start
@@ -84,7 +84,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pairs")
-    assert build(CONFIG, model, str(data), output) == CLIPS
+    assert build(PairJob(CONFIG, model, str(data), output)) == CLIPS
     return output
 
 
@@ -122,7 +122,7 @@ def test_stored_hr_clip_is_what_candidates_are_compared_with(model: Path, tmp_pa
     shard = write_shard(tmp_path / "data", 0, [Sample("clip", members)])
     write_manifest(open_folder(tmp_path / "data"), "clips", [shard])
     config = CONFIG.model_copy(update={"metrics": "psnr"})
-    assert build(config, model, str(tmp_path / "data"), tmp_path / "pairs") == 1
+    assert build(PairJob(config, model, str(tmp_path / "data"), tmp_path / "pairs")) == 1
     batch = next(iter(ShardReader(tmp_path / "pairs", members=("pair",), seed=0, global_batch_size=1)))
     record = batch.metadata[0]
     assert record["reference"] == "HR clip"
@@ -134,9 +134,9 @@ def test_stored_hr_clip_is_what_candidates_are_compared_with(model: Path, tmp_pa
 def test_parts_make_the_same_bytes_and_the_last_one_the_manifest(
     pairs: Path, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    assert build(CONFIG, model, str(data), tmp_path, part=(1, 2)) is None
+    assert build(PairJob(CONFIG, model, str(data), tmp_path), part=(1, 2)) is None
     assert not (tmp_path / "manifest.json").exists()
-    assert build(CONFIG, model, str(data), tmp_path, part=(0, 2)) == CLIPS
+    assert build(PairJob(CONFIG, model, str(data), tmp_path), part=(0, 2)) == CLIPS
     assert contents(tmp_path) == contents(pairs)
 
 
@@ -152,7 +152,7 @@ def test_killed_job_goes_on_and_keeps_whole_shards(pairs: Path, model: Path, dat
     job.send_signal(signal.SIGKILL)
     job.wait()
     written = first.stat().st_mtime_ns
-    assert build(CONFIG, model, str(data), output) == CLIPS
+    assert build(PairJob(CONFIG, model, str(data), output)) == CLIPS
     assert first.stat().st_mtime_ns == written
     whole = {name: text for name, text in contents(output).items() if not name.endswith((".tmp", ".partial"))}
     assert whole == contents(pairs)
@@ -160,7 +160,7 @@ def test_killed_job_goes_on_and_keeps_whole_shards(pairs: Path, model: Path, dat
 
 def test_close_candidates_are_dropped_with_their_scores(model: Path, data: Path, tmp_path: Path) -> None:
     strict = CONFIG.model_copy(update={"minimum_gap": 1.0, "candidates": 3})
-    kept = build(strict, model, str(data), tmp_path)
+    kept = build(PairJob(strict, model, str(data), tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert kept is not None
     assert kept < CLIPS
@@ -197,7 +197,7 @@ def test_broken_clips_are_replaced_and_any_number_of_actors_makes_the_same_bytes
     model: Path, faulty: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"pairs": 3, "metrics": "gmsd"})
-    assert build(config, model, str(faulty), tmp_path / "one") == 3
+    assert build(PairJob(config, model, str(faulty), tmp_path / "one")) == 3
     sidecars = [json.loads(path.read_text()) for path in sorted((tmp_path / "one/shards").glob("*.json"))]
     assert [key for sidecar in sidecars for key in sidecar["keys"]] == ["clip-00", "clip-10", "clip-11"]
     dropped = [record for sidecar in sidecars for record in sidecar["extra"]["dropped"]]
@@ -206,7 +206,7 @@ def test_broken_clips_are_replaced_and_any_number_of_actors_makes_the_same_bytes
     extra = json.loads((tmp_path / "one/manifest.json").read_text())["extra"]
     assert extra["dropped_by_kind"] == {"broken": 1, "failed": 1}
     two = config.model_copy(update={"actors": 2, "cpus": 1})
-    assert build(two, model, str(faulty), tmp_path / "two") == 3
+    assert build(PairJob(two, model, str(faulty), tmp_path / "two")) == 3
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -215,7 +215,7 @@ def test_black_candidates_and_candidates_that_hardly_differ_give_no_pair(
 ) -> None:
     def made(**changes: object) -> Outcome:
         config = CONFIG.model_copy(update={"metrics": "gmsd,psnr", **changes})
-        return PairMaker(config, model, str(data), tmp_path).make(0)
+        return PairMaker(PairJob(config, model, str(data), tmp_path)).make(0)
 
     assert made().sample
     assert made(minimum_differences={"gmsd": 1.0}).sample  # PSNR is enough
@@ -231,11 +231,11 @@ def test_a_job_whose_every_clip_is_broken_stops(
     monkeypatch.setattr("preference.build.BROKEN_AT_START", 4)
     config = CONFIG.model_copy(update={"metrics": "gmsd", "black_below": 1.0})
     with pytest.raises(UserError, match=r"each of 4 clips is broken \(candidate 0 is black\)"):
-        build(config, model, str(data), tmp_path)
+        build(PairJob(config, model, str(data), tmp_path))
 
 
 def test_the_dry_run_estimates_from_pairs_it_makes(model: Path, data: Path) -> None:
-    text = estimate(CONFIG, model, str(data), None, "cpu", None, actors=2)
+    text = estimate(PairJob(CONFIG, model, str(data), Path()), actors=2)
     assert "6 pairs of 6 clips, 5 candidates each, judged by weight-free" in text
     assert "with 2 actor(s)" in text and "MiB per pair" in text
 
@@ -249,22 +249,22 @@ def test_the_gallery_shows_pairs_with_all_scores(pairs: Path, model: Path, tmp_p
 
 
 def test_fewer_pairs_than_clips(model: Path, data: Path, tmp_path: Path) -> None:
-    assert build(CONFIG.model_copy(update={"pairs": 3}), model, str(data), tmp_path) == 3
+    assert build(PairJob(CONFIG.model_copy(update={"pairs": 3}), model, str(data), tmp_path)) == 3
 
 
 def test_what_cannot_be_built_is_said(
     pairs: Path, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="no model in"):
-        build(CONFIG, tmp_path / "absent", str(data), tmp_path / "out")
+        build(PairJob(CONFIG, tmp_path / "absent", str(data), tmp_path / "out"))
     with pytest.raises(UserError, match="4-step model"):
-        build(CONFIG, save_model(tmp_path / "four", steps=4), str(data), tmp_path / "out")
+        build(PairJob(CONFIG, save_model(tmp_path / "four", steps=4), str(data), tmp_path / "out"))
     with pytest.raises(UserError, match="holds pairs"):
-        build(CONFIG, model, str(pairs), tmp_path / "out")
+        build(PairJob(CONFIG, model, str(pairs), tmp_path / "out"))
     with pytest.raises(UserError, match="another model or another configuration"):
-        build(CONFIG.model_copy(update={"seed": 1}), model, str(data), pairs)
+        build(PairJob(CONFIG.model_copy(update={"seed": 1}), model, str(data), pairs))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"lpips needs .*weight-free \(gmsd, niqe_fitted\)"):
-        build(CONFIG.model_copy(update={"metrics": "paper"}), model, str(data), tmp_path / "out")
+        build(PairJob(CONFIG.model_copy(update={"metrics": "paper"}), model, str(data), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
