@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +129,7 @@ def _encode(clips: list[Clip], rows: list[int], path: Path, rate: Fraction) -> N
     with VideoWriter(path, width=width, height=rows[-1], frame_rate=rate, **options) as writer:  # type: ignore[arg-type]
         for frames in zip(*map(_frames, clips), strict=True):
             panels = []
-            for frame, start, end in zip(frames, rows, rows[1:], strict=False):
+            for frame, (start, end) in zip(frames, pairwise(rows), strict=True):
                 more = (end - start - frame.shape[0], width - frame.shape[1])
                 panels.append(np.pad(frame, ((0, more[0]), (0, more[1]), (0, 0)), mode="edge"))
             writer.write(np.concatenate(panels)[None])
