@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from common.config import Section
@@ -23,7 +23,7 @@ from common.errors import UserError
 from pipeline.model.config import ModelConfig
 from trainer.engine.config import OptimizerConfig
 from trainer.planning.memory import saved_bytes
-from trainer.stages.crops import crop_starts, require_room
+from trainer.stages.crops import CropFrames, crop_starts, require_room
 from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
 from trainer.stages.parameter_groups import linear_apart
 from trainer.stages.random_draws import Draws
@@ -39,7 +39,7 @@ class CodecConfig(Section):
     """Numbers of the VAE's training."""
 
     #: frames of a crop, 4k + 1 [ours]
-    frames: int = Field(default=5, ge=1)
+    frames: CropFrames = 5
     #: side of a crop in pixels, a multiple of 8, at most the stored clips' [ours]
     side: int = Field(default=128, ge=16, multiple_of=8)
     #: λ_1 [ours]
@@ -59,13 +59,6 @@ class CodecConfig(Section):
     linear_learning_rate: float = Field(default=1e-5, gt=0)
     #: decay per update of the exported weights' EMA [ours]
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
-
-    @field_validator("frames")
-    @classmethod
-    def _groups_of_four_after_the_first(cls, value: int) -> int:
-        if value % 4 != 1:
-            raise ValueError(f"must be 4k + 1, as the first frame stands alone; {value // 4 * 4 + 1} is")
-        return value
 
 
 class Codec(TrainingStage):

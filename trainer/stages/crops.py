@@ -1,14 +1,26 @@
-"""Where crops of stored clips start: functions of the sample, like all draws."""
+"""Crops of stored clips: how many frames they have, and where they start, a function of the sample like all draws."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from common.errors import UserError
 from trainer.stages.random_draws import Draws
+
+
+def _whole_groups(frames: int) -> int:
+    if frames % 4 != 1:
+        raise ValueError(f"must be 4k + 1, as the first frame stands alone; {frames // 4 * 4 + 1} is")
+    return frames
+
+
+#: field of a stage's configuration: frames of a crop, 4k + 1
+CropFrames = Annotated[int, Field(ge=1), AfterValidator(_whole_groups)]
 
 
 def crop_starts(keys: Sequence[str], room: Sequence[int], identity: tuple[object, ...] | None) -> list[list[int]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from common.config import Section
 from trainer.engine.config import OptimizerConfig
+from trainer.stages.crops import CropFrames
 from trainer.stages.dual_stream.config import HeadConfig
 
 #: of both networks, trained from nothing [ours]
@@ -37,7 +38,7 @@ class FastDecoderConfig(Section):
 
     shape: DecoderShape = DecoderShape()
     #: frames of a crop, 4k + 1, from the clip's first one on [ours]
-    frames: int = Field(default=9, ge=1)
+    frames: CropFrames = 9
     #: side of a crop in pixels, a multiple of 8, at most the stored clips' [ours]
     side: int = Field(default=128, ge=16, multiple_of=8)
     #: share of samples decoded from the student's latent in the place of z^HR; 0: no student is needed [ours]
@@ -63,13 +64,6 @@ class FastDecoderConfig(Section):
     linear_learning_rate: float = Field(default=5e-5, gt=0)
     #: decay per update of the exported weights' EMA [ours]
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
-
-    @field_validator("frames")
-    @classmethod
-    def _groups_of_four_after_the_first(cls, value: int) -> int:
-        if value % 4 != 1:
-            raise ValueError(f"must be 4k + 1, as the first frame stands alone; {value // 4 * 4 + 1} is")
-        return value
 
     @property
     def with_student(self) -> bool:
