@@ -10,6 +10,7 @@ import torch
 from common.errors import UserError
 from pipeline.model.config import DEFAULT_PROMPT
 from pipeline.model.prompts import PromptCache, load_prompts
+from tests.private_memory import private_kib
 
 
 def test_round_trip_and_unknown_prompt(tmp_path: Path) -> None:
@@ -27,10 +28,10 @@ def test_round_trip_and_unknown_prompt(tmp_path: Path) -> None:
 def test_the_weights_are_mapped_not_copied(tmp_path: Path) -> None:
     rows = torch.ones(16 * 2**20 // 1024, 1024)
     PromptCache.from_embeddings({"": rows}, len(rows)).save_pretrained(tmp_path)
-    own_kib = _private_kib()
+    own_kib = private_kib()
     cache = load_prompts(tmp_path)
     assert cache.rows.sum() == rows.numel()
-    assert _private_kib() - own_kib < rows.nbytes / 1024 / 4
+    assert private_kib() - own_kib < rows.nbytes / 1024 / 4
 
 
 def test_a_damaged_cache_is_one_line(tmp_path: Path) -> None:
@@ -48,8 +49,3 @@ def test_the_null_and_the_default_prompt_come_first() -> None:
     assert few.config.prompts == ["", DEFAULT_PROMPT, "a"]
     assert torch.equal(few.embed(few.config.prompts), cache.embed(few.config.prompts))
     assert cache.first(9).config.prompts == ["", DEFAULT_PROMPT, "a", "b"]
-
-
-def _private_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

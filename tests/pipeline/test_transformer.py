@@ -1,7 +1,5 @@
 """The DiT: diffusers' names and shapes, diffusers' numbers, features as outputs."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from common.errors import UserError
 from pipeline.model.config import TransformerConfig
 from pipeline.model.load_weights import ORIGINAL_NAMES, load_transformer, rename_original
 from pipeline.model.transformer import VSRTransformer, skip_velocity, tapped_layers
+from tests.private_memory import private_kib
 
 TINY = {
     "num_attention_heads": 2,
@@ -181,20 +180,15 @@ def test_weights_are_mapped_not_copied(tmp_path, stored, dtype):
     config = TransformerConfig(latent_channels=4, **(TINY | {"ffn_dim": 2**16}))
     model = VSRTransformer(**config.model_dump()).to(getattr(torch, stored))
     model.save_pretrained(tmp_path)
-    before = _private_kib()
+    before = private_kib()
     mapped = load_transformer(tmp_path, config, dtype=dtype)
     assert all(p.sum().isfinite() for p in mapped.parameters())  # all of them have been read
     size_kib = sum(p.nbytes for p in mapped.parameters()) / 1024
-    assert _private_kib() - before < size_kib / 4 and size_kib > 2**15
+    assert private_kib() - before < size_kib / 4 and size_kib > 2**15
     for (name, parameter), (other, value) in zip(mapped.named_parameters(), model.named_parameters(), strict=True):
         assert name == other and torch.equal(parameter, value) and parameter.requires_grad
     for (name, table), (other, value) in zip(mapped.named_buffers(), model.named_buffers(), strict=True):
         assert name == other and table.shape == value.shape and table.device.type == "cpu"
-
-
-def _private_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path):
