@@ -1,6 +1,6 @@
 """What real and fake score see: PCA and t-SNE of the features that the discriminator taps (Figure 10 of the paper).
 
-    python -m tools.feature_picture --model MODEL --real BASE --fake RUN/checkpoints/step-00001000 --data SHARDS \
+    python -m tools.feature_maps --model MODEL --real BASE --fake RUN/checkpoints/step-00001000 --data SHARDS \
         --output features.png [--clip 0] [--time 0.5]
 
 Both networks get the same clip, diffused to the same time with the same noise. Features are those of layers 9, 18, 27
@@ -128,7 +128,7 @@ def _embed(features: dict[str, Array]) -> dict[str, Array] | None:
 
 
 def draw(layers: list[Layer], grid: tuple[int, int, int], title: str) -> matplotlib.figure.Figure:
-    """The picture; `grid` is (T', H', W') of the tokens."""
+    """The figure; `grid` is (T', H', W') of the tokens."""
     with_tsne = all(layer.embedded is not None for layer in layers)
     rows = 4 if with_tsne else 3
     figure = matplotlib.figure.Figure(figsize=(4 * len(layers), 3.2 * rows), layout="constrained")
@@ -137,7 +137,7 @@ def draw(layers: list[Layer], grid: tuple[int, int, int], title: str) -> matplot
     for column, layer in zip(axes.T, layers, strict=True):
         every = np.concatenate(list(layer.components.values()))
         low, high = np.quantile(every, 0.01, axis=0), np.quantile(every, 0.99, axis=0)
-        for axis, (name, components) in zip(column, layer.components.items(), strict=False):
+        for axis, (name, components) in zip(column[:2], layer.components.items(), strict=True):
             colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
             axis.imshow(colours.reshape(*grid, 3)[grid[0] // 2], interpolation="nearest")
             axis.set(title=f"{name}, layer {layer.number}", xticks=[], yticks=[])
@@ -177,7 +177,7 @@ def main() -> None:
     latents = {name: value[None].float().to(arguments.device) for name, value in sample.tensors("latents").items()}
     prompts = open_pipeline(arguments.model).prompts
     prompt = prompts.embed([sample.metadata().get("caption", DEFAULT_PROMPT)]).to(arguments.device)
-    noise = seeded_noise(latents["z_hr"].shape, "feature picture", sample.key).to(arguments.device)
+    noise = seeded_noise(latents["z_hr"].shape, "feature maps", sample.key).to(arguments.device)
     z_t = q_t(latents["z_hr"], noise, torch.tensor([arguments.time], device=arguments.device))
 
     real = load_transformer(arguments.real, saved_config(arguments.real))

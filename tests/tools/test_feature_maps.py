@@ -1,4 +1,4 @@
-"""The feature picture: PCA against NumPy's SVD, the fake score out of a checkpoint, and the command."""
+"""Feature maps: PCA against NumPy's SVD, the fake score out of a checkpoint, and the command."""
 
 import sys
 
@@ -14,7 +14,7 @@ from pipeline.model.prompts import placeholder_cache
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.transformer import VSRTransformer
 from pipeline.vsr_pipeline import VSRPipeline
-from tools.feature_picture import load_fake_score, main, principal_components, tapped_features
+from tools.feature_maps import load_fake_score, main, principal_components, tapped_features
 from trainer.engine.zero_shards import Fragment, save_fragments
 
 SHAPE = (8, 2, 6, 6)
@@ -73,7 +73,7 @@ def test_features_are_those_of_the_network_one_norm_per_token():
     assert np.allclose(found, centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5), atol=1e-4)
 
 
-def test_the_command_draws_the_picture(tmp_path, monkeypatch, capsys):
+def test_the_command_draws_the_figure(tmp_path, monkeypatch, capsys):
     real = network(0)
     pipeline = VSRPipeline(
         transformer=real,
@@ -87,11 +87,11 @@ def test_the_command_draws_the_picture(tmp_path, monkeypatch, capsys):
     write_manifest(open_folder(tmp_path / "data"), "clips", [write_shard(tmp_path / "data", 0, [sample])])
     arguments = ["--model", "model", "--real", "model", "--fake", "step-1", "--data", "data", "--output", "out.png"]
     paths = [text if text.startswith("--") else str(tmp_path / text) for text in arguments]
-    monkeypatch.setattr("sys.argv", ["feature_picture", *paths, "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["feature_maps", *paths, "--device", "cpu"])
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     main()
     assert "without t-SNE" in capsys.readouterr().out
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    monkeypatch.setattr("sys.argv", ["feature_picture", *paths, "--clip", "1"])
+    monkeypatch.setattr("sys.argv", ["feature_maps", *paths, "--clip", "1"])
     with pytest.raises(UserError, match="--clip 1: the dataset has 1"):
         main()
