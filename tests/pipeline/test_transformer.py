@@ -184,7 +184,7 @@ def test_weights_are_mapped_not_copied(tmp_path, stored, dtype):
     mapped = load_transformer(tmp_path, config, dtype=dtype)
     assert all(p.sum().isfinite() for p in mapped.parameters())  # all of them have been read
     size_kib = sum(p.nbytes for p in mapped.parameters()) / 1024
-    assert private_kib() - before < size_kib / 4 and size_kib > 2**15
+    assert private_kib() - before < size_kib / 2 and size_kib > 2**15
     for (name, parameter), (other, value) in zip(mapped.named_parameters(), model.named_parameters(), strict=True):
         assert name == other and torch.equal(parameter, value) and parameter.requires_grad
     for (name, table), (other, value) in zip(mapped.named_buffers(), model.named_buffers(), strict=True):
