@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.model.fast_codec import FastDecoder
-from pipeline.model.vae import to_pixels
+from pipeline.model.fast_codec import LR_PIXELS, FastDecoder
+from pipeline.model.vae import SPATIAL_FACTOR, to_pixels
 from pipeline.sampling import one_step
 from trainer.planning.memory import saved_bytes
 from trainer.stages.crops import crop_starts, require_room
@@ -29,9 +29,6 @@ from trainer.stages.stage import Meter, StageSetup, TrainingStage
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
     from trainer.planning.memory import ActivationSizes
-
-#: pixels along a side of one latent place, of the HR and of the LR clip
-HR_PX, LR_PX = 8, 2
 
 
 class Crop(NamedTuple):
@@ -122,7 +119,7 @@ class FastDecoderStage(TrainingStage):
     @property
     def _places(self) -> tuple[int, int, int]:
         """(T, h, w) of a crop's latent."""
-        side = self.config.side // HR_PX
+        side = self.config.side // SPATIAL_FACTOR
         return (self.config.frames - 1) // 4 + 1, side, side
 
     def _latents(self, step: int, batch: Batch) -> Tensor:
@@ -160,14 +157,14 @@ class FastDecoderStage(TrainingStage):
             latent[:, :latent_frames, y : y + height, x : x + width]
             for latent, (_, y, x) in zip(z, starts, strict=True)
         ]
-        return Crop(torch.stack(latents), pixels("lr", LR_PX), pixels("hr", HR_PX))
+        return Crop(torch.stack(latents), pixels("lr", LR_PIXELS), pixels("hr", SPATIAL_FACTOR))
 
 
 def activation_bytes(sizes: ActivationSizes, config: FastDecoderConfig) -> float:
     """Of one crop: the decoder never sees a clip in full."""
-    place = config.side // HR_PX
+    place = config.side // SPATIAL_FACTOR
     with torch.device("meta"):
         decoder = FastDecoder(sizes.latent_channels, **config.shape.model_dump())
         z = torch.empty(1, sizes.latent_channels, (config.frames - 1) // 4 + 1, place, place)
-        low_resolution = torch.empty(1, 3, config.frames, LR_PX * place, LR_PX * place)
+        low_resolution = torch.empty(1, 3, config.frames, LR_PIXELS * place, LR_PIXELS * place)
     return saved_bytes(decoder, z, low_resolution) * sizes.width / 4
