@@ -6,8 +6,11 @@
 The surveys are made up, of the types that the survey returns. A source's hashes change by a few bits from window to
 window, as in one scene, and by all of them at a cut; one source of fifty is a copy of another with up to ten bits
 changed in each hash. Each number of sources runs in a process of its own, whose peak memory holds everything: Python
-and its libraries, the surveys, and the plan. The last line is JSON of the largest number: `seconds` of duplicates and
-plan, `peak_gb`.
+and its libraries, the surveys, and the plan.
+
+Then a restart: what a job reads before it can go on, from a local folder of 8,000 committed shards of 64 samples (the
+tars are empty files of the right size) and the surveys of 10,000 sources. The last line is JSON of the largest number:
+`seconds` of duplicates and plan, `peak_gb`, and `restart_seconds` of surveys and committed shards.
 """
 
 from __future__ import annotations
@@ -15,17 +18,24 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.errors import run_command
+from common.storage import LocalFolder, StorageConfig
 from datagen.config import DatagenConfig
-from datagen.plan import make_plan
+from datagen.dataset.shard_format import Sidecar, Span, shard_name, sidecar_name
+from datagen.job_folder import committed_shards
+from datagen.plan import Plan, make_plan
 from datagen.sources import Source
-from datagen.survey.source_survey import SourceSurvey, Window
+from datagen.survey.source_survey import SourceSurvey, Window, to_document
+from datagen.survey.survey_cache import SURVEYS_PER_FILE, survey_all, survey_keys
 
 WINDOWS = 10
 FRAMES = 21
@@ -34,6 +44,9 @@ WINDOWS_PER_SCENE = 3
 #: one source of so many is a copy
 COPY_EVERY = 50
 BITS = 64
+#: of a shard of the restart
+SAMPLES, MEMBERS = 64, ("latents.safetensors", "lr.mkv", "hr.mkv", "json")
+CONFIG = DatagenConfig()
 
 
 def hashes_of(sources: int, rng: np.random.Generator) -> np.ndarray:
@@ -108,9 +121,59 @@ def measure(sources: int, seed: int) -> dict[str, Any]:
     }
 
 
+def measure_restart(shards: int, sources: int, seed: int) -> dict[str, float]:
+    """Seconds that reading surveys and committed shards takes, and of CPU time, which a busy machine leaves alone."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = LocalFolder(name)
+        surveys = surveys_of(sources, seed)
+        given = [found.source for found in surveys]
+        documents = [
+            {"of": key} | to_document(found) for key, found in zip(survey_keys(given, CONFIG), surveys, strict=True)
+        ]
+        for number, first in enumerate(range(0, sources, SURVEYS_PER_FILE)):
+            part = {"surveys": documents[first : first + SURVEYS_PER_FILE]}
+            folder.write(f"survey/part-{number:06d}.json", json.dumps(part).encode())
+        statistics = {"counts": {"recipe": {"a": SAMPLES}, "source": {f"video{n}.mp4": 1 for n in range(SAMPLES)}}}
+        statistics |= {"lr_psnr_db": [30.123] * SAMPLES}
+        statistics |= {
+            "latents": {z: {"values": 1, "sum": [0.1] * 16, "squares": [0.1] * 16} for z in ("z_hr", "z_lr")}
+        }
+        for shard in range(shards):
+            sidecar = Sidecar(
+                name=shard_name(shard),
+                samples=SAMPLES,
+                bytes=SAMPLES * 21_000_000,
+                sha256="0" * 64,
+                keys=[f"{SAMPLES * shard + n:016x}-0" for n in range(SAMPLES)],
+                members=[{m: Span(n, 1, n) for m in MEMBERS} for n in range(SAMPLES)],
+                extra={"plan": "of the benchmark", "failed": [], "statistics": statistics},
+            )
+            path = Path(name, sidecar_name(sidecar.name))
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(sidecar.model_dump_json())
+            path.with_suffix(".tar").touch()
+            os.truncate(path.with_suffix(".tar"), sidecar.bytes)
+        samples = make_plan(surveys[: shards // WINDOWS + 1], CONFIG, {}).samples
+        plan = Plan((samples * (shards // len(samples) + 1))[:shards], [], 1, "of the benchmark")
+        cpu, start = time.process_time(), time.perf_counter()
+        found = survey_all(folder, given, CONFIG, StorageConfig(), lambda: None)
+        surveyed = time.perf_counter()
+        committed = committed_shards(folder, plan)
+        cpu, end = time.process_time() - cpu, time.perf_counter()
+        assert found == surveys and len(committed) == shards
+    return {
+        "surveys_seconds": round(surveyed - start, 2),
+        "shards_seconds": round(end - surveyed, 2),
+        "restart_seconds": round(end - start, 2),
+        "restart_cpu_seconds": round(cpu, 2),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sources", type=int, nargs="+", default=[10_000, 100_000], help="numbers of sources")
+    parser.add_argument("--shards", type=int, default=8_000, help="committed shards of the restart")
+    parser.add_argument("--surveys", type=int, default=10_000, help="surveyed sources of the restart")
     parser.add_argument("--seed", type=int, default=0, help="of the hashes")
     arguments = parser.parse_args()
     print("| sources | windows | duplicates | samples | seconds | µs a window | peak memory, GB |", flush=True)
@@ -126,7 +189,12 @@ def main() -> None:
             f"| {result['seconds']:.1f} | {per_window:.0f} | {result['peak_gb']:.2f} |",
             flush=True,
         )
-    print(json.dumps(result))
+    restart = measure_restart(arguments.shards, arguments.surveys, arguments.seed)
+    print(
+        f"\nrestart: surveys of {arguments.surveys:,} sources {restart['surveys_seconds']} s, "
+        f"{arguments.shards:,} committed shards {restart['shards_seconds']} s, CPU {restart['restart_cpu_seconds']} s"
+    )
+    print(json.dumps(result | restart))
 
 
 if __name__ == "__main__":

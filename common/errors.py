@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something the user can mend. Its message is shown alone, without a traceback."""
 
 
+class StorageError(UserError):
+    """Files are out of reach, whatever they hold: a disk that is gone or full, a server that does not answer."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 2."""
     try:

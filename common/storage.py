@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from common.config import Section
-from common.errors import UserError
+from common.errors import StorageError, UserError
 
 
 class StorageConfig(Section):
@@ -29,7 +30,8 @@ class StorageConfig(Section):
     endpoint_url: str | None = None
     #: read public buckets without credentials
     anonymous: bool = False
-    #: attempts per request; s3fs pauses between them, longer each time [ours]
+    #: attempts per request, and per clip whose local file cannot be read, with longer and longer pauses between them
+    #: [ours]
     attempts: int = Field(default=8, ge=1)
 
 
@@ -103,12 +105,13 @@ class LocalFolder:
         os.replace(temporary, self._root / name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        base = self._root / prefix.rpartition("/")[0]
         found = {}
-        for path in base.rglob("*") if base.is_dir() else ():
-            name = path.relative_to(self._root).as_posix()
-            if name.startswith(prefix) and not path.name.endswith(".tmp") and path.is_file():
-                found[name] = path.stat().st_size
+        for directory, _, files in os.walk(self._root / prefix.rpartition("/")[0]):
+            below = Path(directory).relative_to(self._root).as_posix()
+            for file in files:
+                name = file if below == "." else f"{below}/{file}"
+                if name.startswith(prefix) and not file.endswith(".tmp"):
+                    found[name] = os.stat(os.path.join(directory, file)).st_size
         return found
 
     def delete(self, name: str) -> None:
@@ -146,6 +149,21 @@ class S3Folder:
     def write(self, name: str, content: bytes) -> None:
         with self._request() as system:
             system.pipe_file(self._path(name), content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Put `content` under `name` unless there is something; whether it was put."""
+        try:
+            with self._request() as system:
+                system.pipe_file(self._path(name), content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def changed(self, name: str) -> datetime:
+        """When `name` was written last, by the server's clock."""
+        with self._request() as system:
+            found: datetime = system.info(self._path(name))["LastModified"]
+            return found
 
     def temporary(self, name: str) -> Path:
         directory = Path(tempfile.gettempdir()) / "duo-vsr"
@@ -199,19 +217,19 @@ def s3_errors(what: str, config: StorageConfig) -> Iterator[None]:
     """Errors of requests inside the block as errors for people.
 
     Raises:
-        FileNotFoundError: as it is.
-        UserError: access is denied, or the attempts are used up.
+        FileNotFoundError, FileExistsError: as they are.
+        StorageError: access is denied, or the attempts are used up.
     """
     try:
         yield
-    except (FileNotFoundError, UserError):
+    except (FileNotFoundError, FileExistsError, UserError):
         raise
     except PermissionError as error:
-        raise UserError(
+        raise StorageError(
             f"{what}: access denied ({_short(error)}); check the AWS credentials or set storage.anonymous: true"
         ) from None
     except Exception as error:
-        raise UserError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
+        raise StorageError(f"{what}: still failing after {config.attempts} attempts: {_short(error)}") from error
 
 
 @contextmanager

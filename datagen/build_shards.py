@@ -9,9 +9,8 @@ written atomically. Run the command again to resume; it ends with the same bytes
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
-
-import ray
 
 from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
@@ -20,11 +19,19 @@ from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Manifest
 from datagen.encode.latent_reuse import check_reusable, find_clips
 from datagen.encode.ray_jobs import encode
-from datagen.encode.vae_encoder import vae_hash
-from datagen.format_revision import code_versions
-from datagen.job_folder import begin, check_limit, committed_shards, finish, write_shards, writing
+from datagen.format_revision import code_versions, vae_hash
+from datagen.job_folder import (
+    begin,
+    check_limit,
+    committed_shards,
+    finish,
+    is_begun,
+    without_failed,
+    write_shards,
+    writing,
+)
 from datagen.plan import make_plan
-from datagen.ray_cluster import start_ray
+from datagen.ray_cluster import ray_when_needed
 from datagen.sources import find_sources
 from datagen.survey.source_survey import SourceSurvey, Unreadable
 from datagen.survey.survey_cache import survey_all
@@ -44,8 +51,11 @@ def main() -> None:
         address=arguments.address,
         workers=arguments.workers,
         reuse=arguments.reuse,
+        retry_failed=arguments.retry_failed,
     )
-    print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards")
+    held_out = sum(entry.samples for entry in manifest.shards_of("validation"))
+    also = f", {held_out} of them held out" if config.validation_share else ""
+    print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards{also}")
 
 
 def build(
@@ -58,6 +68,7 @@ def build(
     address: str | None = None,
     workers: int | None = None,
     reuse: str | None = None,
+    retry_failed: bool = False,
 ) -> Manifest:
     """Build or finish the dataset at `output`.
 
@@ -65,10 +76,12 @@ def build(
         address: of a Ray cluster; None: this machine.
         workers: clips in the making at once; None: one per CPU.
         reuse: an earlier dataset of the same clips, whose z_hr are taken over; the result is the same without.
+        retry_failed: make shards anew that lack samples that failed.
 
     Raises:
-        UserError: nothing to build from, too much of it unreadable, an output begun with another plan, or a dataset
-            to reuse that other code made.
+        StorageError: inputs or the output out of reach, or a full disk.
+        UserError: nothing to build from, too much of it unreadable or failing, an output begun with another plan, or a
+            dataset to reuse that other code made.
     """
     sources = find_sources(inputs, storage)
     versions = code_versions(config.sharpen_targets) | {"vae": vae_hash(vae)}
@@ -76,9 +89,8 @@ def build(
         check_reusable(reuse, versions, storage)
     folder = open_folder(output, storage)
     with writing(folder):
-        try:
-            start_ray(address, workers, config)
-            surveys = survey_all(folder, sources, config, storage)
+        with ray_when_needed(address, workers, config) as start_ray:
+            surveys = survey_all(folder, sources, config, storage, start_ray, look_again=not is_begun(folder))
             unreadable = [found for found in surveys if isinstance(found, Unreadable)]
             check_limit(unreadable, len(sources), config)
 
@@ -86,13 +98,14 @@ def build(
             begin(folder, plan, unreadable, config, versions)
 
             committed = committed_shards(folder, plan)
+            if retry_failed:
+                committed = without_failed(folder, committed)
             samples = [s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard]
             earlier = find_clips(reuse, (sample.clip for sample in samples), storage) if reuse else None
-            encoded = encode(samples, config, storage, str(vae.resolve()), versions, earlier)
-
-            shards = write_shards(folder, plan, committed, encoded)
-        finally:
-            ray.shutdown()
+            if samples:
+                start_ray()
+            with closing(encode(samples, config, storage, str(vae.resolve()), versions, earlier)) as encoded:
+                shards = write_shards(folder, plan, committed, encoded, config.max_failed)
         return finish(folder, plan, unreadable, shards, config, versions, len(sources))
 
 
@@ -111,6 +124,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder or s3:// prefix of the dataset")
     parser.add_argument("--address", help="Ray cluster to run on, for instance auto; default: this machine")
     parser.add_argument("--workers", type=int, help="clips in the making at once; default: one per CPU")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="make shards anew that lack samples that failed (quarantine.jsonl)"
+    )
     parser.add_argument(
         "--reuse", metavar="DATASET", help="earlier dataset of the same clips: z_hr is taken from it, not encoded again"
     )

@@ -103,6 +103,9 @@ class DatagenConfig(Section):
     #: neighbouring windows that stay together in the shards, so that they are decoded in one go; 1 mixes them all,
     #: which costs half a group of pictures of decoding for each [ours]
     windows_together: int = Field(default=8, ge=1)
+    #: part of the sources that is held out of training for validation, in shards of its own; drawn by the seed and each
+    #: source's content. 0 = none [ours]
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
     #: samples per tar, the unit of restart
     samples_per_shard: int = Field(default=64, ge=1)
     #: also keep the LR and HR clips, lossless: needed for preference pairs and decoder training
@@ -113,6 +116,9 @@ class DatagenConfig(Section):
     #: stop when more than this part of the sources is unreadable; fewer than ten of them never stop a job with
     #: readable ones [ours]
     max_quarantined: float = Field(default=0.1, ge=0, le=1)
+    #: stop before a shard is committed when more than this part of its samples, or of the job's, failed; up to ten
+    #: failures never stop a job that makes samples [ours]
+    max_failed: float = Field(default=0.1, ge=0, le=1)
     #: seconds a clip may take to decode before it is quarantined [ours]
     decode_timeout_s: float = Field(default=300.0, gt=0)
 

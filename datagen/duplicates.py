@@ -52,10 +52,7 @@ def find_duplicates(hashes: np.ndarray, structured: np.ndarray, sources: np.ndar
     windows = np.flatnonzero(structured[:, 1]) if distance else np.zeros(0, np.int64)
     if not len(windows):
         return duplicate_of
-    known = np.packbits(structured[windows], axis=1).astype(np.uint64)  # uint64, or the columns together are float64
-    rows = np.column_stack((np.where(structured, hashes, np.uint64(0))[windows], known))
-    distinct, group = np.unique(rows, axis=0, return_inverse=True)
-    group = group.reshape(-1)
+    distinct, group = _distinct(hashes[windows], structured[windows])
     neighbours, offsets = _neighbours(distinct, distance)
     sizes = np.bincount(group, minlength=len(distinct))
     compared = np.flatnonzero((sizes[group] > 1) | (offsets[group] < offsets[group + 1]))
@@ -75,6 +72,40 @@ def find_duplicates(hashes: np.ndarray, structured: np.ndarray, sources: np.ndar
         elif kept[1, own] < 0 and sources[kept[0, own]] != sources[window]:
             kept[1, own] = window
     return duplicate_of
+
+
+def first_marked(hashes: np.ndarray, structured: np.ndarray, marked: np.ndarray, distance: int) -> np.ndarray:
+    """For each window the first marked window within `distance` of it, of whatever source; itself if it is marked.
+
+    Args:
+        hashes, structured, distance: like `find_duplicates`.
+        marked: bool (N,).
+
+    Returns:
+        int64 (N,): index of the marked window, -1 where none is near.
+    """
+    found = np.where(marked, np.arange(len(hashes)), -1)
+    windows = np.flatnonzero(structured[:, 1]) if distance else np.zeros(0, np.int64)
+    if not len(windows):
+        return found
+    distinct, group = _distinct(hashes[windows], structured[windows])
+    neighbours, offsets = _neighbours(distinct, distance)
+    nothing = len(hashes)
+    first = np.full(len(distinct), nothing, np.int64)
+    np.minimum.at(first, group, np.where(marked[windows], windows, nothing))
+    near = first.copy()
+    np.minimum.at(near, np.repeat(np.arange(len(distinct)), np.diff(offsets)), first[neighbours])
+    near = np.where(near == nothing, -1, near)[group]
+    found[windows] = np.where(marked[windows], windows, near)
+    return found
+
+
+def _distinct(hashes: np.ndarray, structured: np.ndarray) -> Pairs:
+    """Different rows (first, middle, last, structured), uint64 (M, 4), and which of them each window has."""
+    known = np.packbits(structured, axis=1).astype(np.uint64)  # uint64, or the columns together are float64
+    rows = np.column_stack((np.where(structured, hashes, np.uint64(0)), known))
+    distinct, group = np.unique(rows, axis=0, return_inverse=True)
+    return distinct, group.reshape(-1)
 
 
 def _neighbours(distinct: np.ndarray, distance: int) -> Pairs:

@@ -1,9 +1,12 @@
-"""What decides the bytes of a sample beside the plan: the revision of our own code, and the libraries' versions."""
+"""What decides the bytes of a sample beside the plan: our own code's revision, the libraries' versions, the VAE."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 
+from common.errors import UserError
+from common.fingerprint import files_fingerprint
 from datagen.dataset.shard_format import SCHEMA_VERSION
 from datagen.degradation.sharpen import SharpenConfig
 
@@ -31,3 +34,15 @@ def code_versions(sharpening: SharpenConfig | None = None) -> dict[str, str]:
     return {"schema": str(SCHEMA_VERSION), "encoding": encoding, "degradation": str(DEGRADATION_REVISION)} | {
         package: version(package) for package in PACKAGES
     }
+
+
+def vae_hash(folder: Path) -> str:
+    """SHA-256 over the configuration and weights of a VAE folder: equal hashes give equal latents.
+
+    Raises:
+        UserError: no such folder, or no safetensors in it.
+    """
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"model.vae: {folder} holds no VAE (config.json and *.safetensors); see the README on weights")
+    return files_fingerprint(files, folder)

@@ -9,54 +9,62 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from common.errors import UserError
+from common.errors import StorageError, UserError
 from common.locking import only_writer
 from common.progress import progress
-from common.storage import Folder, LocalFolder
+from common.s3_lock import only_s3_writer
+from common.storage import Folder, LocalFolder, S3Folder
 from datagen.config import DatagenConfig
 from datagen.dataset.data_card import write_report
 from datagen.dataset.shard_format import (
     MANIFEST,
+    CommittedShard,
     DamagedShard,
     Manifest,
     Sample,
-    Sidecar,
-    read_sidecar,
+    read_committed,
     shard_name,
+    sidecar_name,
     write_manifest,
     write_shard,
 )
 from datagen.dataset.shard_statistics import ShardStatistics, summed
 from datagen.encode.clip import Fault
 from datagen.encode.ray_jobs import EncodedSample
-from datagen.plan import Plan, deciding
+from datagen.plan import COPY, Plan, deciding
 from datagen.survey.source_survey import Unreadable
 
-#: up to this many unreadable sources a job goes on as long as others are readable [ours]
-FEW_UNREADABLE = 10
+#: up to this many unreadable sources, or failed samples, a job goes on as long as there are others [ours]
+FEW = 10
 PLAN = "plan.json"
 QUARANTINE = "quarantine.jsonl"
+#: sidecars read at once [ours]
+READERS = 16
 
 
 @contextmanager
 def writing(folder: Folder) -> Iterator[None]:
-    """Be the only writer of a local folder; a job that fails without a committed shard leaves nothing behind.
+    """Be the only writer of a folder; a job that fails without a committed shard leaves only its survey behind.
 
     Raises:
+        StorageError: a disk that is full or gone.
         UserError: another job writes there; or one that a Ray worker raised, out of Ray's wrapping.
     """
     local = isinstance(folder, LocalFolder)
     existed = local and Path(folder.url).is_dir()
     try:
-        with only_writer(Path(folder.url)) if local else nullcontext():
+        with only_s3_writer(folder) if isinstance(folder, S3Folder) else only_writer(Path(folder.url)):
             if isinstance(folder, LocalFolder):
                 folder.remove_temporary_files()
             try:
@@ -64,6 +72,11 @@ def writing(folder: Folder) -> Iterator[None]:
             except UserError:
                 _clean_up_if_empty(folder)
                 raise
+            except OSError as error:
+                raise StorageError(
+                    f"{folder.url} cannot be written: {error.strerror or error}; "
+                    "free space or mend it, and run the same command again to go on"
+                ) from error
             except ray.exceptions.RayError as error:
                 raised = _user_error_within(error)
                 if raised is None:
@@ -80,12 +93,21 @@ def check_limit(unreadable: Sequence[Unreadable], sources: int, config: DatagenC
     Raises:
         UserError: more sources are unreadable than `max_quarantined` allows.
     """
-    too_many = len(unreadable) > FEW_UNREADABLE and len(unreadable) > config.max_quarantined * sources
+    too_many = len(unreadable) > FEW and len(unreadable) > config.max_quarantined * sources
     if too_many or len(unreadable) == sources:
         raise UserError(
             f"{len(unreadable)} of {sources} sources cannot be read, which is more than max_quarantined = "
             f"{config.max_quarantined} allows; the first: {unreadable[0].reason}"
         )
+
+
+def is_begun(folder: Folder) -> bool:
+    """Whether there is a plan that the survey must go on to agree with."""
+    try:
+        folder.read(PLAN)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def begin(
@@ -101,6 +123,12 @@ def begin(
         reasons += [source.reason for source in unreadable]
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise UserError(f"no window can be used: {'; '.join(reasons[:3])}{more}")
+    if plan.held_out == len(plan.samples):
+        example = next(line for line in plan.rejected if line["reason"].startswith(COPY))
+        raise UserError(
+            f"nothing is left to train on: every source that is not held out shares a window with one that is, for "
+            f"instance {example['source']} ({example['reason']}); cut it off, or set datagen.validation_share to 0"
+        )
     now = {"hash": plan.hash, "samples": len(plan.samples), "config": deciding(config), "versions": versions}
     try:
         begun = json.loads(folder.read(PLAN))
@@ -117,27 +145,50 @@ def begin(
         )
 
 
-def committed_shards(folder: Folder, plan: Plan) -> dict[int, Sidecar]:
+def committed_shards(folder: Folder, plan: Plan) -> dict[int, CommittedShard]:
     """Shards of this plan whose sidecar and full-size tar are there, by index."""
     sizes = folder.sizes("shards/")
-    found = {}
-    for index in range(len(plan.shards())):
+
+    def read(index: int) -> CommittedShard | None:
         try:
-            sidecar = read_sidecar(folder, shard_name(index))
+            return read_committed(folder, shard_name(index))
         except (FileNotFoundError, DamagedShard):
-            continue
-        if sidecar.extra.get("plan") == plan.hash and sizes.get(sidecar.name) == sidecar.bytes:
-            found[index] = sidecar
-    return found
+            return None
+
+    listed = [index for index in range(len(plan.shards())) if sidecar_name(shard_name(index)) in sizes]
+    with ThreadPoolExecutor(READERS) as pool:
+        sidecars = dict(zip(listed, pool.map(read, listed), strict=True))
+    return {
+        index: sidecar
+        for index, sidecar in sidecars.items()
+        if sidecar and sidecar.extra.get("plan") == plan.hash and sizes.get(sidecar.name) == sidecar.bytes
+    }
+
+
+def without_failed(folder: Folder, committed: dict[int, CommittedShard]) -> dict[int, CommittedShard]:
+    """`committed` without shards that lack samples that failed; these are uncommitted, and so is the dataset."""
+    whole = {index: shard for index, shard in committed.items() if not _failures(shard)}
+    for index in sorted(committed.keys() - whole.keys()):
+        folder.delete(MANIFEST)
+        folder.delete(sidecar_name(shard_name(index)))
+    return whole
 
 
 def write_shards(
-    folder: Folder, plan: Plan, committed: dict[int, Sidecar], encoded: Iterator[EncodedSample]
-) -> list[Sidecar]:
+    folder: Folder,
+    plan: Plan,
+    committed: dict[int, CommittedShard],
+    encoded: Iterator[EncodedSample],
+    max_failed: float = 1.0,
+) -> list[CommittedShard]:
     """Write the shards that are not committed yet; returns all sidecars, in order.
 
     Args:
         encoded: the samples of the missing shards, in the order of the plan.
+        max_failed: part of a shard's samples, and of the plan's, that may fail.
+
+    Raises:
+        UserError: more failed; the shard is not committed.
     """
     shards = plan.shards()
     missing = [index for index in range(len(shards)) if index not in committed]
@@ -150,10 +201,13 @@ def write_shards(
                 failed: list[dict[str, Any]] = []
                 statistics = ShardStatistics()
                 shard = itertools.islice(encoded, len(shards[index]))
-                samples = _made(shard, failed, statistics, bar, counts)
+                before = sum(_failures(sidecar) for sidecar in sidecars.values())
+                limit = partial(_check_failed, before, len(shards[index]), len(plan.samples), max_failed)
+                samples = _made(shard, failed, statistics, bar, counts, limit)
                 # write_shard takes the samples first: `failed` and `statistics` are complete when it reads extra
                 extra = {"plan": plan.hash, "failed": failed, "statistics": statistics.record}
-                sidecars[index] = write_shard(folder, index, samples, extra)
+                sidecar = write_shard(folder, index, samples, extra, plan.split_of(index))
+                sidecars[index] = sidecar.without_members()
     return [sidecars[index] for index in range(len(shards))]
 
 
@@ -163,8 +217,9 @@ def _made(
     statistics: ShardStatistics,
     bar: Any,
     counts: Counter[str],
+    check: Callable[[list[dict[str, Any]]], None],
 ) -> Iterator[Sample]:
-    """Samples that were made; the others become lines of quarantine.jsonl in `failed`."""
+    """Samples that were made; the others become lines of quarantine.jsonl in `failed`, which `check` looks at last."""
     for plan, made, reused in encoded:
         if isinstance(made, Fault):
             line = {"kind": made.kind, "source": plan.source, "start": plan.start, "key": plan.key}
@@ -176,13 +231,29 @@ def _made(
         if isinstance(made, Sample):
             statistics.add(made)
             yield made
+    check(failed)
+
+
+def _check_failed(before: int, shard: int, job: int, max_failed: float, faults: list[dict[str, Any]]) -> None:
+    """UserError where of `shard` samples, or with those of the shards before of `job`, too many failed."""
+    failed = [fault for fault in faults if fault["kind"] == "failed"]
+    for count, of, what in ((len(failed), shard, "a shard"), (before + len(failed), job, "the job")):
+        if failed and (count == job or (count > FEW and count > max_failed * of)):
+            raise UserError(
+                f"{count} of {of} samples of {what} failed, which is more than max_failed = {max_failed} allows; "
+                f"the last: {failed[-1]['source']}: {failed[-1]['reason']}; mend it and run the same command again"
+            )
+
+
+def _failures(shard: CommittedShard) -> int:
+    return sum(fault["kind"] == "failed" for fault in shard.extra["failed"])
 
 
 def finish(
     folder: Folder,
     plan: Plan,
     unreadable: Sequence[Unreadable],
-    shards: list[Sidecar],
+    shards: list[CommittedShard],
     config: DatagenConfig,
     versions: dict[str, str],
     sources: int,
@@ -195,7 +266,7 @@ def finish(
     faults = [{"kind": "unreadable", "source": found.source.id, "reason": found.reason} for found in unreadable]
     faults += [fault for shard in shards for fault in shard.extra["failed"]]
     rejected = [{"kind": "filtered", **rejection} for rejection in plan.rejected]
-    folder.write(QUARANTINE, "".join(json.dumps(line) + "\n" for line in faults + rejected).encode())
+    folder.write(QUARANTINE, "".join(json.dumps(line, sort_keys=True) + "\n" for line in faults + rejected).encode())
     counts = {
         "sources": sources,
         "unreadable": len(unreadable),
@@ -203,6 +274,8 @@ def finish(
         "planned": len(plan.samples),
         "failed": sum(fault["kind"] == "failed" for fault in faults),
     }
+    if plan.held_out is not None:
+        counts["held_out"] = plan.held_out
     extra = {
         "plan": plan.hash,
         "config": deciding(config),
@@ -220,18 +293,13 @@ def _clean_up_if_empty(folder: Folder) -> None:
     if MANIFEST in names or any(name.startswith("shards/") and name.endswith(".json") for name in names):
         return
     for name in names:
-        if name.startswith(("survey/", "shards/")) or name in (PLAN, QUARANTINE):
+        if name.startswith("shards/") or name in (PLAN, QUARANTINE):
             folder.delete(name)
     if isinstance(folder, LocalFolder):
         folder.remove_empty_directories()
 
 
-def _user_error_within(error: BaseException | None) -> UserError | None:
-    """The UserError that a worker raised, out of Ray's wrapping."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, UserError):
-            return UserError(str(error).splitlines()[-1].removeprefix("common.errors.UserError: "))
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _user_error_within(error: BaseException) -> UserError | None:
+    """The UserError that a worker raised, out of Ray's text of it: its objects do not always hold the cause."""
+    found = re.findall(r"^(?:common|datagen|pipeline)\.[\w.]+: (.+)$", str(error), re.MULTILINE)
+    return UserError(found[0]) if found else None

@@ -17,7 +17,9 @@ import numpy as np
 
 from common.seeding import derive_seed
 from datagen.config import DatagenConfig, FilterConfig
-from datagen.duplicates import find_duplicates
+from datagen.dataset.shard_format import Split
+from datagen.duplicates import find_duplicates, first_marked
+from datagen.split import held_out_contents
 from datagen.survey.source_survey import SourceSurvey, Window
 
 
@@ -50,18 +52,41 @@ class SamplePlan:
 _HASHED_FIELDS = tuple(field.name for field in fields(SamplePlan) if field.name != "path")
 
 
+#: how the reason against a training source begins that shares a window with a held-out one
+COPY = "copy of held-out"
+#: a window with the reason against it or None; of a source that is left out, no window and the reason
+Found = tuple[SourceSurvey, Window | None, str | None]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """All samples in order, what was left out and why, and the hash that names this plan."""
+    """All samples in order, what was left out and why, and the hash that names this plan.
+
+    Attributes:
+        held_out: how many samples are held out, the last ones; None without a split.
+    """
 
     samples: list[SamplePlan]
     rejected: list[dict[str, Any]]
     samples_per_shard: int
     hash: str
+    held_out: int | None = None
 
     def shards(self) -> list[list[SamplePlan]]:
+        """Training samples first; no shard holds both kinds."""
         size = self.samples_per_shard
-        return [self.samples[first : first + size] for first in range(0, len(self.samples), size)]
+        parts = self.samples[: self._training], self.samples[self._training :]
+        return [part[first : first + size] for part in parts for first in range(0, len(part), size)]
+
+    def split_of(self, shard: int) -> Split | None:
+        """Which samples the shard of this index holds; None without a split."""
+        if self.held_out is None:
+            return None
+        return "train" if shard * self.samples_per_shard < self._training else "validation"
+
+    @property
+    def _training(self) -> int:
+        return len(self.samples) - (self.held_out or 0)
 
 
 def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: dict[str, str]) -> Plan:
@@ -71,11 +96,12 @@ def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: 
         surveys: in the order of the sources.
         versions: what else decides the bytes of a shard (VAE hash, libraries); part of the plan's hash.
     """
-    windows, rejected = _passing(surveys, config)
+    windows, rejected, held_out = _passing(surveys, config)
     samples = [sample for survey, window in windows for sample in _samples_of(survey, window, config)]
     span = config.windows_together * (config.clip.stride or config.clip.frames)
     samples.sort(
         key=lambda sample: (
+            sample.content in held_out,
             derive_seed(config.seed, "order", sample.source, sample.start // span),
             sample.source,
             sample.start,
@@ -83,16 +109,28 @@ def make_plan(surveys: Iterable[SourceSurvey], config: DatagenConfig, versions: 
             sample.variant,
         )
     )
-    return Plan(samples, rejected, config.samples_per_shard, _plan_hash(samples, deciding(config), versions))
+    return Plan(
+        samples,
+        rejected,
+        config.samples_per_shard,
+        _plan_hash(samples, deciding(config), versions),
+        sum(sample.content in held_out for sample in samples) if config.validation_share else None,
+    )
 
 
 def _passing(
     surveys: Iterable[SourceSurvey], config: DatagenConfig
-) -> tuple[list[tuple[SourceSurvey, Window]], list[dict[str, Any]]]:
-    """Windows that are used, and what is not with the reason, both in the order of the surveys."""
+) -> tuple[list[tuple[SourceSurvey, Window]], list[dict[str, Any]], frozenset[str]]:
+    """Windows that are used, and what is not with the reason, both in the order of the surveys; contents held out."""
     found = list(_filtered(surveys, config))
-    candidates = [(survey, window) for survey, window, reason in found if window is not None and reason is None]
-    duplicate_of = iter(_duplicates([window for _, window in candidates], _numbered(candidates), config.filters))
+    candidates = _candidates(found)
+    held_out = held_out_contents((survey.content for survey, _ in candidates), config.validation_share, config.seed)
+    if held_out:
+        found = list(_without_copies(found, held_out, config.filters))
+        candidates = _candidates(found)
+    hashes, structured = _hashes(candidates)
+    distance = config.filters.duplicate_distance
+    duplicate_of = iter(find_duplicates(hashes, structured, _numbered(candidates), distance).tolist())
     windows: list[tuple[SourceSurvey, Window]] = []
     rejected: list[dict[str, Any]] = []
     for survey, window, reason in found:
@@ -106,12 +144,39 @@ def _passing(
             windows.append((survey, window))
         else:
             rejected.append({"source": survey.source.id, "start": window.start, "reason": reason})
-    return windows, rejected
+    return windows, rejected, held_out
 
 
-def _filtered(
-    surveys: Iterable[SourceSurvey], config: DatagenConfig
-) -> Iterator[tuple[SourceSurvey, Window | None, str | None]]:
+def _candidates(found: list[Found]) -> list[tuple[SourceSurvey, Window]]:
+    """Windows against which there is no reason yet."""
+    return [(survey, window) for survey, window, reason in found if window is not None and reason is None]
+
+
+def _without_copies(found: list[Found], held_out: frozenset[str], filters: FilterConfig) -> Iterator[Found]:
+    """`found`, but of a training source that shares a window with a held-out one only why it is left out."""
+    candidates = _candidates(found)
+    hashes, structured = _hashes(candidates)
+    marked = np.array([survey.content in held_out for survey, _ in candidates], bool)
+    # where duplicates are kept, a held-out source's are still no training samples
+    distance = filters.duplicate_distance or FilterConfig().duplicate_distance
+    copies: dict[str, str] = {}
+    near = first_marked(hashes, structured, marked, distance)
+    for (survey, window), original in zip(candidates, near.tolist(), strict=True):
+        if original >= 0 and survey.content not in held_out:
+            of, at = candidates[original]
+            reason = f"{COPY} {of.source.id}: frame {window.start} is like frame {at.start}"
+            copies.setdefault(survey.source.id, reason)
+    told: set[str] = set()
+    for entry in found:
+        name = entry[0].source.id
+        if name not in copies:
+            yield entry
+        elif name not in told:
+            told.add(name)
+            yield entry[0], None, copies[name]
+
+
+def _filtered(surveys: Iterable[SourceSurvey], config: DatagenConfig) -> Iterator[Found]:
     """Every window with the reason against it or None; of a source that is left out, no window and the reason."""
     for survey in surveys:
         reason = _reject_source(survey, config)
@@ -128,15 +193,15 @@ def _numbered(windows: list[tuple[SourceSurvey, Window]]) -> np.ndarray:
     return np.array([numbers.setdefault(survey.source.id, len(numbers)) for survey, _ in windows], np.int64)
 
 
-def _duplicates(windows: list[Window], sources: np.ndarray, filters: FilterConfig) -> list[int]:
-    """`find_duplicates` of windows as the survey describes them."""
+def _hashes(windows: list[tuple[SourceSurvey, Window]]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes uint64 (N, 3) of the windows' frames, and bool (N, 3), which frames have one."""
     hashes = np.zeros((len(windows), 3), np.uint64)
     structured = np.zeros((len(windows), 3), bool)
-    for index, window in enumerate(windows):
+    for index, (_, window) in enumerate(windows):
         for frame, text in enumerate(window.hashes):
             if text is not None:
                 hashes[index, frame], structured[index, frame] = int(text, 16), True
-    return find_duplicates(hashes, structured, sources, filters.duplicate_distance).tolist()
+    return hashes, structured
 
 
 def _plan_hash(samples: list[SamplePlan], config: dict[str, Any], versions: dict[str, str]) -> str:
@@ -151,9 +216,12 @@ def _plan_hash(samples: list[SamplePlan], config: dict[str, Any], versions: dict
 
 def deciding(config: DatagenConfig) -> dict[str, Any]:
     """The part of the configuration that decides what is in the dataset: all but how fast and from where."""
-    left_out = {"encode", "max_quarantined", "decode_timeout_s"}
-    if config.sharpen_targets is None:  # older than the field: their plans stay valid
+    left_out = {"encode", "max_quarantined", "max_failed", "decode_timeout_s"}
+    # datasets older than these fields: their plans stay valid
+    if config.sharpen_targets is None:
         left_out.add("sharpen_targets")
+    if not config.validation_share:
+        left_out.add("validation_share")
     return config.model_dump(mode="json", exclude=left_out)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,13 +21,28 @@ from datagen.config import DatagenConfig
 #: grow with their number [ours]
 VARIANTS_PER_ROW = 8
 
-#: how often a task is tried again after its worker died; Ray Data's default is for ever [ours]
-MAX_RETRIES = 3
+#: how often a task is tried again after its worker died; Ray Data's default is for ever. Enough for a task whose
+#: clips all end their worker as often as datagen/encode/attempts.py lets them [ours]
+MAX_RETRIES = 24
+
+
+@contextmanager
+def ray_when_needed(address: str | None, workers: int | None, config: DatagenConfig) -> Iterator[Callable[[], None]]:
+    """What to call before the first Ray job of the block; what it starts ends with the block.
+
+    A job that has nothing to do, or is refused, starts no processes.
+    """
+    ours = not ray.is_initialized()
+    try:
+        yield partial(start_ray, address, workers, config)
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -> None:
     """Connect to the cluster at `address`, or start Ray on this machine; `workers` clips are in the making at once
-    (default: one per CPU).
+    (default: one per CPU). Where this process has Ray already, that is taken.
 
     What the VAE actors hold comes on top, or they would keep the tasks waiting while they wait for clips themselves.
 
@@ -33,14 +50,16 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
         UserError: no cluster at `address`, or one of another version.
     """
     held = (config.encode.actors or 1) * config.encode.cpus
-    join_or_start(address, (workers or os.cpu_count() or 1) + held)
+    if not ray.is_initialized():
+        join_or_start(address, (workers or os.cpu_count() or 1) + held)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         cpu=workers + held if workers else None, object_store_memory=memory_ahead(config)
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # it logs the tracebacks of errors that reach us as exceptions anyway
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
@@ -50,11 +69,14 @@ def dataset_of(rows: list[dict[str, Any]]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=-(-len(rows) // per_task))
 
 
-def iterate_rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """The rows, in order, as they come."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for index in range(batch.num_rows):
-            yield batch.slice(index, 1).to_pylist()[0]
+def iterate_rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any]]:
+    """The rows, in order, as they come. Close it before `ray.shutdown()`, which else waits for its thread for ever."""
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            for index in range(batch.num_rows):
+                yield batch.slice(index, 1).to_pylist()[0]
+    finally:
+        dataset._synchronize_progress_bar()  # ends the executor and waits for it, which is all that it does
 
 
 def text_array(values: list[str]) -> pa.Array:

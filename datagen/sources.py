@@ -7,7 +7,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from common.video_probe import APPLE_DOUBLE, VIDEO_SUFFIXES, named_like_a_video
 PATH_COLUMNS = ("video", "path", "file", "url")
 #: types that are named in the line about files that were left out
 NAMED_TYPES = 5
+STATUSES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Source:
             goes into seeds and metadata, so a dataset is the same wherever its inputs are mounted.
         path: local path or `s3://` address.
         caption: from a table, else None.
+        version: size and time of change, or ETag: tells a changed file; empty where they are not known.
     """
 
     id: str
     path: str
     caption: str | None = None
+    version: str = ""
 
 
 def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
@@ -58,7 +62,18 @@ def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
                     f"{source.path} and {found[source.id].path} would both be called {source.id!r}; "
                     "give their common parent as the input, or a list of paths"
                 )
-    return [found[key] for key in sorted(found)]
+    with ThreadPoolExecutor(STATUSES_AT_ONCE) as pool:  # a network's file system takes its time for each
+        return list(pool.map(_with_version, (found[key] for key in sorted(found))))
+
+
+def _with_version(source: Source) -> Source:
+    if source.path.startswith("s3://"):
+        return source
+    try:
+        status = os.stat(source.path)
+    except OSError:  # the survey says so
+        return source
+    return replace(source, version=f"{status.st_size} {status.st_mtime_ns}")
 
 
 def open_source(path: str, storage: StorageConfig) -> Any:
@@ -194,10 +209,11 @@ def _below_s3(text: str, storage: StorageConfig, others: Counter[str]) -> Iterat
     system = s3_filesystem(storage)
     root = text.removeprefix("s3://").rstrip("/")
     with s3_errors(text, storage):
-        keys = sorted(system.find(root))
-    for key in keys:
+        found = system.find(root, detail=True)
+    for key in sorted(found):
         if _is_video(key, others):
-            yield Source(key.removeprefix(root).lstrip("/") or Path(key).name, f"s3://{key}")
+            name = key.removeprefix(root).lstrip("/") or Path(key).name
+            yield Source(name, f"s3://{key}", version=found[key].get("ETag", ""))
 
 
 def _beside(listing: Path, entry: str) -> str:

@@ -1,4 +1,4 @@
-"""The clips of a dataset folder one after the other, in the order its build planned them."""
+"""The training clips of a dataset folder one after the other, in the order its build planned them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Clip:
 
 
 class ClipFolder:
-    """Random access by position to the clips of a finished dataset folder or s3:// prefix.
+    """Random access by position to the training clips of a finished dataset folder or s3:// prefix.
 
     Attributes:
         fingerprint: changes when any shard does.
@@ -45,7 +45,7 @@ class ClipFolder:
     """
 
     def __init__(self, dataset: str | Path, storage: StorageConfig | None = None) -> None:
-        self._dataset, _ = ShardDataset.open(dataset, storage, kind="clips")
+        self._dataset, _ = ShardDataset.open(dataset, storage, kind="clips", split="train")
         self.fingerprint = self._dataset.fingerprint
 
     def __len__(self) -> int:

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    reader = ShardReader(arguments.data, members=("hr",), seed=arguments.seed, global_batch_size=1)
+    reader = ShardReader(arguments.data, members=("hr",), split="train", seed=arguments.seed, global_batch_size=1)
     clips = []
     batches = iter(reader)
     with progress(min(arguments.clips, len(reader)), "reading", "clip") as bar:

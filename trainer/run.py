@@ -113,7 +113,10 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
         "--stage", required=True, help=f"{', '.join(STAGES)}, or package.module:SPEC for one of your own"
     )
     parser.add_argument("--data", help="dataset folder or s3:// prefix (pairs for --stage preference)")
-    parser.add_argument("--validation-data", help="the same of held-out clips; left out: clips of --data")
+    parser.add_argument(
+        "--validation-data",
+        help="the same of held-out clips; left out: the validation split of --data, or else its training clips",
+    )
     parser.add_argument("--output", type=Path, help="folder of the run; existing checkpoints there are resumed")
     parser.add_argument("--init", type=Path, help="model folder the student starts from")
     parser.add_argument("--teacher", type=Path, help="model folder of the real score (Stage II)")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.storage import StorageConfig
+from common.storage import StorageConfig, open_folder
 from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import read_manifest
 from pipeline.model.attention import automatic_choice, set_attention
 from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import build_transformer, load_transformer
@@ -42,7 +43,7 @@ class TrainingJob:
     #: dataset folder or s3:// prefix
     data: str
     output: Path
-    #: dataset folder or s3:// prefix of held-out clips; None: validation looks at clips of the training set
+    #: dataset folder or s3:// prefix of held-out clips; None: the validation split of `data`, or training clips
     validation_data: str | None = None
     #: model folder the student starts from
     init: Path | None = None
@@ -158,12 +159,19 @@ def _train(job: TrainingJob, world: World) -> bool:
 
 
 def _validation(job: TrainingJob, vae: VAE, world: World, sequence: SequenceGroup) -> Validation:
-    """The first `validation_clips` of the validation set, spread over the ranks."""
+    """The first `validation_clips` of the validation set, spread over the ranks.
+
+    That is the validation split of the folder in question, or all of a folder without one.
+    """
+    folder = job.validation_data or job.data
+    held_out = read_manifest(open_folder(folder, job.storage)).has_validation
     if job.validation_data is None and world.rank == 0:
-        print("validation: clips of the training set, as no --validation-data is given", flush=True)
+        held = f"held-out clips of {job.data}"
+        none = "clips of the training set, as it has no validation split and no --validation-data is given"
+        print(f"validation: {held if held_out else none}", flush=True)
     clips, readers, number = job.config.validation_clips, world.size // sequence.size, world.rank // sequence.size
     share = -(-clips // readers)
-    reader = _reader(job, world, sequence, share, job.config.seed + 1, data=job.validation_data)
+    reader = _reader(job, world, sequence, share, job.config.seed + 1, folder, "validation" if held_out else "all")
     return Validation(fixed_batch(reader), vae, world.device, first=number * share, clips=clips)
 
 
@@ -237,7 +245,13 @@ def initial_transformer(
 
 
 def _reader(
-    job: TrainingJob, world: World, sequence: SequenceGroup, samples: int, seed: int, data: str | None = None
+    job: TrainingJob,
+    world: World,
+    sequence: SequenceGroup,
+    samples: int,
+    seed: int,
+    data: str | None = None,
+    split: Literal["train", "validation", "all"] = "train",
 ) -> ShardReader:
     """Reads `samples` per micro-batch on each rank, or on each group of ranks that share clips."""
     readers = world.size // sequence.size
@@ -245,6 +259,7 @@ def _reader(
         data or job.data,
         members=job.stage.members,
         seed=seed,
+        split=split,
         global_batch_size=samples * readers,
         rank=world.rank // sequence.size,
         world_size=readers,

@@ -28,13 +28,12 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 #: a loan carries 64 MiB: this folder, the dataset and the repository
 LARGEST_MIB = 30
 
-#: what deepspeed, diffusers, pydantic, webdataset and rich import, less what torch and numpy bring along
+#: what deepspeed, diffusers, pydantic and rich import, less what torch and numpy bring along
 PACKAGES = (
     *("diffusers", "huggingface-hub", "importlib-metadata", "zipp", "requests", "urllib3", "certifi", "idna"),
     *("charset-normalizer", "regex", "safetensors", "pillow", "pyyaml", "tqdm", "packaging", "filelock"),
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("einops", "hjson", "msgpack", "psutil", "py-cpuinfo"),
-    *("webdataset", "braceexpand"),
     *("rich", "markdown-it-py", "mdurl", "pygments"),
     *("httpx2", "httpcore2", "h11", "anyio", "truststore", "click", "lazy-importer", "ninja"),
 )  # fmt: skip

@@ -78,8 +78,8 @@ FILTERS = ("black", "empty", "static", "blurred", "repeated")
 
 def _kind_of(reason: str) -> str:
     """A reason without its particulars, for counting: `black: luma 3.1 is below 8.0` is `black`."""
-    if reason.startswith("duplicate of"):
-        return "duplicate"
+    if reason.startswith(("duplicate of", "copy of held-out")):
+        return "duplicate" if reason.startswith("duplicate") else "copy of a held-out source"
     if reason.startswith(("resolution", "length", "no scene")):
         return reason.split()[0] if not reason.startswith("no scene") else "scenes too short"
     return reason.split(":")[0] if reason.split(":")[0] in FILTERS else "unreadable"

@@ -14,11 +14,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from safetensors.torch import load
 
 from common.errors import UserError
 from common.fingerprint import fingerprint
@@ -29,10 +27,14 @@ from datagen.dataset.shard_format import (
     ShardEntry,
     Sidecar,
     Span,
+    Split,
     read_manifest,
     read_member,
     read_sidecar,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 #: sidecars kept in memory [ours]
 SIDECARS_KEPT = 4096
@@ -60,6 +62,9 @@ class StoredSample:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of the member `<name>.safetensors`."""
+        # not at the top: the job that writes a dataset reads its clips only, and does without torch
+        from safetensors.torch import load
+
         return load(self.read(f"{name}.safetensors"))
 
     def frames(self, name: str) -> np.ndarray:
@@ -80,12 +85,18 @@ class ShardDataset:
 
     @classmethod
     def open(
-        cls, address: str | os.PathLike[str], storage: StorageConfig | None = None, *, kind: str | None = None
+        cls,
+        address: str | os.PathLike[str],
+        storage: StorageConfig | None = None,
+        *,
+        kind: str | None = None,
+        split: Split | Literal["all"] = "all",
     ) -> tuple[ShardDataset, Manifest]:
-        """All samples of a finished dataset, and its manifest.
+        """Samples of a finished dataset, and its manifest.
 
         Args:
             kind: `clips` or `pairs`: what it has to hold.
+            split: which of its samples; those of a dataset without a split are training samples.
 
         Raises:
             UserError: no finished dataset there, one of another kind, or an empty one.
@@ -95,9 +106,11 @@ class ShardDataset:
         if kind is not None and manifest.kind != kind:
             maker = {"clips": "datagen.build_shards", "pairs": "preference.build"}[kind]
             raise UserError(f"{address} holds {manifest.kind}; give the {kind} that {maker} wrote")
-        if not manifest.samples:
-            raise UserError(f"{address} holds no sample; look into its quarantine.jsonl for the reasons")
-        return cls(folder, manifest.shards), manifest
+        dataset = cls(folder, manifest.shards_of(split))
+        if not len(dataset):
+            what = "sample" if split == "all" else f"{split} sample"
+            raise UserError(f"{address} holds no {what}; look into its quarantine.jsonl for the reasons")
+        return dataset, manifest
 
     @property
     def fingerprint(self) -> str:

@@ -29,7 +29,7 @@ from common.seeding import derive_seed
 from common.storage import Folder, StorageConfig, open_folder
 from datagen.dataset.cache import cached
 from datagen.dataset.dataset import ShardDataset, StoredSample
-from datagen.dataset.shard_format import DamagedShard, ShardEntry, read_manifest, sidecar_name
+from datagen.dataset.shard_format import DamagedShard, ShardEntry, Split, read_manifest, sidecar_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class ShardReader:
         dataset: local folder or `s3://` prefix that datagen or preference wrote.
         members: which members to read beside the metadata: `latents`, `pair`, `lr`, `hr`.
         seed: of the order.
+        split: which samples; those of a dataset without a split are training samples.
         global_batch_size: samples per batch over all ranks; a multiple of `world_size`.
         cache_dir: keep complete shards of a remote dataset here after their first use.
         damaged: what to do with shards that are missing or cut short when the reader opens, and with samples
@@ -81,6 +82,7 @@ class ShardReader:
         members: Sequence[str] = ("latents",),
         seed: int,
         global_batch_size: int,
+        split: Split | Literal["all"] = "all",
         rank: int = 0,
         world_size: int = 1,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -105,13 +107,14 @@ class ShardReader:
         self._consumed = 0
 
         self.manifest = read_manifest(folder)
-        shards = self._intact_shards(folder)
+        shards = self._intact_shards(folder, self.manifest.shards_of(split))
         if cache_dir is not None:
             folder = cached(folder, cache_dir, {entry.name: entry.sha256 for entry in shards})
         self._dataset = ShardDataset(folder, shards)
         self._url = folder.url
         if not len(self._dataset):
-            raise UserError(f"{dataset}: the dataset holds no readable sample")
+            what = "sample" if split == "all" else f"{split} sample"
+            raise UserError(f"{dataset}: the dataset holds no readable {what}")
         self._fingerprint = self._dataset.fingerprint
         self._permutation = lru_cache(maxsize=2)(self._make_permutation)
 
@@ -164,11 +167,11 @@ class ShardReader:
             raise UserError(f"the saved position was made with seed {state['seed']}, this run has {self._seed}")
         self._consumed = int(state["consumed"])
 
-    def _intact_shards(self, folder: Folder) -> list[ShardEntry]:
+    def _intact_shards(self, folder: Folder, shards: list[ShardEntry]) -> list[ShardEntry]:
         """Shards whose tar and sidecar are there at full size: a cheap check, equal on all ranks."""
         sizes = folder.sizes("shards/")
         intact = []
-        for entry in self.manifest.shards:
+        for entry in shards:
             size = sizes.get(entry.name)
             if size == entry.bytes and sidecar_name(entry.name) in sizes:
                 intact.append(entry)

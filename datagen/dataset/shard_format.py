@@ -17,9 +17,9 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from common.errors import UserError
 from common.storage import Folder, open_folder
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+
+#: which samples a shard holds; None in datasets without a split, which are training samples as a whole
+Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,43 @@ class ShardEntry(BaseModel):
     samples: int
     bytes: int
     sha256: str
+    split: Split | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_split(self, handler: Any) -> dict[str, Any]:
+        """Without the field where there is no split: the bytes that were written before the field existed."""
+        document: dict[str, Any] = handler(self)
+        if document["split"] is None:
+            del document["split"]
+        return document
 
 
-class Sidecar(ShardEntry):
-    """What lies in a shard and where. `extra` belongs to whoever wrote it (plan hash, statistics)."""
+class CommittedShard(ShardEntry):
+    """What a job keeps of a shard: a million samples' members would fill its memory.
+
+    Attributes:
+        extra: belongs to whoever wrote it (plan hash, statistics).
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    extra: dict[str, Any] = {}
+
+
+class Sidecar(CommittedShard):
+    """What lies in a shard and where."""
+
+    model_config = ConfigDict(extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
     keys: list[str]
     members: list[dict[str, Span]]
-    extra: dict[str, Any] = {}
+
+    def without_members(self) -> CommittedShard:
+        return CommittedShard(**{field: getattr(self, field) for field in CommittedShard.model_fields})
+
+
+Committed = TypeVar("Committed", bound=CommittedShard)
 
 
 class Manifest(BaseModel):
@@ -85,6 +116,15 @@ class Manifest(BaseModel):
     shards: list[ShardEntry]
     extra: dict[str, Any] = {}
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether some of its samples are held out."""
+        return any(entry.split == "validation" and entry.samples for entry in self.shards)
+
+    def shards_of(self, split: Split | Literal["all"]) -> list[ShardEntry]:
+        """Shards of one side; those of a dataset without a split are training shards."""
+        return [entry for entry in self.shards if split in ("all", entry.split or "train")]
+
 
 def shard_name(index: int) -> str:
     """Name of shard `index` inside the dataset folder."""
@@ -97,7 +137,11 @@ def sidecar_name(shard: str) -> str:
 
 
 def write_shard(
-    folder: Folder | str | os.PathLike[str], index: int, samples: Iterable[Sample], extra: dict[str, Any] | None = None
+    folder: Folder | str | os.PathLike[str],
+    index: int,
+    samples: Iterable[Sample],
+    extra: dict[str, Any] | None = None,
+    split: Split | None = None,
 ) -> Sidecar:
     """Write shard `index` atomically, the sidecar last.
 
@@ -117,14 +161,15 @@ def write_shard(
     try:
         with temporary.open("wb") as file:
             stream = _HashedFile(file)
-            with TarWriter(stream, encoder=False, user="", group="", mode=0o644, mtime=0) as tar:
-                for sample in samples:
-                    if "." in sample.key or "/" in sample.key or sample.key in keys:
-                        raise ValueError(f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}")
-                    keys.append(sample.key)
-                    members.append(
-                        {member: _add(tar, sample.key, member, content) for member, content in sample.members.items()}
-                    )
+            for sample in samples:
+                if "." in sample.key or "/" in sample.key or sample.key in keys:
+                    raise ValueError(f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}")
+                keys.append(sample.key)
+                members.append(
+                    {member: _add(stream, sample.key, member, content) for member, content in sample.members.items()}
+                )
+            stream.write(bytes(2 * tarfile.BLOCKSIZE))
+            stream.write(bytes(-stream.size % tarfile.RECORDSIZE))
         folder.commit(temporary, name)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -137,6 +182,7 @@ def write_shard(
         keys=keys,
         members=members,
         extra=extra or {},
+        split=split,
     )
     folder.write(sidecar_name(name), _to_json(sidecar))
     return sidecar
@@ -149,9 +195,18 @@ def read_sidecar(folder: Folder, shard: str) -> Sidecar:
         FileNotFoundError: the shard is not committed.
         DamagedShard: the sidecar is damaged.
     """
+    return _read_sidecar(folder, shard, Sidecar)
+
+
+def read_committed(folder: Folder, shard: str) -> CommittedShard:
+    """The sidecar of tar `shard` without its members; raises like `read_sidecar`."""
+    return _read_sidecar(folder, shard, CommittedShard)
+
+
+def _read_sidecar(folder: Folder, shard: str, kind: type[Committed]) -> Committed:
     name = sidecar_name(shard)
     try:
-        return Sidecar.model_validate_json(folder.read(name))
+        return kind.model_validate_json(folder.read(name))
     except ValidationError as error:
         raise DamagedShard(f"{folder.url}/{name} is damaged: {error.errors()[0]['msg']}") from None
 
@@ -215,11 +270,15 @@ class DamagedShard(Exception):
     """A shard's bytes are not those that were written."""
 
 
-def _add(tar: TarWriter, key: str, member: str, content: bytes) -> Span:
-    """Append one member; `TarWriter.write` sorts those of one call, so each has a call of its own."""
-    tar.write({"__key__": key, member: content})
-    padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return Span(tar.tarstream.offset - padded, len(content), zlib.crc32(content))
+def _add(stream: _HashedFile, key: str, member: str, content: bytes) -> Span:
+    """Append one member as `webdataset.TarWriter` does, whose package loads torch into every process that writes."""
+    info = tarfile.TarInfo(f"{key}.{member}")
+    info.size, info.mode = len(content), 0o644
+    stream.write(info.tobuf())
+    span = Span(stream.size, len(content), zlib.crc32(content))
+    stream.write(content)
+    stream.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+    return span
 
 
 class _HashedFile:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load
+from safetensors import deserialize
 
 from datagen.dataset.shard_format import Sample
 
@@ -28,12 +28,13 @@ class ShardStatistics:
             if kind:
                 _count(counts, operation["op"], kind)
         self.record["lr_psnr_db"].append(metadata["lr_psnr_db"])
-        for name, latent in load(sample.members["latents.safetensors"]).items():
-            values = latent.double().flatten(1)
+        for name, stored in deserialize(sample.members["latents.safetensors"]):
+            values = _float32(stored)
             moments = self.record["latents"].setdefault(name, {"values": 0, "sum": None, "squares": None})
             moments["values"] += values.shape[1]
-            moments["sum"] = _added(moments["sum"], values.sum(1).tolist())
-            moments["squares"] = _added(moments["squares"], values.square().sum(1).tolist())
+            moments["sum"] = _added(moments["sum"], values.sum(1, dtype=np.float64).tolist())
+            # the square of a bf16 number is exact in float32
+            moments["squares"] = _added(moments["squares"], np.square(values).sum(1, dtype=np.float64).tolist())
 
 
 def summed(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -62,6 +63,14 @@ def summed(records: list[dict[str, Any]]) -> dict[str, Any]:
         "lr_psnr_db": {"quantiles": quantiles, "histogram": histogram.tolist(), "edges": edges.round(2).tolist()},
         "latents": latents,
     }
+
+
+def _float32(stored: dict[str, Any]) -> np.ndarray:
+    """A stored latent as (C, T·h·w) float32, without torch."""
+    channels, data = stored["shape"][0], stored["data"]
+    if stored["dtype"] == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(channels, -1)
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[stored["dtype"]]).astype(np.float32).reshape(channels, -1)
 
 
 def _count(counts: dict[str, dict[str, int]], group: str, name: str) -> None:

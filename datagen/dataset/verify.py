@@ -45,8 +45,9 @@ def faults(folder: Folder, threads: int = 4) -> Iterator[str]:
     manifest = read_manifest(folder)
     yield from _listing_faults(folder, manifest)
     seen: dict[str, str] = {}
+    sides: dict[str, ShardEntry] = {}
     with ThreadPoolExecutor(threads) as pool, progress(len(manifest.shards), "verify", "shards") as bar:
-        for entry, (found, keys) in zip(
+        for entry, (found, keys, sources) in zip(
             manifest.shards, pool.map(lambda entry: _shard_faults(folder, entry), manifest.shards), strict=True
         ):
             bar.advance(1)
@@ -54,6 +55,10 @@ def faults(folder: Folder, threads: int = 4) -> Iterator[str]:
             for key in keys:
                 if seen.setdefault(key, entry.name) != entry.name:
                     yield f"{entry.name}: sample {key} is also in {seen[key]}"
+            for source in sources:
+                other = sides.setdefault(source, entry)
+                if other.split != entry.split:
+                    yield f"{entry.name}: source {source} is held out and is trained on, see {other.name}"
 
 
 def _listing_faults(folder: Folder, manifest: Manifest) -> Iterator[str]:
@@ -65,20 +70,22 @@ def _listing_faults(folder: Folder, manifest: Manifest) -> Iterator[str]:
         yield f"manifest.json: {manifest.samples} samples, but its shards sum to another number"
 
 
-def _shard_faults(folder: Folder, entry: ShardEntry) -> tuple[list[str], list[str]]:
-    """Faults of one shard and the keys in its sidecar."""
+def _shard_faults(folder: Folder, entry: ShardEntry) -> tuple[list[str], list[str], list[str]]:
+    """Faults of one shard, the keys in its sidecar, and the sources that its statistics name."""
     try:
         sidecar = read_sidecar(folder, entry.name)
     except FileNotFoundError:
-        return [f"{sidecar_name(entry.name)}: missing"], []
+        return [f"{sidecar_name(entry.name)}: missing"], [], []
     except DamagedShard as error:
-        return [str(error)], []
+        return [str(error)], [], []
+    sources = list(sidecar.extra.get("statistics", {}).get("counts", {}).get("source", ()))
     try:
         content = folder.read(entry.name)
     except FileNotFoundError:
-        return [f"{entry.name}: missing"], sidecar.keys
+        return [f"{entry.name}: missing"], sidecar.keys, sources
     found = []
-    if (sidecar.samples, sidecar.bytes, sidecar.sha256) != (entry.samples, entry.bytes, entry.sha256):
+    said = [(of.samples, of.bytes, of.sha256, of.split) for of in (sidecar, entry)]
+    if said[0] != said[1]:
         found.append(f"{sidecar_name(entry.name)}: not the shard of the manifest")
     if len(content) != entry.bytes:
         found.append(f"{entry.name}: {len(content)} bytes instead of {entry.bytes}")
@@ -87,7 +94,7 @@ def _shard_faults(folder: Folder, entry: ShardEntry) -> tuple[list[str], list[st
     found += _tar_faults(content, sidecar)
     for key, members in zip(sidecar.keys, sidecar.members, strict=True):
         found += _sample_faults(content, entry.name, key, members)
-    return found, sidecar.keys
+    return found, sidecar.keys, sources
 
 
 def _tar_faults(content: bytes, sidecar: Sidecar) -> list[str]:

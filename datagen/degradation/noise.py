@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from common.config import Section
 from datagen.degradation.operation import Drawn, Frames, HrShape, Operation, Probability, Range, listed, walk
@@ -98,6 +98,9 @@ def poisson_quantiles(levels: int) -> np.ndarray:
     """
     mean = np.arange(256) / 255 * levels / 2
     middles = (np.arange(256) + 0.5) / 256
+    # scipy.stats takes longer to load than all tables to make: only where there is Poisson noise
+    from scipy import stats
+
     counts = stats.poisson.ppf(middles[None, :], mean[:, None])
     centred = counts - counts.mean(1, keepdims=True)
     spread = centred.std(1)

@@ -1,6 +1,7 @@
 """One HR clip and all its degradations up to the VAE, and the samples they become. Runs on CPU workers.
 
-Nothing that a video can do escapes from here: every failure comes back as a `Fault` in the place of what it cost.
+Nothing that a video can do escapes from here: every failure comes back as a `Fault` in the place of what it cost. Only
+that its file is out of reach does, which is no failure of the video.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from common.errors import UserError
+from common.errors import StorageError, UserError
 from common.lossless_clip import encode_bytes
 from common.psnr import psnr_db
 from common.storage import StorageConfig
@@ -71,6 +72,8 @@ def make_clip(plans: list[SamplePlan], config: DatagenConfig, storage: StorageCo
         if config.sharpen_targets:
             hr = sharpened(hr, config.sharpen_targets)
         stored = encode_bytes(hr) if config.store_clips else b""
+    except StorageError:
+        raise  # says nothing about this clip, and the next ones would fail too
     except Exception as error:
         return _fault(error, plan)
     return Clip(hr, stored, [_degraded(hr, variant, config) for variant in plans])

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import logging
+import uuid
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -24,14 +27,23 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
+from common.errors import StorageError
 from common.scale import SCALE
 from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sample
+from datagen.encode.attempts import MAX_ATTEMPTS, attempt
 from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
 from datagen.encode.latent_reuse import LATENTS, EarlierDataset, Place, read_latent
 from datagen.plan import SamplePlan
 from datagen.ray_cluster import MAX_RETRIES, VARIANTS_PER_ROW, dataset_of, iterate_rows, text_array
+
+#: reasons against a clip
+ENDED = f"ends the process that works on it ({MAX_ATTEMPTS} times; out of memory, or a crash)"
+#: kind of a Fault that is not the clip's own: its file is out of reach. A status, as of an exception Ray Data passes on
+#: its own wrapping only
+UNREACHABLE = "unreachable"
+NOT_FINITE = "its latent is not finite (NaN or infinity)"
 
 
 class EncodedSample(NamedTuple):
@@ -49,26 +61,32 @@ def encode(
     vae: str,
     versions: dict[str, str],
     earlier: EarlierDataset | None = None,
-) -> Iterator[EncodedSample]:
+) -> Generator[EncodedSample]:
     """Each planned sample in order: decoded and degraded by CPU tasks, encoded by VAE actors.
 
     Args:
         plans: None of them, no Ray job.
         vae: folder of the VAE, on every node.
         earlier: where z_hr of some clips can be taken from.
+
+    Raises:
+        StorageError: a clip's file is out of reach.
     """
     if not plans:
         return
+    job = uuid.uuid4().hex
     earlier_url, places = (earlier.url, earlier.places) if earlier else ("", {})
 
     def degrade(table: pa.Table) -> pa.Table:
         plans, place = _plans(table["plans"][0].as_py()), json.loads(table["place"][0].as_py())
         z_hr = read_latent(earlier_url, Place.of(place), plans[0], storage) if place else b""
-        return _degraded(table["plans"], make_clip(plans, config, storage), len(plans), z_hr)
+        with attempt(job, "degrade", plans[0].key) as allowed:
+            made = _reachable(plans, config, storage) if allowed else Fault(ENDED)
+        return _degraded(table["plans"], made, len(plans), z_hr)
 
     class Actor(_EncodeActor):
         def __init__(self) -> None:
-            super().__init__(vae, config)
+            super().__init__(vae, config, job)
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = config.encode.actors or max(1, gpus)
@@ -89,8 +107,12 @@ def encode(
             **share,
         )
     )
-    for row in iterate_rows(dataset):
-        yield from _samples(row, versions)
+    with closing(iterate_rows(dataset)) as made:
+        for row in made:
+            for sample in _samples(row, versions):
+                if isinstance(sample.made, Fault) and sample.made.kind == UNREACHABLE:
+                    raise StorageError(sample.made.reason)
+                yield sample
 
 
 def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:
@@ -98,6 +120,13 @@ def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:
     for _, variants in itertools.groupby(plans, lambda plan: plan.clip):
         while part := list(itertools.islice(variants, VARIANTS_PER_ROW)):
             yield part
+
+
+def _reachable(plans: list[SamplePlan], config: DatagenConfig, storage: StorageConfig) -> Clip | Fault:
+    try:
+        return make_clip(plans, config, storage)
+    except StorageError as error:
+        return Fault(str(error), UNREACHABLE)
 
 
 def _degraded(plans: pa.ChunkedArray, made: Clip | Fault, variants: int, z_hr: bytes) -> pa.Table:
@@ -123,17 +152,53 @@ def _degraded(plans: pa.ChunkedArray, made: Clip | Fault, variants: int, z_hr: b
 class _EncodeActor:
     """datagen/encode/vae_encoder.py over Arrow rows: HR once, LR of each variant that was made."""
 
-    def __init__(self, vae: str, config: DatagenConfig) -> None:
+    def __init__(self, vae: str, config: DatagenConfig, job: str = "") -> None:
         from datagen.encode.vae_encoder import Encoder
 
+        self._job = job
         self._encoder = Encoder(vae, config.encode.cpus, config.encode.batch_size)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()
+        with ExitStack() as stack:
+            keys = [_plans(row["plans"])[0].key for row in rows]
+            allowed = [stack.enter_context(attempt(self._job, "encode", key)) for key in keys]
+            made = iter(self._isolated([row for row, may in zip(rows, allowed, strict=True) if may]))
+            latents = [
+                next(made) if may else [Fault(ENDED)] * len(row["lr"]) for row, may in zip(rows, allowed, strict=True)
+            ]
+        faults = [
+            [
+                asdict(part) if isinstance(part, Fault) and not fault else fault
+                for fault, part in zip(before, row, strict=True)
+            ]
+            for before, row in zip(map(json.loads, table["faults"].to_pylist()), latents, strict=True)
+        ]
+        contents = [[b"" if isinstance(part, Fault) else part for part in row] for row in latents]
+        table = table.drop_columns(["hr", "z_hr", "lr", "faults"])
+        table = table.append_column("faults", text_array([json.dumps(row) for row in faults]))
+        return table.append_column("latents", _byte_lists(contents))
+
+    def _isolated(self, rows: list[dict[str, Any]]) -> list[list[bytes | Fault]]:
+        """`_latents`, where the VAE fails clip by clip, and with a second try for each: no clip costs another one."""
+        try:
+            return self._latents(rows)
+        except Exception as error:
+            logging.getLogger(__name__).warning("VAE, %d clips: %s", len(rows), error)
+        if len(rows) > 1:
+            return [latents for row in rows for latents in self._isolated([row])]
+        self._encoder.free_memory()
+        try:
+            return self._latents(rows)
+        except Exception as error:
+            return [[Fault(f"VAE: {type(error).__name__}: {error}")] * len(row["lr"]) for row in rows]
+
+    def _latents(self, rows: list[dict[str, Any]]) -> list[list[bytes | Fault]]:
+        """The member `latents.safetensors` of each variant, nothing where there is no LR."""
         from safetensors.torch import load
 
         from datagen.encode.vae_encoder import latents_member
 
-        rows = table.select(["plans", "hr", "z_hr", "lr"]).to_pylist()
         shapes = [_plans(row["plans"])[0] for row in rows]
         hr = [_pixels(row["hr"], plan, 1) for row, plan in zip(rows, shapes, strict=True) if row["hr"]]
         lr = [
@@ -143,11 +208,12 @@ class _EncodeActor:
             if content
         ]
         z_hr, z_lr = map(iter, self._encoder.latents(hr, lr))
-        latents = []
+        latents: list[list[bytes | Fault]] = []
         for row in rows:
             high = next(z_hr) if row["hr"] else row["z_hr"] and load(row["z_hr"])["z_hr"]
-            latents.append([latents_member(high, next(z_lr)) if content else b"" for content in row["lr"]])
-        return table.drop_columns(["hr", "z_hr", "lr"]).append_column("latents", _byte_lists(latents))
+            members = [latents_member(high, next(z_lr)) if content else b"" for content in row["lr"]]
+            latents.append([Fault(NOT_FINITE) if member is None else member for member in members])
+        return latents
 
 
 def _samples(row: dict[str, Any], versions: dict[str, str]) -> Iterator[EncodedSample]:

@@ -1,32 +1,18 @@
-"""Clips to latents: the VAE actor, and what identifies a VAE."""
+"""Clips to latents: what the VAE actor calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
-from common.errors import UserError
-from common.fingerprint import files_fingerprint
 
-
-def vae_hash(folder: Path) -> str:
-    """SHA-256 over the configuration and weights of a VAE folder: equal hashes give equal latents.
-
-    Raises:
-        UserError: no such folder, or no safetensors in it.
-    """
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"model.vae: {folder} holds no VAE (config.json and *.safetensors); see the README on weights")
-    return files_fingerprint(files, folder)
-
-
-def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes:
-    """The member `latents.safetensors` of a sample."""
+def latents_member(z_hr: torch.Tensor, z_lr: torch.Tensor) -> bytes | None:
+    """The member `latents.safetensors` of a sample; None where a value is NaN or infinite."""
+    if not (z_hr.isfinite().all() and z_lr.isfinite().all()):
+        return None
     # copies: parts of one batch share its memory, which safetensors refuses
     return save({"z_hr": z_hr.clone(), "z_lr": z_lr.clone()})
 
@@ -55,6 +41,11 @@ class Encoder:
         """
         latents = list(self._encoded(hr, lr))
         return latents[: len(hr)], latents[len(hr) :]
+
+    def free_memory(self) -> None:
+        """Give back what the GPU's allocator keeps: a clip may fit alone that did not fit beside others."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def _encoded(self, hr: list[np.ndarray], lr: list[np.ndarray]) -> Iterator[torch.Tensor]:

@@ -18,12 +18,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import StorageError, UserError
 from common.lossless_clip import UnreadableVideo
 from common.storage import StorageConfig
 from datagen.config import ClipConfig, DatagenConfig
@@ -33,6 +35,10 @@ from datagen.survey.video_survey import survey
 from datagen.survey.window_reader import WindowReader
 
 PR_SET_PDEATHSIG = 1
+#: pauses between attempts to reach a file, s: the first, doubled each time, and the longest [ours]
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
+
+Answer = TypeVar("Answer")
 
 
 def survey_isolated(source: Source, config: DatagenConfig, storage: StorageConfig) -> SourceSurvey:
@@ -40,6 +46,7 @@ def survey_isolated(source: Source, config: DatagenConfig, storage: StorageConfi
 
     Raises:
         UnreadableVideo: no video, it breaks off, crashes the decoder or takes too long.
+        StorageError: the file's bytes cannot be read.
     """
     request = {"do": "survey", "clip": config.clip.model_dump(mode="json")}
     # a survey decodes everything, a window a little: the limit is per window, a video has many
@@ -52,10 +59,20 @@ def survey_isolated(source: Source, config: DatagenConfig, storage: StorageConfi
 def decode_isolated(
     source: Source, start: int, pts: int | None, frames: int, config: DatagenConfig, storage: StorageConfig
 ) -> np.ndarray:
-    """A window by `WindowReader`, in the child; raises like `survey_isolated`."""
+    """A window by `WindowReader`, in the child; raises like `survey_isolated`, StorageError after all attempts."""
     request = {"do": "window", "start": start, "pts": pts, "frames": frames}
-    header, content = _ask(request, source, config, storage, patience=1)
+    header, content = _patiently(lambda: _ask(request, source, config, storage, patience=1), storage.attempts)
     return np.frombuffer(content, np.uint8).reshape(header["shape"])
+
+
+def _patiently(ask: Callable[[], Answer], attempts: int) -> Answer:
+    """`ask()`, again while files are out of reach."""
+    for attempt in range(attempts - 1):
+        try:
+            return ask()
+        except StorageError:
+            time.sleep(min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
+    return ask()
 
 
 _child: subprocess.Popen[bytes] | None = None
@@ -77,7 +94,7 @@ def _ask(
     timer = threading.Timer(limit_s, expire)
     timer.start()
     try:
-        request |= {"path": source.path, "name": source.id, "storage": storage.model_dump(mode="json")}
+        request = request | {"path": source.path, "name": source.id, "storage": storage.model_dump(mode="json")}
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.flush()
         header = json.loads(child.stdout.readline())
@@ -95,6 +112,8 @@ def _ask(
         raise UnreadableVideo(f"{source.id}: crashes the decoder") from None
     finally:
         timer.cancel()
+    if "unreachable" in header:
+        raise StorageError(header["unreachable"])
     if "unreadable" in header:
         raise UnreadableVideo(header["unreadable"])
     if "error" in header:
@@ -145,20 +164,38 @@ def _serve() -> None:
 
 def _answer(request: dict[str, Any], reader: WindowReader) -> tuple[dict[str, Any], memoryview]:
     nothing = memoryview(b"")
+    path, name = request["path"], request["name"]
+    source = partial(open_source, path, StorageConfig(**request["storage"]))
     try:
-        path, name = request["path"], request["name"]
-        source = partial(open_source, path, StorageConfig(**request["storage"]))
         if request["do"] == "survey":
             found = survey(Source(name, path), source(), ClipConfig(**request["clip"]))
             return {"survey": to_document(found)}, nothing
         window = reader.read(path, source, name, request["start"], request["pts"], request["frames"])
         return {"shape": window.shape}, window.data.cast("B")
-    except UnreadableVideo as error:
-        return {"unreadable": str(error)}, nothing
-    except UserError as error:
-        return {"error": str(error)}, nothing
     except Exception as error:
-        return {"unreadable": f"{request['name']}: {type(error).__name__}: {error}"}, nothing
+        fault = _storage_fault(source)
+        if fault:
+            return {"unreachable": f"{name}: {path} cannot be read: {fault}; is its disk or server there?"}, nothing
+        if isinstance(error, UserError):
+            return {"unreadable" if isinstance(error, UnreadableVideo) else "error": str(error)}, nothing
+        return {"unreadable": f"{name}: {type(error).__name__}: {error}"}, nothing
+
+
+def _storage_fault(source: Callable[[], Any]) -> str | None:
+    """Why a file's bytes cannot be read, whatever they mean; None where they can.
+
+    FFmpeg's own errors do not tell: it says "input/output error" of files that break off, too.
+    """
+    try:
+        found = source()
+        with open(found, "rb") if isinstance(found, str) else found as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        return error.strerror or str(error)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ class SourceSurvey:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A video that cannot be decoded."""
+    """A video that cannot be decoded; `unreachable` if its bytes could not be read, so that it may be sound."""
 
     source: Source
     reason: str
+    unreachable: bool = False
 
 
 def to_document(survey: SourceSurvey | Unreadable) -> dict[str, Any]:

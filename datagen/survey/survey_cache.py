@@ -1,15 +1,21 @@
-"""The survey of all sources, on Ray, saved per 64 sources: run again, a job surveys only what is not finished."""
+"""Surveys of all sources, on Ray, kept in `survey/`: run again, a job surveys only what it has no survey of.
+
+A file holds up to 64 surveys in the order in which they were made. Each is found by a hash of the source's name, its
+file's version and all that decides what is measured. So a source that was added or has changed costs its own survey.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pyarrow as pa
 
-from common.errors import UserError
+from common.errors import StorageError, UserError
 from common.fingerprint import fingerprint
 from common.progress import progress
 from common.storage import Folder, StorageConfig
@@ -20,37 +26,79 @@ from datagen.sources import Source
 from datagen.survey.decoder_process import survey_isolated
 from datagen.survey.source_survey import SourceSurvey, Unreadable, from_document, to_document
 
-SOURCES_PER_FILE = 64
+SURVEYS_PER_FILE = 64
+#: requests at once [ours]
+READERS = 16
 
 Survey = SourceSurvey | Unreadable
 
 
-def survey_all(folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> list[Survey]:
-    """Surveys of all sources in order, taken from finished files where there are any."""
-    groups = [sources[first : first + SOURCES_PER_FILE] for first in range(0, len(sources), SOURCES_PER_FILE)]
-    done: dict[int, list[Survey]] = {}
-    for index, group in enumerate(groups):
-        saved = _read(folder, index, group, config)
-        if saved is not None:
-            done[index] = saved
-    missing = [index for index in range(len(groups)) if index not in done]
+def survey_all(
+    folder: Folder,
+    sources: list[Source],
+    config: DatagenConfig,
+    storage: StorageConfig,
+    start_ray: Callable[[], None],
+    *,
+    look_again: bool = False,
+) -> list[Survey]:
+    """Surveys of all sources in order, taken from finished files where there are any.
+
+    Args:
+        start_ray: called where something is missing.
+        look_again: survey sources anew that were out of reach, as long as no plan relies on it.
+    """
+    keys = survey_keys(sources, config)
+    files = sorted(name for name in folder.sizes("survey/") if name.endswith(".json"))
+    done = _read(folder, files, dict(zip(keys, sources, strict=True)))
+    if look_again:
+        done = {key: found for key, found in done.items() if not (isinstance(found, Unreadable) and found.unreachable)}
+    missing = [index for index, key in enumerate(keys) if key not in done]
     if missing:
-        surveys = _survey([source for index in missing for source in groups[index]], config, storage)
+        start_ray()
         unreadable = 0
-        with progress(sum(len(groups[index]) for index in missing), "survey", "sources") as bar:
-            for index in missing:
-                done[index] = []
-                for found in itertools.islice(surveys, len(groups[index])):
-                    done[index].append(found)
+        numbers = itertools.count(_number(files[-1]) + 1 if files else 0)
+        with (
+            closing(_survey([sources[index] for index in missing], config, storage)) as surveys,
+            progress(len(missing), "survey", "sources") as bar,
+        ):
+            for first in range(0, len(missing), SURVEYS_PER_FILE):
+                documents = []
+                for index in missing[first : first + SURVEYS_PER_FILE]:
+                    found = done[keys[index]] = next(surveys)
+                    documents.append({"of": keys[index]} | to_document(found))
                     unreadable += isinstance(found, Unreadable)
                     bar.advance(1, unreadable=unreadable)
-                documents = [to_document(found) for found in done[index]]
-                saved_as = {"of": _identity(groups[index], config), "surveys": documents}
-                folder.write(_name(index), json.dumps(saved_as).encode())
-    return [found for index in range(len(groups)) for found in done[index]]
+                folder.write(f"survey/part-{next(numbers):06d}.json", json.dumps({"surveys": documents}).encode())
+    return [done[key] for key in keys]
 
 
-def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> Iterator[Survey]:
+def survey_keys(sources: list[Source], config: DatagenConfig) -> list[str]:
+    """What a source's survey is found by."""
+    measured = fingerprint([config.clip.model_dump(mode="json"), SURVEY_REVISION])
+    texts = (json.dumps([measured, source.id, source.version]) for source in sources)
+    return [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
+
+
+def _read(folder: Folder, files: list[str], wanted: dict[str, Source]) -> dict[str, Survey]:
+    """Surveys of the wanted sources by key; of two of a source, the later one."""
+    found: dict[str, Survey] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        # not all of them at once: reading is faster than parsing
+        for first in range(0, len(files), 4 * READERS):
+            for content in pool.map(folder.read, files[first : first + 4 * READERS]):
+                for document in json.loads(content)["surveys"]:
+                    key = document.pop("of", None)  # older files have none
+                    if key in wanted:
+                        found[key] = from_document(document, wanted[key])
+    return found
+
+
+def _number(file: str) -> int:
+    return int(file.removesuffix(".json").rpartition("-")[2])
+
+
+def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig) -> Generator[Survey]:
     """The Ray job: a survey of each source, in order."""
 
     def work(table: pa.Table) -> pa.Table:
@@ -61,33 +109,15 @@ def _survey(sources: list[Source], config: DatagenConfig, storage: StorageConfig
     dataset = dataset_of(rows).map_batches(
         work, batch_size=1, batch_format="pyarrow", num_cpus=1, max_retries=MAX_RETRIES
     )
-    for source, row in zip(sources, iterate_rows(dataset), strict=True):
-        yield from_document(json.loads(row["survey"]), source)
+    with closing(iterate_rows(dataset)) as surveyed:
+        for source, row in zip(sources, surveyed, strict=True):
+            yield from_document(json.loads(row["survey"]), source)
 
 
 def _of(source: Source, config: DatagenConfig, storage: StorageConfig) -> Survey:
     try:
         return survey_isolated(source, config, storage)
     except UserError as error:
-        return Unreadable(source, str(error))
+        return Unreadable(source, str(error), unreachable=isinstance(error, StorageError))
     except Exception as error:
         return Unreadable(source, f"{source.id}: {type(error).__name__}: {error}")
-
-
-def _read(folder: Folder, index: int, group: list[Source], config: DatagenConfig) -> list[Survey] | None:
-    try:
-        saved: dict[str, Any] = json.loads(folder.read(_name(index)))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if saved["of"] != _identity(group, config):
-        return None
-    return [from_document(document, source) for document, source in zip(saved["surveys"], group, strict=True)]
-
-
-def _name(index: int) -> str:
-    return f"survey/part-{index:06d}.json"
-
-
-def _identity(group: list[Source], config: DatagenConfig) -> str:
-    sources = [(source.id, source.caption) for source in group]
-    return fingerprint([sources, config.clip.model_dump(mode="json"), SURVEY_REVISION])

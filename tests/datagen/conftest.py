@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 import yaml
 from safetensors.torch import save
 
+from common.errors import run_command
 from common.lossless_clip import write_lossless
 from common.storage import open_folder
+from datagen.build_shards import main
+from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Manifest, Sample, write_manifest, write_shard
+from datagen.ray_cluster import start_ray
 from pipeline.model.tiny_vae import TinyVideoVAE
 from tests.commands import run
 
@@ -81,17 +90,75 @@ def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, 
     return done.stderr
 
 
+def said_here(config: Path, videos: Path | str, output: Path | str, *more: str) -> tuple[int, str]:
+    """Exit status of the command and its stderr, run in this process: on the Ray of `shared_ray` where that runs."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), redirect_stdout(io.StringIO()):
+        patch.setattr("sys.argv", build_command(config, videos, output, *more)[1:])
+        try:
+            run_command(main)
+        except SystemExit as left:
+            assert isinstance(left.code, int)
+            return left.code, said.getvalue()
+    return 0, said.getvalue()
+
+
+def build_here(config: Path, videos: Path | str, output: Path | str, *more: str) -> str:
+    """Run the command to its end in this process; its stderr, or a failed assertion."""
+    status, said = said_here(config, videos, output, *more)
+    assert status == 0, said
+    return said
+
+
+def refused(config: Path, videos: Path | str, output: Path | str, *more: str) -> str:
+    """What the command, run in this process, says beside its progress: one line, before it ends with status 2."""
+    return one_line(*said_here(config, videos, output, *more))
+
+
+def one_line(status: int | None, stderr: str) -> str:
+    """The one line beside progress that a command with this status and stderr ended with."""
+    assert status == 2, stderr
+    (line,) = [line for line in stderr.splitlines() if not line.startswith(("survey: ", "samples: "))]
+    assert line.startswith("error: ")
+    return line
+
+
 def contents(dataset: Path) -> dict[str, bytes]:
     """All files of a dataset by name."""
     return {str(path.relative_to(dataset)): path.read_bytes() for path in sorted(dataset.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="session")
-def whole(videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="package", autouse=True)
+def ray_ends() -> Iterator[None]:
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def shared_ray(ray_ends: None) -> None:
+    """Ray for all jobs that run in this process: its start, and that of its workers, cost more than the jobs."""
+    start_shared_ray()
+
+
+def start_shared_ray() -> None:
+    """Start it unless it runs."""
+    start_ray(None, 3, DatagenConfig())
+
+
+@pytest.fixture(scope="package")
+def whole(ray_ends: None, videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted build by three workers; what the others are compared with."""
     output = tmp_path_factory.mktemp("whole") / "dataset"
-    run_build(config_file, videos, output, "--workers", "3", *VARIANTS)
+    start_shared_ray()
+    build_here(config_file, videos, output, "--workers", "3", *VARIANTS)
     return output
+
+
+@pytest.fixture
+def begun(whole: Path, tmp_path: Path) -> Path:
+    """An output whose survey is finished."""
+    shutil.copytree(whole / "survey", tmp_path / "begun/dataset/survey")
+    return tmp_path / "begun/dataset"
 
 
 @pytest.fixture

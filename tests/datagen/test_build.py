@@ -16,8 +16,8 @@ from common.storage import open_folder
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import read_manifest, shard_name
 from datagen.dataset.verify import faults
-from tests.commands import Command, run, start
-from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, contents, run_build
+from tests.commands import Command, start
+from tests.datagen.conftest import SAMPLES, SHARDS, VARIANTS, build_command, build_here, contents, refused
 
 pytestmark = pytest.mark.distributed
 
@@ -49,7 +49,7 @@ def test_lr_is_reproducible_from_the_metadata(whole: Path) -> None:
 
 def kill_busy(process: Command, name: str) -> None:
     """SIGKILL to a process of the job while it works on a task whose Ray name starts with `name`."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the job ended before {name} could be killed"
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -60,7 +60,7 @@ def kill_busy(process: Command, name: str) -> None:
                     os.kill(child.pid, signal.SIGKILL)
                     return
         time.sleep(0.01)
-    raise AssertionError(f"{name} was not seen within 200 s")
+    raise AssertionError(f"{name} was not seen within 500 s")
 
 
 def begin(config_file: Path, videos: Path, output: Path) -> Command:
@@ -68,36 +68,35 @@ def begin(config_file: Path, videos: Path, output: Path) -> Command:
 
 
 def test_a_killed_worker_and_a_killed_actor_cost_nothing(
-    whole: Path, videos: Path, config_file: Path, tmp_path: Path
+    whole: Path, begun: Path, videos: Path, config_file: Path
 ) -> None:
-    process = begin(config_file, videos, tmp_path / "dataset")
+    process = begin(config_file, videos, begun)
     kill_busy(process, "ray::MapBatches(degrade)")
     kill_busy(process, "ray::MapWorker")
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert contents(tmp_path / "dataset") == contents(whole)
+    assert contents(begun) == contents(whole)
 
 
-def test_a_killed_driver_goes_on_where_it_was(whole: Path, videos: Path, config_file: Path, tmp_path: Path) -> None:
-    output = tmp_path / "dataset"
-    process = begin(config_file, videos, output)
-    while process.poll() is None and not (output / "shards/shard-000000.json").exists():
+def test_a_killed_driver_goes_on_where_it_was(
+    shared_ray: None, whole: Path, begun: Path, videos: Path, config_file: Path
+) -> None:
+    process = begin(config_file, videos, begun)
+    while process.poll() is None and not (begun / "shards/shard-000000.json").exists():
         time.sleep(0.002)
     process.kill()
     process.communicate(timeout=60)
-    committed = {path: path.stat().st_mtime_ns for path in output.glob("shards/*.json")}
-    assert 0 < len(committed) < SHARDS and not (output / "manifest.json").exists()
-    run_build(config_file, videos, output, "--workers", "1", *VARIANTS)
-    assert contents(output) == contents(whole)
+    committed = {path: path.stat().st_mtime_ns for path in begun.glob("shards/*.json")}
+    assert 0 < len(committed) < SHARDS and not (begun / "manifest.json").exists()
+    build_here(config_file, videos, begun, "--workers", "1", *VARIANTS)
+    assert contents(begun) == contents(whole)
     assert all(path.stat().st_mtime_ns == then for path, then in committed.items()), "a whole shard was made again"
 
 
 def test_another_plan_in_the_same_folder_is_refused(whole: Path, videos: Path, config_file: Path) -> None:
     before = contents(whole)
-    command = build_command(config_file, videos, whole, *VARIANTS, "--set", "datagen.seed=1")
-    done = run(*command)
-    assert done.returncode == 2
-    assert "was begun with another plan: config differ" in done.stderr
+    line = refused(config_file, videos, whole, *VARIANTS, "--set", "datagen.seed=1")
+    assert "was begun with another plan: config differ" in line
     assert contents(whole) == before
 
 

@@ -22,7 +22,7 @@ from datagen.encode.ray_jobs import clips_of
 from datagen.encode.vae_encoder import Encoder
 from datagen.plan import SamplePlan, make_plan
 from pipeline.model.config import ModelConfig
-from tests.datagen.conftest import contents, run_build
+from tests.datagen.conftest import build_here, contents
 from tests.datagen.test_plan import surveyed
 
 LOCAL = StorageConfig()
@@ -93,10 +93,10 @@ def test_a_latent_is_taken_only_where_the_pixels_are_the_same(whole: Path) -> No
 
 @pytest.mark.distributed
 def test_a_new_degradation_is_the_same_with_and_without_reuse(
-    whole: Path, videos: Path, config_file: Path, tmp_path: Path
+    shared_ray: None, whole: Path, videos: Path, config_file: Path, tmp_path: Path
 ) -> None:
     other = ("--set", "datagen.degradation.weights={static: 1.0}")
-    run_build(config_file, videos, tmp_path / "without/dataset", *other)
+    build_here(config_file, videos, tmp_path / "without/dataset", *other)
     earlier = tmp_path / "earlier"
     shutil.copytree(whole, earlier)
     # the first sample of a clip is where its latent is looked for
@@ -104,7 +104,7 @@ def test_a_new_degradation_is_the_same_with_and_without_reuse(
     tar = bytearray((earlier / shard_name(0)).read_bytes())
     tar[damaged.offset + damaged.length - 1] ^= 1
     (earlier / shard_name(0)).write_bytes(tar)
-    said = run_build(config_file, videos, tmp_path / "with/dataset", *other, "--reuse", str(earlier))
+    said = build_here(config_file, videos, tmp_path / "with/dataset", *other, "--reuse", str(earlier))
     assert "failed 0 filtered 0 reused 11" in said  # of twelve clips, one of which is damaged there
     assert contents(tmp_path / "with/dataset") == contents(tmp_path / "without/dataset")
     recipes = read_manifest(open_folder(tmp_path / "with/dataset")).extra["statistics"]["counts"]["recipe"]

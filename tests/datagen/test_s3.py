@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +20,14 @@ import ray
 from common.config import load_section
 from common.errors import UserError
 from common.lossless_clip import encode_bytes
+from common.s3_lock import LOCK_NAME
 from common.storage import S3Folder, StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample
 from datagen.dataset.verify import faults
 from datagen.encode.ray_jobs import encode
+from datagen.job_folder import writing
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
 from datagen.sources import Source
@@ -64,8 +69,6 @@ class FaultyServer:
             if self.faults % 2:
                 start_response("503 Slow Down", [("Content-Length", "0")])
                 return [b""]
-            import socket
-
             environment["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionError("dropped on purpose")
         return self._app(environment, start_response)
@@ -131,6 +134,32 @@ def test_a_server_that_stays_away_is_named(server: FaultyServer) -> None:
         folder.read("y")
 
 
+def test_an_output_in_s3_has_one_writer(server: FaultyServer) -> None:
+    folder = s3(server, "locked")
+    server.every = 5
+    with (
+        writing(folder),
+        pytest.raises(UserError, match=f"another job is writing here .*process {os.getpid()}.* try again in 1.. s"),
+        writing(s3(server, "locked")),
+    ):
+        raise AssertionError("both were let in")
+    assert server.faults and folder.sizes() == {}
+    # of a process that was killed, and of one elsewhere that is silent or is not
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folder.write(LOCK_NAME, json.dumps({"host": socket.gethostname(), "pid": ended.pid, "token": "a"}).encode())
+    with writing(folder):
+        assert json.loads(folder.read(LOCK_NAME))["pid"] == os.getpid()
+    folder.write(LOCK_NAME, json.dumps({"host": "elsewhere", "pid": 1, "token": "a"}).encode())
+    with pytest.raises(UserError, match="host elsewhere, process 1"), writing(folder):
+        pass
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.s3_lock.SILENT_S", 0.0)
+        with writing(folder):
+            pass
+    assert folder.sizes() == {}
+
+
 def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_path: Path) -> None:
     local = write_numbered(tmp_path / "dataset")
     upload(server, local, "numbered")
@@ -193,6 +222,7 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
     vae = str(load_section(config_file, "model", ModelConfig).vae)
     plans = make_plan(surveys, config, {}).samples
     server.asked.clear()
+    ray.shutdown()  # one of its own: with the credentials of this server, and of this many CPUs
     try:
         start_ray(None, WORKERS, config)
         rows = encode(plans, config, storage(server), vae, {})

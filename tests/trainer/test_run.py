@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.storage import open_folder
+from datagen.dataset.shard_format import Sidecar, Split, write_manifest, write_shard
 from pipeline.vsr_pipeline import open_pipeline
-from tests.trainer.presets import losses, run_command, write_preset
+from tests.trainer.presets import clip, losses, run_command, write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
 from trainer.engine.process_group import World
 from trainer.loop import train_loop
 from trainer.preemption import EXIT_SAVED_ON_SIGNAL
+
+#: two steps, validated after the second
+TWO_STEPS = [
+    part for setting in ("steps=2", "validate_every=2") for part in ("--set", f"trainer.schedules.base.{setting}")
+]
 
 ZERO_3 = ("--set", "trainer.engine.zero_stage=3")
 
@@ -103,3 +110,29 @@ def test_data_and_output_are_asked_for(preset: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(preset), "--stage", "base"])
     with pytest.raises(UserError, match="--data and --output"):
         command.main()
+
+
+def write_side(folder: Path, samples: range, split: Split | None, index: int = 0) -> Sidecar:
+    return write_shard(open_folder(folder), index, [clip(number) for number in samples], split=split)
+
+
+@pytest.mark.distributed
+def test_training_and_validation_look_at_their_side_of_a_split(preset: Path, tmp_path: Path) -> None:
+    """A split dataset gives the run that two folders give, and neither is the run that knows no split."""
+    folders = {"both": [("train", range(8)), ("validation", range(8, 12))], "train": [(None, range(8))]}
+    folders |= {"held": [(None, range(8, 12))], "all": [(None, range(12))]}
+    for name, parts in folders.items():
+        shards = [write_side(tmp_path / name, part, split, i) for i, (split, part) in enumerate(parts)]
+        write_manifest(open_folder(tmp_path / name), "clips", shards)
+    runs = {"both": (), "train": ("--validation-data", tmp_path / "held"), "all": ()}
+    said = {}
+    for name, more in runs.items():
+        line = ["--config", preset, "--stage", "base", *TWO_STEPS, "--data", tmp_path / name, *more]
+        done = run_command(*line, "--output", tmp_path / f"run-{name}")
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    both, separate, mixed = (losses(tmp_path / f"run-{name}") for name in runs)
+    assert any("validation/z_lr/psnr" in row for row in both)
+    assert both == separate != mixed
+    assert f"validation: held-out clips of {tmp_path / 'both'}" in said["both"] and "validation:" not in said["train"]
+    assert "validation: clips of the training set" in said["all"]

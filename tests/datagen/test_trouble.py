@@ -1,0 +1,188 @@
+"""Trouble while shards are made, with the real command: said in one line, never taken for a clip's fault, repaired."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save, save_file
+
+from common.config import load_section
+from common.errors import StorageError, UserError
+from common.lossless_clip import write_lossless
+from common.storage import StorageConfig, open_folder
+from datagen.config import DatagenConfig
+from datagen.dataset.loader import ShardReader
+from datagen.dataset.shard_format import Sample
+from datagen.dataset.verify import faults
+from datagen.encode.clip import Fault, make_clip
+from datagen.encode.ray_jobs import EncodedSample, _degraded, _EncodeActor, _samples
+from datagen.job_folder import committed_shards, without_failed, write_shards
+from datagen.plan import Plan, make_plan
+from datagen.sources import Source
+from datagen.survey.decoder_process import survey_isolated
+from pipeline.model.config import ModelConfig
+from tests.datagen.conftest import VARIANTS, build_here, contents, moving_picture, one_line, refused, said_here
+from tests.datagen.test_clip import plans_of
+from tests.datagen.test_plan import CONFIG, surveyed
+from tests.datagen.trouble import entry
+
+FEW_ATTEMPTS = ("--set", "storage.attempts=2")
+
+
+@pytest.mark.distributed
+def test_a_wrong_threshold_and_unmounted_inputs_cost_nothing(
+    shared_ray: None, begun: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    survey = contents(begun)
+    line = refused(config_file, videos, begun, *VARIANTS, "--set", "datagen.filters.min_luma=250")
+    assert "no window can be used" in line and "is below 250" in line
+    assert contents(begun) == survey, "more than the survey, or less"
+
+    inputs = tmp_path / "in"
+    shutil.copytree(videos, inputs)
+
+    def unmount() -> None:
+        while not (begun / "plan.json").exists():
+            time.sleep(0.002)
+        inputs.rename(tmp_path / "away")
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(unmount)
+        status, said = said_here(config_file, inputs, begun, *VARIANTS, *FEW_ATTEMPTS)
+    line = one_line(status, said)
+    assert f"{inputs}/sub/video" in line and "cannot be read: No such file" in line
+    assert "survey:" not in said, "the survey was made again"
+    assert contents(begun) == survey, "a shard was committed, or something was lost"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, which the survey fits in and a shard or two."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.distributed
+def test_a_full_disk_is_said_and_what_was_committed_stays(
+    shared_ray: None, whole: Path, begun: Path, videos: Path, config_file: Path, small_disk: Path
+) -> None:
+    output = small_disk / "dataset"
+    shutil.copytree(begun, output)
+    line = refused(config_file, videos, output, *VARIANTS)
+    assert "cannot be written: No space left on device" in line
+    left = contents(output)
+    assert "shards/shard-000000.json" in left and "manifest.json" not in left
+    # what a resumed job goes on from: tests/datagen/test_build.py
+    assert left.items() <= contents(whole).items()
+
+
+@pytest.mark.distributed
+def test_clips_that_kill_their_worker_are_quarantined_and_can_be_tried_again(
+    shared_ray: None, begun: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    orders, config = tmp_path / "orders", tmp_path / "config.yaml"
+    document = yaml.safe_load(config_file.read_text())
+    document["datagen"]["degradation"] = {"weights": {"a": 1.0}, "recipes": {"a": {"extra": [entry(orders)]}}}
+    config.write_text(yaml.safe_dump(document))
+    orders.write_text("kill")
+    build_here(config, videos, begun)
+    lines = [json.loads(line) for line in (begun / "quarantine.jsonl").read_text().splitlines()]
+    failed = {line["key"] for line in lines if line["kind"] == "failed"}
+    assert 0 < len(failed) < 12
+    assert all("ends the process that works on it" in line["reason"] for line in lines if line["kind"] == "failed")
+    assert len(ShardReader(begun, seed=0, global_batch_size=1)) == 12 - len(failed)
+    assert list(faults(open_folder(begun))) == []
+    before = contents(begun)
+
+    orders.unlink()
+    assert build_here(config, videos, begun) == "" and contents(begun) == before, "tried again without --retry-failed"
+    build_here(config, videos, begun, "--retry-failed")
+    assert '"failed"' not in (begun / "quarantine.jsonl").read_text()
+    assert len(ShardReader(begun, seed=0, global_batch_size=1)) == 12
+    assert list(faults(open_folder(begun))) == []
+
+
+def test_a_file_out_of_reach_is_no_bad_video(config_file: Path, tmp_path: Path) -> None:
+    config = load_section(config_file, "datagen", DatagenConfig)
+    write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
+    plans, storage = plans_of(tmp_path / "a.mkv", config, 0), StorageConfig(attempts=2)
+    (tmp_path / "a.mkv").write_bytes(b"this is no video")
+    made = make_clip(plans, config, storage)
+    assert isinstance(made, Fault) and "not a video" in made.reason
+    (tmp_path / "a.mkv").unlink()
+    with pytest.raises(StorageError, match=r"a\.mkv cannot be read: No such file"):
+        make_clip(plans, config, storage)
+    with pytest.raises(StorageError):
+        survey_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), config, storage)
+
+
+def test_one_clip_that_the_vae_cannot_encode_costs_no_other(config_file: Path, tmp_path: Path) -> None:
+    config = load_section(config_file, "datagen", DatagenConfig)
+    vae = load_section(config_file, "model", ModelConfig).vae
+    write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
+    plans = plans_of(tmp_path / "a.mkv", config, 0)
+    made = make_clip(plans, config, StorageConfig())
+    assert not isinstance(made, Fault)
+    texts = pa.chunked_array([[json.dumps([asdict(plan) for plan in plans])]])
+    good, bad = (_degraded(texts, clip, 1, b"") for clip in (made, replace(made, hr=made.hr[:7])))
+    rows = _EncodeActor(str(vae), config)(pa.concat_tables([good, bad, good])).to_pylist()
+    first, fault, last = (next(_samples(row, {})).made for row in rows)
+    assert isinstance(first, Sample) and first == last
+    assert isinstance(fault, Fault) and fault.reason.startswith("VAE: ValueError")
+
+    broken = tmp_path / "vae"
+    subprocess.run(["cp", "-r", vae, broken], check=True)
+    (file,) = broken.glob("*.safetensors")
+    save_file({name: torch.full_like(weight, torch.nan) for name, weight in load_file(file).items()}, file)
+    (row,) = _EncodeActor(str(broken), config)(good).to_pylist()
+    (sample,) = _samples(row, {})
+    assert sample.made == Fault("its latent is not finite (NaN or infinity)")
+
+
+def written(folder: Path, plan: Plan, failing: AbstractSet[int] = frozenset(), max_failed: float = 0.1) -> list[int]:
+    """Write the shards of `plan` but for the samples at these positions; how many samples each holds."""
+    output = open_folder(folder)
+    metadata = {"recipe": "a", "source": "b", "draws": [], "lr_psnr_db": 30.0}
+    members = {"latents.safetensors": save({"z_hr": torch.zeros(2, 1, 4, 4)}), "json": json.dumps(metadata).encode()}
+    rows = []
+    committed = committed_shards(output, plan)
+    for index, shard in enumerate(plan.shards()):
+        for row, sample in enumerate(shard):
+            number = index * plan.samples_per_shard + row
+            made = Fault("broke") if number in failing else Sample(sample.key, members)
+            rows += [EncodedSample(sample, made, False)] if index not in committed else []
+    return [shard.samples for shard in write_shards(output, plan, committed, iter(rows), max_failed)]
+
+
+def test_too_many_failed_samples_stop_the_job_before_their_shard_is_committed(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"samples_per_shard": 30})
+    plan = make_plan([surveyed(str(index)) for index in range(120)], config, {})
+    with pytest.raises(UserError, match=r"11 of 30 samples of a shard failed, .* max_failed = 0\.1 allows; .* broke"):
+        written(tmp_path / "a", plan, {0, *range(30, 41)}, 0.1)
+    assert sorted(committed_shards(open_folder(tmp_path / "a"), plan)) == [0]
+    with pytest.raises(UserError, match="16 of 120 samples of the job failed"):
+        written(tmp_path / "b", plan, {*range(8), *range(30, 38)}, 0.13)
+    assert written(tmp_path / "c", plan, {*range(10)}, 0) == [20, 30, 30, 30]
+    small = make_plan([surveyed("a"), surveyed("b")], config, {})
+    with pytest.raises(UserError, match="2 of 2 samples of a shard failed"):
+        written(tmp_path / "d", small, {0, 1}, 0.1)
+    # --retry-failed: only what lacks samples is made again
+    folder = open_folder(tmp_path / "c")
+    assert sorted(without_failed(folder, committed_shards(folder, plan))) == [1, 2, 3]
+    assert written(tmp_path / "c", plan, set(), 0.1) == [30, 30, 30, 30]
