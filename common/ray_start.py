@@ -35,7 +35,7 @@ def join_or_start(address: str | None, cpus: int) -> None:
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}}
     start: dict[str, Any] = {"address": address}
     if address:
-        _check_answer(address)
+        check_answer(address)
     else:
         start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
@@ -50,7 +50,7 @@ def join_or_start(address: str | None, cpus: int) -> None:
         ) from None
 
 
-def _check_answer(address: str) -> None:
+def check_answer(address: str) -> None:
     """Ray itself waits for minutes for a head that is not there."""
     found = _current_cluster() if address == "auto" else address
     host, colon, port = found.removeprefix("ray://").rpartition(":")

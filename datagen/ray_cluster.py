@@ -13,7 +13,8 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources
 
-from common.ray_start import join_or_start
+from common.errors import UserError
+from common.ray_start import check_answer, join_or_start
 from common.scale import SCALE
 from datagen.config import DatagenConfig
 
@@ -33,6 +34,9 @@ def ray_when_needed(address: str | None, workers: int | None, config: DatagenCon
     A job that has nothing to do, or is refused, starts no processes.
     """
     ours = not ray.is_initialized()
+    if address and not ours:
+        check_answer(address)
+        raise UserError(f"--address {address}: this process has joined Ray already; leave --address out to use that")
     try:
         yield partial(start_ray, address, workers, config)
     finally:
