@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.storage import Folder, open_folder
 
 if TYPE_CHECKING:
-    from webdataset import TarWriter
+    pass
 
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
@@ -150,7 +150,6 @@ def write_shard(
     Raises:
         ValueError: a key with a dot or slash, or a key twice.
     """
-    from webdataset import TarWriter  # here: it imports PyTorch, which tasks that make samples do not need
 
     if isinstance(folder, (str, os.PathLike)):
         folder = open_folder(folder)
