@@ -17,15 +17,12 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from common.errors import UserError
 from common.storage import Folder, open_folder
-
-if TYPE_CHECKING:
-    pass
 
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
