@@ -18,6 +18,8 @@ from common.errors import UserError
 
 #: s that the head of a cluster has to answer [ours]
 ANSWER_WITHIN_S = 5.0
+#: whether Ray's processes ask each other for a token
+TOKEN_MODE = "RAY_AUTH_MODE"
 
 
 def join_or_start(address: str | None, cpus: int) -> None:
@@ -39,7 +41,7 @@ def join_or_start(address: str | None, cpus: int) -> None:
     else:
         start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
-        with _silent_stderr():
+        with _silent_stderr(), _same_token_mode():
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if not address:
@@ -48,6 +50,21 @@ def join_or_start(address: str | None, cpus: int) -> None:
             f"--address {address}: cannot join the Ray cluster there ({_one_line(error)}); its Ray and Python must "
             "be of this version, and where it asks for a token, RAY_AUTH_MODE=token must be set here"
         ) from None
+    if address:
+        _check_token_mode(address)
+
+
+def _check_token_mode(address: str) -> None:
+    """A process that asks for tokens refuses what the workers of a cluster without send, and waits for it for ever."""
+    if os.environ.get(TOKEN_MODE, "").lower() != "token":
+        return
+    theirs = ray.get(ray.remote(num_cpus=0)(lambda: os.environ.get(TOKEN_MODE, "")).remote())
+    if theirs.lower() in ("", "disabled"):
+        ray.shutdown()
+        raise UserError(
+            f"--address {address}: {TOKEN_MODE}=token is set here, but the Ray cluster there runs without a token; "
+            f"unset {TOKEN_MODE}"
+        )
 
 
 def check_answer(address: str) -> None:
@@ -89,3 +106,17 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)
+
+
+@contextmanager
+def _same_token_mode() -> Iterator[None]:
+    """Ray, started here, asks for a token and says so in this process's environment: commands that this process starts
+    later would ask a cluster without one."""
+    before = os.environ.get(TOKEN_MODE)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(TOKEN_MODE, None)
+        else:
+            os.environ[TOKEN_MODE] = before

@@ -147,7 +147,6 @@ def write_shard(
     Raises:
         ValueError: a key with a dot or slash, or a key twice.
     """
-
     if isinstance(folder, (str, os.PathLike)):
         folder = open_folder(folder)
     name = shard_name(index)

@@ -16,7 +16,8 @@ import pytest
 
 from common.errors import run_command
 from datagen.build_shards import main
-from tests.datagen.conftest import VARIANTS, build_command, contents, run_build
+from tests.commands import run
+from tests.datagen.conftest import VARIANTS, build_command, contents, one_line, run_build
 
 
 def free_port() -> int:
@@ -25,7 +26,7 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a cluster of its own: `ray start --head`, in a folder whose sockets have short names."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -60,6 +61,16 @@ def test_a_running_cluster_gives_the_same_bytes(
     output = tmp_path / "dataset"
     run_build(config_file, videos, output, *VARIANTS, "--address", cluster, "--workers", "2")
     assert contents(output) == contents(whole)
+
+
+@pytest.mark.distributed
+def test_a_token_for_a_cluster_that_runs_without(cluster: str, config_file: Path, videos: Path, tmp_path: Path) -> None:
+    """The job would wait for ever: it refuses the answers of the cluster's workers."""
+    command = build_command(config_file, videos, tmp_path / "out", "--address", cluster)
+    done = run(*command, environment={"RAY_AUTH_MODE": "token"})
+    line = one_line(done.returncode, done.stderr)
+    assert f"--address {cluster}: RAY_AUTH_MODE=token is set here" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("how", ["named", "auto"])
