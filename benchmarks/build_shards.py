@@ -63,7 +63,8 @@ def _run(arguments: argparse.Namespace, workers: int, crops: int) -> dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "datagen.build_shards", "--config", str(arguments.config)]
         command += ["--input", *arguments.input, "--output", f"{folder}/out", "--workers", str(workers)]
-        for override in (f"datagen.clip.crops_per_window={crops}", *arguments.overrides):
+        settings = ("datagen.validation_share=0", f"datagen.clip.crops_per_window={crops}")
+        for override in (*settings, *arguments.overrides):
             command += ["--set", override]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

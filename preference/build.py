@@ -11,10 +11,13 @@ else with the decoded z_HR. The output is a dataset folder (datagen/dataset/shar
                              all candidates' scores by metric, their combined scores, best, worst, gap
 
 A clip with a broken candidate, or whose candidates hardly differ, gives no pair: the shard's sidecar keeps its reason,
-and further clips of the dataset take its place. A shard is the unit of restart: the same command goes on after the last
-complete one. `preference.actors` share a machine's GPUs (or a Ray cluster's, `--address`); the bytes are the same for
-any number of them. `--part 0/4` makes every fourth shard, so several machines share a job without Ray; whoever finishes
-the last shard replaces dropped clips and writes the manifest.
+and further clips of the dataset take its place. Of a dataset with a validation split, `preference.validation_pairs`
+pairs of its held-out clips follow in shards of their own: the validation split of the pairs.
+
+A shard is the unit of restart: the same command goes on after the last complete one. `preference.actors` share a
+machine's GPUs (or a Ray cluster's, `--address`); the bytes are the same for any number of them. `--part 0/4` makes
+every fourth shard, so several machines share a job without Ray; whoever finishes the last shard replaces dropped clips,
+makes the held-out pairs and writes the manifest.
 """
 
 from __future__ import annotations
@@ -33,7 +36,15 @@ from common.errors import UserError, run_command
 from common.fingerprint import fingerprint
 from common.progress import progress
 from common.storage import Folder, StorageConfig, open_folder
-from datagen.dataset.shard_format import Sidecar, read_manifest, read_sidecar, sidecar_name, write_manifest, write_shard
+from datagen.dataset.shard_format import (
+    Sidecar,
+    Split,
+    read_manifest,
+    read_sidecar,
+    sidecar_name,
+    write_manifest,
+    write_shard,
+)
 from preference.actors import MakeAll, actor_count, pair_makers
 from preference.candidates import model_fingerprint
 from preference.clips import ClipFolder
@@ -48,7 +59,7 @@ BROKEN_AT_START = 20
 
 
 def build(job: PairJob, *, part: tuple[int, int] = (0, 1), address: str | None = None) -> int | None:
-    """Make the shards that are not there yet: those of `part`, then those that replace dropped clips.
+    """Make the shards that are not there yet: those of `part`, those that replace dropped clips, and held-out pairs.
 
     Clips are taken in rounds: first as many as pairs are asked for, then as many as were dropped, until there are
     enough pairs or no more clips. What a round holds follows from the committed shards of the rounds before.
@@ -57,7 +68,7 @@ def build(job: PairJob, *, part: tuple[int, int] = (0, 1), address: str | None =
         address: of a Ray cluster; None: this machine.
 
     Returns:
-        Pairs in the finished dataset, or None while shards of other parts are missing.
+        Pairs in the finished dataset, held-out ones included, or None while shards of other parts are missing.
 
     Raises:
         UserError: anything the command's user can mend, found before the first candidate where possible.
@@ -68,32 +79,43 @@ def build(job: PairJob, *, part: tuple[int, int] = (0, 1), address: str | None =
     keep_niqe = bool(committed_shards(folder, identity))
     with ExitStack() as stack:
         make_all: MakeAll | None = None
-        shards, position, missing = 0, 0, min(config.pairs, len(clips))
-        while missing and position < len(clips):
-            stop = min(position + missing, len(clips))
-            starts = range(position, stop, config.clips_per_shard)
-            spans = {shards + k: range(a, min(a + config.clips_per_shard, stop)) for k, a in enumerate(starts)}
-            committed = committed_shards(folder, identity)
-            todo = {
-                index: span
-                for index, span in spans.items()
-                if index not in committed and (shards or index % part[1] == part[0])
-            }
-            if todo:
-                make_all = make_all or stack.enter_context(pair_makers(job, address, keep_niqe=keep_niqe))
-                write_shards(folder, todo, make_all, identity)
-            committed = committed_shards(folder, identity)
-            if not spans.keys() <= committed.keys():
-                return None
-            missing -= sum(committed[index].samples for index in spans)
-            shards, position = shards + len(spans), stop
+        shards = 0
+        for split, positions, wanted in _sides(clips, config):
+            position, missing = positions.start, min(wanted, len(positions))
+            while missing and position < positions.stop:
+                stop = min(position + missing, positions.stop)
+                starts = range(position, stop, config.clips_per_shard)
+                spans = {shards + k: range(a, min(a + config.clips_per_shard, stop)) for k, a in enumerate(starts)}
+                committed = committed_shards(folder, identity)
+                todo = {
+                    index: span
+                    for index, span in spans.items()
+                    if index not in committed and (shards or index % part[1] == part[0])
+                }
+                if todo:
+                    make_all = make_all or stack.enter_context(pair_makers(job, address, keep_niqe=keep_niqe))
+                    write_shards(folder, todo, make_all, identity, split)
+                committed = committed_shards(folder, identity)
+                if not spans.keys() <= committed.keys():
+                    return None
+                missing -= sum(committed[index].samples for index in spans)
+                shards, position = shards + len(spans), stop
     dropped = [record for index in range(shards) for record in committed[index].extra["dropped"]]
     kinds = Counter(record["kind"] for record in dropped)
     extra = {"plan": plan, "dropped": len(dropped), "dropped_by_kind": dict(sorted(kinds.items()))}
     return write_manifest(folder, "pairs", [committed[index] for index in range(shards)], extra).samples
 
 
-def write_shards(folder: Folder, spans: dict[int, range], make_all: MakeAll, identity: str) -> None:
+def _sides(clips: ClipFolder, config: PreferenceConfig) -> list[tuple[Split | None, range, int]]:
+    """Splits of the pairs: what their shards say, the clips to take, and how many pairs are wanted."""
+    if not clips.held_out:
+        return [(None, clips.training, config.pairs)]
+    return [("train", clips.training, config.pairs), ("validation", clips.held_out, config.validation_pairs)]
+
+
+def write_shards(
+    folder: Folder, spans: dict[int, range], make_all: MakeAll, identity: str, split: Split | None
+) -> None:
     """Make the clips of each shard and write it; a shard's clips are counted as they come, in order.
 
     Raises:
@@ -113,7 +135,7 @@ def write_shards(folder: Folder, spans: dict[int, range], make_all: MakeAll, ide
             seen, broken = seen + len(span), broken + sum(record["kind"] != CLOSE for record in dropped)
             if broken == seen and seen >= BROKEN_AT_START:
                 raise UserError(f"each of {seen} clips is broken ({dropped[0]['reason']}); mend the model or the data")
-            write_shard(folder, index, samples, {"plan": identity, "dropped": dropped})
+            write_shard(folder, index, samples, {"plan": identity, "dropped": dropped}, split)
 
 
 def plan_config(config: PreferenceConfig) -> dict[str, Any]:
@@ -184,8 +206,11 @@ def main() -> None:
     if pairs is None:
         print(f"part {arguments.part} is done; the manifest follows with the last part")
     else:
-        print(f"{pairs} of {config.pairs} pairs ranked by {config.metrics}: {arguments.output}")
-        if dropped := read_manifest(open_folder(arguments.output, storage)).extra["dropped_by_kind"]:
+        manifest = read_manifest(open_folder(arguments.output, storage))
+        held_out = sum(entry.samples for entry in manifest.shards_of("validation"))
+        also = f", and {held_out} of held-out clips" if held_out else ""
+        print(f"{pairs - held_out} of {config.pairs} pairs{also}, ranked by {config.metrics}: {arguments.output}")
+        if dropped := manifest.extra["dropped_by_kind"]:
             found = ", ".join(f"{count} {kind}" for kind, count in dropped.items())
             print(f"clips dropped: {found}; reasons in {arguments.output}/shards/*.json")
 

@@ -1,4 +1,4 @@
-"""The training clips of a dataset folder one after the other, in the order its build planned them."""
+"""The clips of a dataset folder one after the other, in the order its build planned them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.errors import UserError
+from common.fingerprint import fingerprint
 from common.storage import StorageConfig
 from datagen.dataset.dataset import ShardDataset
 from datagen.dataset.shard_format import DamagedShard
@@ -35,9 +36,10 @@ class Clip:
 
 
 class ClipFolder:
-    """Random access by position to the training clips of a finished dataset folder or s3:// prefix.
+    """Random access by position to the clips of a finished dataset folder or s3:// prefix.
 
     Attributes:
+        training, held_out: positions of the training clips, and after them those of the validation split.
         fingerprint: changes when any shard does.
 
     Raises:
@@ -45,17 +47,22 @@ class ClipFolder:
     """
 
     def __init__(self, dataset: str | Path, storage: StorageConfig | None = None) -> None:
-        self._dataset, _ = ShardDataset.open(dataset, storage, kind="clips", split="train")
-        self.fingerprint = self._dataset.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+        training, manifest = ShardDataset.open(dataset, storage, kind="clips", split="train")
+        self._sides = [training]
+        self.fingerprint = training.fingerprint
+        if manifest.has_validation:
+            held_out, _ = ShardDataset.open(dataset, storage, kind="clips", split="validation")
+            self._sides.append(held_out)
+            self.fingerprint = fingerprint([side.fingerprint for side in self._sides])
+        self.training = range(len(training))
+        self.held_out = range(len(training), sum(map(len, self._sides)))
 
     def __getitem__(self, position: int) -> Clip:
+        side = self._sides[position in self.held_out]
         try:
-            sample = self._dataset[position]
+            sample = side[position - self.held_out.start if position in self.held_out else position]
             if "latents.safetensors" not in sample.spans:
-                raise UserError(f"{self._dataset.folder.url}/{sample.shard}: sample {sample.key} has no latents")
+                raise UserError(f"{side.folder.url}/{sample.shard}: sample {sample.key} has no latents")
             latents = sample.tensors("latents")
             hr = to_tensor(sample.frames("hr")) if "hr.mkv" in sample.spans else None
             metadata = sample.metadata()

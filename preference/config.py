@@ -16,6 +16,8 @@ class PreferenceConfig(Section):
 
     #: pairs to make; dropped clips are replaced by further ones as long as the dataset has any [paper]
     pairs: int = Field(default=2000, ge=1)
+    #: pairs of held-out clips, for validation, where the dataset has a split; they come on top [ours]
+    validation_pairs: int = Field(default=16, ge=0)
     #: candidates per clip, each from a noise of its own [paper]
     candidates: int = Field(default=5, ge=2)
     #: a set (paper, weight-free) or metric names [paper: LPIPS, MUSIQ, DOVER]

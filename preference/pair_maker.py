@@ -62,8 +62,8 @@ class PairMaker:
         """
         config = self._config = job.config
         self._clips = ClipFolder(job.data, job.storage)
-        #: in the dataset
-        self.clips = len(self._clips)
+        #: in the dataset, to train on
+        self.clips = len(self._clips.training)
         self._metrics = open_metrics(config, job.weights, job.device)
         self._model = CandidateModel(job.model, config, job.device)
         if FITTED in resolve_names(config.metrics):

@@ -33,7 +33,7 @@ def open_metrics(config: PreferenceConfig, weights: Path | None, device: str) ->
 def fitted_niqe(
     config: PreferenceConfig, clips: ClipFolder, model: CandidateModel, output: Path, *, keep: bool
 ) -> Metric:
-    """`niqe_fitted` with a model fitted on the first HR clips, OUTPUT/niqe.safetensors.
+    """`niqe_fitted` with a model fitted on the first training clips' HR, OUTPUT/niqe.safetensors.
 
     Args:
         keep: use the model that lies there, because pairs were ranked by it; else it may be another
@@ -41,7 +41,7 @@ def fitted_niqe(
     """
     path = output / NIQE_MODEL
     if not (keep and path.exists()):
-        count = min(config.niqe_clips, len(clips))
+        count = min(config.niqe_clips, len(clips.training))
         fitted, blocks = fit_niqe(_high_resolution(clips, model, count), config.niqe_block)
         output.mkdir(parents=True, exist_ok=True)
         fitted.save(path, {"dataset": clips.fingerprint, "clips": count, "blocks": blocks})

@@ -240,6 +240,11 @@ class Best:
         write_atomic(self._folder / "best.json", json.dumps(self.state_dict()) + "\n")
 
 
+def has_best(checkpoints: Path) -> bool:
+    """Whether a validation has chosen one."""
+    return (checkpoints / "best.json").exists()
+
+
 def load_best(checkpoints: Path, stage: TrainingStage) -> dict[str, float]:
     """Give the exported network the weights of the best checkpoint; returns its validation metrics. Collective.
 

@@ -115,7 +115,7 @@ def parse_arguments(line: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="dataset folder or s3:// prefix (pairs for --stage preference)")
     parser.add_argument(
         "--validation-data",
-        help="the same of held-out clips; left out: the validation split of --data, or else its training clips",
+        help="the same of held-out clips; left out: the validation split of --data, without which none is done",
     )
     parser.add_argument("--output", type=Path, help="folder of the run; existing checkpoints there are resumed")
     parser.add_argument("--init", type=Path, help="model folder the student starts from")

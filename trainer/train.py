@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.storage import StorageConfig, open_folder
 from datagen.dataset.loader import ShardReader
-from datagen.dataset.shard_format import read_manifest
+from datagen.dataset.shard_format import Manifest, Split, read_manifest
 from pipeline.model.attention import automatic_choice, set_attention
 from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import build_transformer, load_transformer
@@ -22,7 +22,7 @@ from pipeline.model.prompts import PromptCache, load_prompts
 from pipeline.model.sequence_parallel import ALONE, SequenceGroup, form_sequence_groups
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import VAE, load_vae
-from trainer.checkpoint import load_best
+from trainer.checkpoint import has_best, load_best
 from trainer.config import TrainerConfig
 from trainer.engine.lora import add_adapter, merged_state, restore_adapter, save_adapter
 from trainer.engine.process_group import World, start_distributed
@@ -43,7 +43,7 @@ class TrainingJob:
     #: dataset folder or s3:// prefix
     data: str
     output: Path
-    #: dataset folder or s3:// prefix of held-out clips; None: the validation split of `data`, or training clips
+    #: dataset folder or s3:// prefix of held-out clips; None: the validation split of `data`, or no validation
     validation_data: str | None = None
     #: model folder the student starts from
     init: Path | None = None
@@ -91,7 +91,8 @@ def train(job: TrainingJob) -> bool:
         Whether the stage is finished; False after a signal was answered with a checkpoint.
 
     Raises:
-        UserError: see `TrainingJob.check`; batches that the ranks cannot share; what `train_loop` raises.
+        UserError: see `TrainingJob.check`; batches that the ranks cannot share; validation clips that are training
+            clips; what `train_loop` raises.
     """
     job.check()
     world = start_distributed()
@@ -104,6 +105,11 @@ def _train(job: TrainingJob, world: World) -> bool:
     vae, prompts = load_vae(job.model.vae), load_prompts(job.model.prompts)
     sequence = form_sequence_groups(config.sequence_parallel)
     training_reader = _reader(job, world, sequence, config.micro_batch_of(job.stage, world.size), config.seed)
+    validation = None
+    if schedule.validate_every:
+        validation = _validation(job, training_reader.manifest, vae, world, sequence)
+    if job.export == "best" and validation is None and not has_best(job.output / "checkpoints"):
+        raise UserError(f"--export best: no checkpoint is the best without validation; {_hold_out(job)}")
     settings = {
         "stage": job.stage.name,
         "model": job.model.model_dump(mode="json"),
@@ -127,9 +133,6 @@ def _train(job: TrainingJob, world: World) -> bool:
         sequence=sequence,
     )
     training_reader.read_ahead(stage.batches_per_step + 1)
-    validation = None
-    if schedule.validate_every:
-        validation = _validation(job, vae, world, sequence)
     run = Run(
         stage,
         training_reader,
@@ -158,21 +161,41 @@ def _train(job: TrainingJob, world: World) -> bool:
     return True
 
 
-def _validation(job: TrainingJob, vae: VAE, world: World, sequence: SequenceGroup) -> Validation:
-    """The first `validation_clips` of the validation set, spread over the ranks.
+def _validation(
+    job: TrainingJob, training: Manifest, vae: VAE, world: World, sequence: SequenceGroup
+) -> Validation | None:
+    """The first `validation_clips` of the held-out clips, spread over the ranks; None where there are none.
 
-    That is the validation split of the folder in question, or all of a folder without one.
+    Held out is the validation split of `--validation-data` or `--data`, or all of a `--validation-data` without one.
+
+    Raises:
+        UserError: a shard of `--validation-data` is trained on.
     """
     folder = job.validation_data or job.data
-    held_out = read_manifest(open_folder(folder, job.storage)).has_validation
+    manifest = training if job.validation_data is None else read_manifest(open_folder(folder, job.storage))
+    split: Split | Literal["all"] = "validation" if manifest.has_validation else "all"
+    if split == "all" and job.validation_data is None:
+        if world.rank == 0:
+            print(f"validation: off; {_hold_out(job)}", flush=True)
+        return None
+    trained_on = {entry.sha256 for entry in training.shards_of("train") if entry.samples}
+    for entry in manifest.shards_of(split):
+        if entry.sha256 in trained_on:
+            raise UserError(
+                f"--validation-data {folder}: {entry.name} is a shard of --data {job.data}, too; validation looks at "
+                "no training clips"
+            )
     if job.validation_data is None and world.rank == 0:
-        held = f"held-out clips of {job.data}"
-        none = "clips of the training set, as it has no validation split and no --validation-data is given"
-        print(f"validation: {held if held_out else none}", flush=True)
+        print(f"validation: held-out clips of {job.data}", flush=True)
     clips, readers, number = job.config.validation_clips, world.size // sequence.size, world.rank // sequence.size
     share = -(-clips // readers)
-    reader = _reader(job, world, sequence, share, job.config.seed + 1, folder, "validation" if held_out else "all")
+    reader = _reader(job, world, sequence, share, job.config.seed + 1, folder, split)
     return Validation(fixed_batch(reader), vae, world.device, first=number * share, clips=clips)
+
+
+def _hold_out(job: TrainingJob) -> str:
+    """How a run without held-out clips gets some."""
+    return f"{job.data} holds no clips out: build its shards with datagen.validation_share, or give --validation-data"
 
 
 def build_stage(
@@ -251,7 +274,7 @@ def _reader(
     samples: int,
     seed: int,
     data: str | None = None,
-    split: Literal["train", "validation", "all"] = "train",
+    split: Split | Literal["all"] = "train",
 ) -> ShardReader:
     """Reads `samples` per micro-batch on each rank, or on each group of ranks that share clips."""
     readers = world.size // sequence.size

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
 from common.errors import UserError
@@ -17,7 +18,7 @@ from common.seeding import seeded_noise
 from common.storage import open_folder
 from datagen.dataset.dataset import ShardDataset
 from datagen.dataset.loader import ShardReader
-from datagen.dataset.shard_format import Sample, write_manifest, write_shard
+from datagen.dataset.shard_format import Sample, Split, write_manifest, write_shard
 from metrics.clips import to_tensor
 from metrics.registry import METRICS, create
 from pipeline.model.prompts import placeholder_cache
@@ -250,6 +251,27 @@ def test_the_gallery_shows_pairs_with_all_scores(pairs: Path, model: Path, tmp_p
 
 def test_fewer_pairs_than_clips(model: Path, data: Path, tmp_path: Path) -> None:
     assert build(PairJob(CONFIG.model_copy(update={"pairs": 3}), model, str(data), tmp_path)) == 3
+
+
+def test_held_out_clips_make_held_out_pairs(model: Path, data: Path, tmp_path: Path) -> None:
+    """Of six clips, the second and third are held out; the NIQE judge does not know them."""
+    dataset, _ = ShardDataset.open(data)
+    sides: list[tuple[Split, list[int]]] = [("train", [0]), ("validation", [1, 2]), ("train", [3, 4, 5])]
+    shards = []
+    for index, (split, positions) in enumerate(sides):
+        stored = [dataset[position] for position in positions]
+        samples = [Sample(one.key, {name: one.read(name) for name in one.spans}) for one in stored]
+        shards.append(write_shard(tmp_path / "data", index, samples, split=split))
+    write_manifest(open_folder(tmp_path / "data"), "clips", shards)
+    config = CONFIG.model_copy(update={"pairs": 3, "validation_pairs": 1, "niqe_clips": CLIPS})
+    assert build(PairJob(config, model, str(tmp_path / "data"), tmp_path / "pairs")) == 4
+    keys = {}
+    for split in ("train", "validation"):
+        side, _ = ShardDataset.open(tmp_path / "pairs", split=split)
+        keys[split] = [side[position].key for position in range(len(side))]
+    assert keys == {"train": ["clip-00", "clip-10", "clip-11"], "validation": ["clip-01"]}
+    with safe_open(tmp_path / "pairs/niqe.safetensors", "np") as niqe:
+        assert json.loads(niqe.metadata()["niqe"])["details"]["clips"] == 4
 
 
 def test_what_cannot_be_built_is_said(

@@ -10,6 +10,7 @@ import yaml
 
 from common.config import load_section
 from common.errors import UserError
+from datagen.config import DatagenConfig
 from pipeline.model.config import ModelConfig
 from trainer.config import TrainerConfig
 from trainer.stages import STAGES
@@ -32,6 +33,13 @@ def test_an_ablation_differs_from_the_paper_where_it_says(path: Path) -> None:
     named = {f"{stage}.{field}" for stage, fields in stages.items() for field in fields}
     assert differences(paper, ablation) == named, "every value given is one that differs"
     assert load_section(path, "model", ModelConfig) == load_section(PAPER, "model", ModelConfig)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_that_validates_holds_clips_out(path: Path) -> None:
+    schedules = load_section(path, "trainer", TrainerConfig).schedules
+    validates = any(schedules[name].validate_every for name in ("base", "progressive", "dual_stream", "preference"))
+    assert validates == (load_section(path, "datagen", DatagenConfig).validation_share > 0)
 
 
 def test_numbers_of_the_paper() -> None:

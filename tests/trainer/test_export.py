@@ -19,7 +19,7 @@ from pipeline.model.prompts import DEFAULT_PROMPT, load_prompts
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import load_vae
 from pipeline.vsr_pipeline import open_pipeline
-from tests.trainer.presets import write_preset
+from tests.trainer.presets import CLIPS, clip, write_dataset, write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
 from trainer.engine.process_group import World
@@ -68,18 +68,22 @@ def test_the_best_checkpoint_is_exported_on_request(
     """With a learning rate that only does harm, the last validation is not the best."""
     schedule = "steps: 3, global_batch_size: 4, checkpoint_every: 1, validate_every: 1"
     changes = [f"trainer.schedules.base={{{schedule}}}", "trainer.base.optimizer={learning_rate: 0.5}"]
-    line = ["--config", preset, "--stage", "base", "--data", preset.parent / "clips", "--output", tmp_path]
+    write_dataset(tmp_path / "held-out", "clips", lambda index: clip(CLIPS + index))
+    line = ["--config", preset, "--stage", "base", "--data", preset.parent / "clips", "--output", tmp_path / "run"]
     line += [word for change in changes for word in ("--set", change)]
 
     def weights(export: str) -> tuple[torch.Tensor, str]:
         arguments = command.parse_arguments([*map(str, line), "--export", export])
         assert train(command.training_job(arguments))
-        folder = tmp_path / "model"
+        folder = tmp_path / "run/model"
         return open_pipeline(folder).transformer.proj_out.weight, (folder / "README.md").read_text()
 
+    with pytest.raises(UserError, match=r"no checkpoint is the best without validation; .* holds no clips out"):
+        weights("best")
+    line += ["--validation-data", tmp_path / "held-out"]
     last, _ = weights("last")
     best, card = weights("best")  # the run is finished: this only exports
-    kept = tmp_path / "checkpoints"
+    kept = tmp_path / "run/checkpoints"
     record = json.loads((kept / "best.json").read_text())
     assert record["step"] < 3 and f'"{record["number"]}": {record["value"]}' in card
     found = load_file(kept / f"step-{record['step']:08d}" / "student" / "rank-00000.safetensors")[

@@ -12,12 +12,13 @@ from common.errors import UserError
 from common.storage import open_folder
 from datagen.dataset.shard_format import Sidecar, Split, write_manifest, write_shard
 from pipeline.vsr_pipeline import open_pipeline
-from tests.trainer.presets import clip, losses, run_command, write_preset
+from tests.trainer.presets import CLIPS, clip, losses, run_command, write_preset
 from tests.trainer.stages import make_run
 from trainer import run as command
 from trainer.engine.process_group import World
 from trainer.loop import train_loop
 from trainer.preemption import EXIT_SAVED_ON_SIGNAL
+from trainer.train import train
 
 #: two steps, validated after the second
 TWO_STEPS = [
@@ -118,7 +119,7 @@ def write_side(folder: Path, samples: range, split: Split | None, index: int = 0
 
 @pytest.mark.distributed
 def test_training_and_validation_look_at_their_side_of_a_split(preset: Path, tmp_path: Path) -> None:
-    """A split dataset gives the run that two folders give, and neither is the run that knows no split."""
+    """A split dataset gives the run that two folders give; one without a split is trained on whole, not looked at."""
     folders = {"both": [("train", range(8)), ("validation", range(8, 12))], "train": [(None, range(8))]}
     folders |= {"held": [(None, range(8, 12))], "all": [(None, range(12))]}
     for name, parts in folders.items():
@@ -133,6 +134,22 @@ def test_training_and_validation_look_at_their_side_of_a_split(preset: Path, tmp
         said[name] = done.stdout
     both, separate, mixed = (losses(tmp_path / f"run-{name}") for name in runs)
     assert any("validation/z_lr/psnr" in row for row in both)
-    assert both == separate != mixed
+    assert both == separate
+    assert len(mixed) == len(both) and not any(name.startswith("validation") for row in mixed for name in row)
+    assert not (tmp_path / "run-all/previews").exists()
     assert f"validation: held-out clips of {tmp_path / 'both'}" in said["both"] and "validation:" not in said["train"]
-    assert "validation: clips of the training set" in said["all"]
+    remedy = "build its shards with datagen.validation_share, or give --validation-data"
+    assert f"validation: off; {tmp_path / 'all'} holds no clips out: {remedy}\n" in said["all"]
+
+
+def test_validation_on_training_clips_is_refused(preset: Path, tmp_path: Path, world: World) -> None:
+    clips = preset.parent / "clips"
+    line = ["--config", preset, "--stage", "base", *TWO_STEPS, "--data", clips, "--output", tmp_path / "run"]
+    # a copy of a shard under another number
+    shard = write_side(tmp_path / "copy", range(CLIPS // 2), None, index=3)
+    write_manifest(open_folder(tmp_path / "copy"), "clips", [shard])
+    for folder in (clips, tmp_path / "copy"):
+        arguments = command.parse_arguments([*map(str, line), "--validation-data", str(folder)])
+        with pytest.raises(UserError, match=r"shards/shard-00000.\.tar is a shard of --data .*/clips, too"):
+            train(command.training_job(arguments))
+    assert not list((tmp_path / "run").glob("*.jsonl"))
