@@ -108,11 +108,16 @@ def blind_figures(methods: dict[str, dict[str, float]]) -> str:
     )
 
 
+def kind_of(step: str) -> str:
+    """The name of a step without clip, method and seed: `upscale` for `blind-upscale-bicubic`."""
+    return step.removeprefix("blind-").split("-")[0]
+
+
 def by_kind(seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds of steps that differ only in method and seed (`upscale-base-0`), added up."""
+    """Seconds of steps of one kind, added up."""
     sums: dict[str, float] = {}
     for name, value in seconds.items():
-        kind = name.removeprefix("blind-").split("-")[0].replace("_", " ")
+        kind = kind_of(name).replace("_", " ")
         sums[kind] = sums.get(kind, 0.0) + value
     return sums
 

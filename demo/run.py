@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from demo.report import describe
+from demo.report import describe, kind_of
 from demo.steps import Step, StepFailed, StepRunner, python
 
 CONFIG = "configs/demo.yaml"
@@ -33,6 +33,11 @@ METRICS = "psnr,ssim,vmaf_neg,niqe_fitted"
 RECIPE = "light"
 #: Euler steps of the base model here
 BASE_STEPS = 8
+#: seconds of one CPU core by kind of step, for the estimate of what is left [ours]
+SECONDS = {
+    "shards": 47, "niqe": 6, "base": 53, "progressive": 117, "dual_stream": 241, "pairs": 60, "preference": 80,
+    "degrade": 2, "upscale": 28, "evaluate": 9, "report": 5,
+}  # fmt: skip
 #: method -> (folder of the model, number of Euler steps); bicubic has no model, shipped is the repository's own
 MODELS = {
     "base": ("base/model", BASE_STEPS),
@@ -86,9 +91,13 @@ def main() -> None:
         steps = training_steps(output, config)
         for held_out in (DEVELOPMENT, BLIND):
             steps += result_steps(output, held_out)
-        runner = StepRunner(output / "steps", len(steps) + 1)
-        for step in steps:
-            runner.run(step)
+        report = output / "report.html"
+        write_report = step(
+            "report", "report", python("metrics.report", "--description", output / "report.json", "--output", report)
+        )
+        runner = StepRunner(output / "steps", [*steps, write_report])
+        for each in steps:
+            runner.run(each)
         metrics = {
             **collect_metrics(output, DEVELOPMENT),
             "blind": collect_metrics(output, BLIND),
@@ -98,21 +107,14 @@ def main() -> None:
         (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         description = describe(output, metrics)
         (output / "report.json").write_text(json.dumps(description, indent=2) + "\n")
-        report = output / "report.html"
-        runner.run(
-            Step(
-                "report",
-                "report",
-                python("metrics.report", "--description", output / "report.json", "--output", report),
-            )
-        )
+        runner.run(write_report)
     except StepFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"\n{summary(metrics)}\n\nreport: {output / 'report.html'}\nfigures: {output / 'metrics.json'}")
+    print(f"\n{summary(metrics)}\n\nreport: {report}\nfigures: {output / 'metrics.json'}")
 
 
 def keep_config(config: Path, output: Path) -> str:
@@ -167,27 +169,31 @@ def training_steps(output: Path, config: str) -> list[Step]:
         "--output", pairs, "--metrics", "weight-free",
     )  # fmt: skip
     return [
-        Step("shards", "videos to shards", built),
-        Step("niqe", "NIQE model of the training clips", fit_niqe),
+        step("shards", "videos to shards", built),
+        step("niqe", "NIQE model of the training clips", fit_niqe),
         train(output, config, "base", shards),
         train(output, config, "progressive", shards, "--init", output / "base/model"),
         train(
             output, config, "dual_stream", shards,
             "--init", output / "progressive/model", "--teacher", output / "progressive/teacher",
         ),
-        Step("pairs", "preference pairs", paired),
+        step("pairs", "preference pairs", paired),
         train(output, config, "preference", pairs, "--init", output / "dual_stream/model"),
     ]  # fmt: skip
 
 
+def step(name: str, description: str, command: tuple[str, ...]) -> Step:
+    """A step that is expected to take as long as its kind does, whatever its method and seed."""
+    return Step(name, description, command, SECONDS[kind_of(name)])
+
+
 def train(output: Path, config: str, stage: str, data: Path, *models: object) -> Step:
-    """One stage through the deepspeed launcher."""
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    """One stage in one process; on several GPUs `deepspeed` stands for `python`."""
     command = (
-        launcher, "--num_gpus", "1", "trainer/run.py", "--config", config, "--stage", stage,
-        "--data", data, "--output", output / stage, *models,
+        sys.executable, "trainer/run.py", "--config", config, "--stage", stage, "--data", data,
+        "--output", output / stage, *models,
     )  # fmt: skip
-    return Step(stage, f"training: {stage}", tuple(map(str, command)))
+    return step(stage, f"training: {stage}", tuple(map(str, command)))
 
 
 def result_steps(output: Path, held_out: HeldOut) -> list[Step]:
@@ -200,31 +206,27 @@ def result_steps(output: Path, held_out: HeldOut) -> list[Step]:
             "datagen.degradation.degrade", source, folder / f"low/seed-{seed}.mkv", "--preset", RECIPE,
             "--seed", seed, *held_out.window, "--hr-output", folder / f"reference/seed-{seed}.mkv",
         )  # fmt: skip
-        steps.append(Step(f"{prefix}degrade-{seed}", f"degrading {held_out.clip}, seed {seed}", command))
+        steps.append(step(f"{prefix}degrade-{seed}", f"degrading {held_out.clip}, seed {seed}", command))
     for method in held_out.methods:
-        for seed in DEGRADATION_SEEDS:
-            command = upscale(output, folder, method, seed)
-            description = f"upscaling {held_out.clip}: {method}, seed {seed}"
-            steps.append(Step(f"{prefix}upscale-{method}-{seed}", description, command))
+        command = upscale(output, folder, method)
+        steps.append(step(f"{prefix}upscale-{method}", f"upscaling {held_out.clip}: {method}", command))
         command = python(
             "metrics.evaluate", "--video", folder / method, "--reference", folder / "reference",
             "--metrics", METRICS, "--niqe-model", output / "niqe.safetensors", "--output", folder / f"{method}.json",
         )  # fmt: skip
-        steps.append(Step(f"{prefix}evaluate-{method}", f"scoring {held_out.clip}: {method}", command))
+        steps.append(step(f"{prefix}evaluate-{method}", f"scoring {held_out.clip}: {method}", command))
     return steps
 
 
-def upscale(output: Path, folder: Path, method: str, seed: int) -> tuple[str, ...]:
-    """The command for one clip; frames are kept without loss, for scoring."""
+def upscale(output: Path, folder: Path, method: str) -> tuple[str, ...]:
+    """The command for the clips of all degradation seeds; frames are kept without loss, for scoring."""
     model: tuple[object, ...] = ("--bicubic",)
     if method in MODELS:
         weights, steps = MODELS[method]
         model = ("--model", output / weights, "--steps", steps)
     return python(
-        "pipeline.upscale", folder / f"low/seed-{seed}.mkv", folder / f"{method}/seed-{seed}.mkv", *model,
-        "--lossless", "--window", 17, "--seed", seed, "--overwrite",
-        "--stats", folder / f"{method}/seed-{seed}.stats.json",
-        "--colour-fix", "none",
+        "pipeline.upscale", folder / "low", folder / method, *model, "--lossless", "--window", 17, "--seed", 0,
+        "--overwrite", "--stats", folder / method, "--colour-fix", "none",
     )  # fmt: skip
 
 
@@ -235,9 +237,7 @@ def collect_metrics(output: Path, held_out: HeldOut) -> dict[str, Any]:
     per_seed: dict[str, dict[str, dict[str, float]]] = {}
     for method in held_out.methods:
         scores = json.loads((folder / f"{method}.json").read_text())
-        statistics = [
-            json.loads((folder / f"{method}/seed-{seed}.stats.json").read_text()) for seed in DEGRADATION_SEEDS
-        ]
+        statistics = [json.loads((folder / f"{method}/seed-{seed}.mkv.json").read_text()) for seed in DEGRADATION_SEEDS]
         methods[method] = {
             **{name: round(value, 4) for name, value in scores["metrics"].items()},
             "dit_evaluations": _same([entry["dit_evaluations"] for entry in statistics]),

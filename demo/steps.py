@@ -1,9 +1,14 @@
-"""Run a list of commands once: each step has a log and a stamp, so an interrupted list goes on where it was."""
+"""Run a list of commands once: each step has a log and a stamp, so an interrupted list goes on where it was.
+
+The minutes that are left follow from the seconds that each step is expected to take, and from how much longer or
+shorter those took that are done.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -22,6 +27,8 @@ class Step:
     #: what is printed while it runs
     description: str
     command: tuple[str, ...]
+    #: as measured elsewhere; only their ratios count once a step is done
+    expected_seconds: float
 
 
 class StepFailed(Exception):
@@ -31,15 +38,14 @@ class StepFailed(Exception):
 class StepRunner:
     """Runs steps in order and remembers how long each took."""
 
-    def __init__(self, folder: Path, total: int) -> None:
+    def __init__(self, folder: Path, steps: list[Step]) -> None:
         """
         Args:
             folder: where logs and stamps go.
-            total: number of steps, for the counter on the screen.
+            steps: all that will be run, in order.
         """
         self._folder = folder
-        self._total = total
-        self._number = 0
+        self._steps = steps
         self._began = time.monotonic()
         #: seconds by step name, those of earlier runs included
         self.seconds: dict[str, float] = {}
@@ -53,14 +59,13 @@ class StepRunner:
         Raises:
             StepFailed: it ended with another status than 0.
         """
-        self._number += 1
-        line = " ".join(_quoted(step.command))
+        line = shlex.join(step.command)
         self.commands[step.name] = line
         stamp, log = self._folder / f"{step.name}.done", self._folder / f"{step.name}.log"
         identity = hashlib.sha256(line.encode()).hexdigest()
         seconds = _finished(stamp, identity)
         if seconds is None:
-            self._say(step, "…")
+            self._say(step, f"… ({self._left(step)})")
             began = time.monotonic()
             with log.open("wb") as file:
                 status = subprocess.run(step.command, stdout=file, stderr=subprocess.STDOUT).returncode
@@ -76,7 +81,15 @@ class StepRunner:
     def _say(self, step: Step, state: str) -> None:
         elapsed = time.monotonic() - self._began
         clock = f"{int(elapsed // 60):02d}:{int(elapsed % 60):02d}"
-        print(f"[{clock}] step {self._number} of {self._total}: {step.description} {state}", flush=True)
+        number, total = self._steps.index(step) + 1, len(self._steps)
+        print(f"[{clock}] step {number} of {total}: {step.description} {state}", flush=True)
+
+    def _left(self, step: Step) -> str:
+        """How long this step and those after it will take."""
+        first = self._steps.index(step)
+        done, left = (sum(s.expected_seconds for s in part) for part in (self._steps[:first], self._steps[first:]))
+        pace = sum(self.seconds.values()) / done if done else 1.0
+        return f"about {max(round(left * pace / 60), 1)} min left"
 
 
 def python(module: str, *arguments: object) -> tuple[str, ...]:
@@ -96,7 +109,3 @@ def _failure(step: Step, line: str, log: Path, status: int) -> str:
     tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     shown = "\n".join(f"    {row}" for row in tail)
     return f"{step.name} failed with status {status}:\n  {line}\n{shown}\n  full log: {log}"
-
-
-def _quoted(command: tuple[str, ...]) -> list[str]:
-    return [f"'{word}'" if " " in word or "*" in word else word for word in command]

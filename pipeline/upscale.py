@@ -66,13 +66,13 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
         Whether some failed, or are damaged and `--on-error` is warn; they are listed at the end.
 
     Raises:
-        UserError: no video in the folder, or the output is a file.
+        UserError: no video in the folder, or the output or `--stats` is a file.
     """
-    if arguments.stats:
-        raise UserError("--stats belongs to one video; leave it out for a folder")
     sources = stills_of(arguments.input) if arguments.stills else _videos_of(arguments.input)
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"{arguments.output} is a file; what a folder holds needs a folder")
+    if arguments.stats and arguments.stats.exists() and not arguments.stats.is_dir():
+        raise UserError(f"--stats {arguments.stats} is a file; what a folder holds needs a folder")
     failed = []
     names = [f"{source.stem}{_folder_suffix(source)}" for source in sources]
     for number, (source, name) in enumerate(zip(sources, names, strict=True), 1):
@@ -84,7 +84,8 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
             continue
         print(f"{number} of {len(sources)}: {source.name}", file=sys.stderr)
         try:
-            if upscale_file(source, output, arguments):
+            own_stats = arguments.stats and arguments.stats / f"{output.name}.json"
+            if upscale_file(source, output, argparse.Namespace(**vars(arguments) | {"stats": own_stats})):
                 failed.append(f"damaged: {source}")
         except (UserError, OSError) as error:
             failed.append(f"failed: {error}")

@@ -189,5 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print size, windows, memory and disk; write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--restart", action="store_true", help="delete the parts that an earlier run left")
-    parser.add_argument("--stats", type=Path, help="write what was done and how long it took as JSON")
+    parser.add_argument(
+        "--stats",
+        type=Path,
+        help="write what was done and how long it took as JSON; for a folder a folder, a file each",
+    )
     return parser

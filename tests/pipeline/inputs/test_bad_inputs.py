@@ -1,5 +1,6 @@
 """Damaged files, wrong options, odd names: nothing is lost in silence, and nothing fails at the last step."""
 
+import json
 import os
 import shutil
 from fractions import Fraction
@@ -172,10 +173,16 @@ def test_a_folder_goes_on_past_a_bad_file(base, upscale, tmp_path):
     (folder / "b.mp4").write_text("not a video")
     (folder / "._a.mp4").write_bytes(bytes(4096))
     (folder / "notes.txt").write_text("")
-    done = upscale(folder, output, "--bicubic", "--frames", 3)
+    stats = tmp_path / "stats"
+    done = upscale(folder, output, "--bicubic", "--frames", 3, "--stats", stats)
     assert done.returncode == 3
     assert done.stderr.strip().splitlines()[-1].startswith("failed: ") and "b.mp4" in done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["a.mp4", "c.webm.mkv"]
+    assert sorted(path.name for path in stats.iterdir()) == ["a.mp4.json", "c.webm.mkv.json"]
+    record = json.loads((stats / "a.mp4.json").read_text())
+    assert record["input"] == str(folder / "a.mp4") and record["frames"] == 3
+    done = upscale(folder, output, "--bicubic", "--stats", base)
+    assert done.returncode == 2 and "what a folder holds needs a folder" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["[error] x.mp4", "titled.mp4"])
