@@ -38,6 +38,8 @@ MORE = (
     "torch._inductor.compile_fx",
     "wandb",
 )
+#: reads the environment that a cluster's processes differ in as it is imported; alone it is quick
+LEFT_OUT = ("ray",)
 #: what libraries read as they are imported: it must be as it was then
 FIXED = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MPLCONFIGDIR", "PYTHONHASHSEED", "TORCH_HOME", "XDG_CACHE_HOME")
 
@@ -60,7 +62,7 @@ def import_libraries() -> None:
 
 
 def _import(module: str, *names: str) -> None:
-    if module.split(".")[0] not in PACKAGES:
+    if module.split(".")[0] not in (*PACKAGES, *LEFT_OUT):
         with contextlib.suppress(ImportError):  # optional ones
             found = importlib.import_module(module)
             for name in names:

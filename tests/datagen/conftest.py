@@ -85,7 +85,7 @@ def build_command(config: Path, videos: Path | str, output: Path | str, *more: s
 
 def run_build(config: Path, videos: Path | str, output: Path | str, *more: str, **environment: str) -> str:
     """Run the command to its end; its stderr, or a failed assertion."""
-    done = run(*build_command(config, videos, output, *more), environment=environment)
+    done = run(*build_command(config, videos, output, *more), environment=environment, warm_children=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

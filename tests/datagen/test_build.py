@@ -52,7 +52,7 @@ def kill_busy(process: Command, name: str) -> None:
     deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the job ended before {name} could be killed"
-        for child in psutil.Process(process.pid).children(recursive=True):
+        for child in psutil.Process().children(recursive=True):  # the job's workers are forks of the warm process
             with contextlib.suppress(psutil.Error):
                 title = " ".join(child.cmdline())
                 # an actor between two tasks has no method in its title
@@ -64,7 +64,7 @@ def kill_busy(process: Command, name: str) -> None:
 
 
 def begin(config_file: Path, videos: Path, output: Path) -> Command:
-    return start(*build_command(config_file, videos, output, "--workers", "2", *VARIANTS))
+    return start(*build_command(config_file, videos, output, "--workers", "2", *VARIANTS), warm_children=True)
 
 
 def test_a_killed_worker_and_a_killed_actor_cost_nothing(
