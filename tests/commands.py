@@ -113,7 +113,7 @@ def start(
         "environment": inherited | dict(environment or {}),
         "folder": str(folder),
         "largest_file": largest_file,
-        "python": str(Path(_server()).with_name("python")) if warm and warm_children else sys.executable,
+        "python": python() if warm and warm_children else sys.executable,
     }
     with open(os.devnull) as nothing:
         return Command(task, nothing.fileno() if stdin is None else stdin, stdout, warm)
@@ -128,6 +128,11 @@ def run(*line: object, timeout: float = 300, **options: Any) -> subprocess.Compl
         command.kill()
     assert command.returncode is not None
     return subprocess.CompletedProcess(command.args, command.returncode, output, errors)
+
+
+def python() -> str:
+    """What stands in for `sys.executable`, so that processes started with it have the libraries imported."""
+    return str(Path(_server()).with_name("python")) if RUNS_WARM else sys.executable
 
 
 def launch(ranks: int, *line: object, **options: Any) -> Command:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import pytest
 
 from common.errors import run_command
 from datagen.build_shards import main
-from tests.commands import run
+from tests.commands import run, start
 from tests.datagen.conftest import VARIANTS, build_command, contents, one_line, run_build
 
 
@@ -30,22 +29,24 @@ def free_port() -> int:
 def cluster() -> Iterator[str]:
     """The address of a cluster of its own: `ray start --head`, in a folder whose sockets have short names."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "3"]
+        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus", "3"]
         command += ["--port", str(free_port()), "--temp-dir", folder, "--include-dashboard", "false"]
         command += ["--object-store-memory", "200000000"]
-        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-        head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        output, written = os.pipe()
+        head = start("-u", *command, environment=environment, stdout=written, warm_children=True)
+        os.close(written)
         try:
-            assert head.stdout is not None
-            said = []
-            # it says how others join it, then that it runs
-            for line in head.stdout:
-                said.append(line)
-                if "--block" in line:
-                    break
-            found = re.search(r"--address='([^']+)'", "".join(said))
-            assert found, "".join(said)
-            yield found[1]
+            with os.fdopen(output) as lines:
+                said = ""
+                # it says how others join it, then that it runs
+                for line in lines:
+                    said += line
+                    if "--block" in line:
+                        break
+                found = re.search(r"--address='([^']+)'", said)
+                assert found, said
+                yield found[1]
         finally:
             processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
             for process in processes:

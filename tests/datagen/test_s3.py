@@ -33,6 +33,7 @@ from datagen.ray_cluster import start_ray
 from datagen.sources import Source
 from metrics import evaluate
 from pipeline.model.config import ModelConfig
+from tests.commands import python
 from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
 from tests.trainer import presets
@@ -210,7 +211,7 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
     assert {name: folder.read(name) for name in folder.sizes("shards/")} == local
 
 
-def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
+def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the consumer holds still, the server sees how many clips are made ahead, each being a video of its own."""
     content = encode_bytes(moving_picture(9, 64, 64, 0))
     surveys = []
@@ -223,6 +224,7 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path) -> None:
     plans = make_plan(surveys, config, {}).samples
     server.asked.clear()
     ray.shutdown()  # one of its own: with the credentials of this server, and of this many CPUs
+    monkeypatch.setattr("sys.executable", python())
     try:
         start_ray(None, WORKERS, config)
         rows = encode(plans, config, storage(server), vae, {})

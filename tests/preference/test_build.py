@@ -33,7 +33,7 @@ from preference.gallery import gallery
 from preference.pair_maker import Outcome, PairJob, PairMaker
 from preference.planning import estimate
 from preference.ranking import rank
-from tests.commands import start
+from tests.commands import python, start
 
 SHAPE = (8, 2, 6, 6)  # 5 frames of 48×48
 CLIPS = 6
@@ -195,8 +195,9 @@ def faulty(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 def test_broken_clips_are_replaced_and_any_number_of_actors_makes_the_same_bytes(
-    model: Path, faulty: Path, tmp_path: Path
+    model: Path, faulty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sys.executable", python())
     config = CONFIG.model_copy(update={"pairs": 3, "metrics": "gmsd"})
     assert build(PairJob(config, model, str(faulty), tmp_path / "one")) == 3
     sidecars = [json.loads(path.read_text()) for path in sorted((tmp_path / "one/shards").glob("*.json"))]
