@@ -24,7 +24,7 @@ from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Manifest, Sample, write_manifest, write_shard
 from datagen.ray_cluster import start_ray
 from pipeline.model.tiny_vae import TinyVideoVAE
-from tests.commands import run
+from tests.commands import python, run
 
 SHARD_SIZES = (5, 1, 9, 3)
 #: twelve windows in three variants: long enough to be killed in the middle
@@ -142,7 +142,9 @@ def shared_ray(ray_ends: None) -> None:
 
 def start_shared_ray() -> None:
     """Start it unless it runs."""
-    start_ray(None, 3, DatagenConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.executable", python())
+        start_ray(None, 3, DatagenConfig())
 
 
 @pytest.fixture(scope="package")
