@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
 from common.storage import StorageConfig, open_folder
 from datagen.config import DatagenConfig
+from datagen.dataset.data_card import REPORT
 from datagen.dataset.shard_format import Manifest
 from datagen.encode.latent_reuse import check_reusable, find_clips
 from datagen.encode.ray_jobs import encode
+from datagen.example_frames import example_frames
 from datagen.format_revision import code_versions, vae_hash
 from datagen.job_folder import (
     begin,
@@ -56,6 +59,8 @@ def main() -> None:
     held_out = sum(entry.samples for entry in manifest.shards_of("validation"))
     also = f", {held_out} of them held out" if config.validation_share else ""
     print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards{also}")
+    if left_out := ", ".join(f"{count} {reason}" for reason, count in manifest.extra["left_out"].items()):
+        print(f"left out: {left_out}; {REPORT} there shows an example of each, quarantine.jsonl lists all")
 
 
 def build(
@@ -94,7 +99,8 @@ def build(
             unreadable = [found for found in surveys if isinstance(found, Unreadable)]
             check_limit(unreadable, len(sources), config)
 
-            plan = make_plan([found for found in surveys if isinstance(found, SourceSurvey)], config, versions)
+            readable = [found for found in surveys if isinstance(found, SourceSurvey)]
+            plan = make_plan(readable, config, versions)
             begin(folder, plan, unreadable, config, versions)
 
             committed = committed_shards(folder, plan)
@@ -106,7 +112,8 @@ def build(
                 start_ray()
             with closing(encode(samples, config, storage, str(vae.resolve()), versions, earlier)) as encoded:
                 shards = write_shards(folder, plan, committed, encoded, config.max_failed)
-        return finish(folder, plan, unreadable, shards, config, versions, len(sources))
+        frames_of = partial(example_frames, surveys=readable, config=config, storage=storage)
+        return finish(folder, plan, unreadable, shards, config, versions, len(sources), frames_of)
 
 
 def _arguments() -> argparse.Namespace:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from common.errors import StorageError, UserError
@@ -26,7 +27,7 @@ from common.progress import progress
 from common.s3_lock import only_s3_writer
 from common.storage import Folder, LocalFolder, S3Folder
 from datagen.config import DatagenConfig
-from datagen.dataset.data_card import write_report
+from datagen.dataset.data_card import left_out, write_report
 from datagen.dataset.shard_format import (
     MANIFEST,
     CommittedShard,
@@ -257,11 +258,13 @@ def finish(
     config: DatagenConfig,
     versions: dict[str, str],
     sources: int,
+    frames_of: Callable[[list[dict[str, Any]]], list[np.ndarray | None]],
 ) -> Manifest:
     """Write quarantine.jsonl, the manifest and the data card.
 
     Args:
         sources: how many there were.
+        frames_of: of `write_report`.
     """
     faults = [{"kind": "unreadable", "source": found.source.id, "reason": found.reason} for found in unreadable]
     faults += [fault for shard in shards for fault in shard.extra["failed"]]
@@ -281,10 +284,11 @@ def finish(
         "config": deciding(config),
         "versions": versions,
         "counts": counts,
+        "left_out": left_out(faults + rejected),
         "statistics": summed([shard.extra["statistics"] for shard in shards]),
     }
     manifest = write_manifest(folder, "clips", shards, extra)
-    write_report(folder, manifest, faults + rejected)
+    write_report(folder, manifest, faults + rejected, frames_of)
     return manifest
 
 

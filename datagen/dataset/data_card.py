@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,22 @@ PICTURES = 24
 PICTURE_SIDE = 320
 
 
-def write_report(folder: Folder, manifest: Manifest, quarantine: list[dict[str, Any]]) -> None:
-    """Write `report.html` into the dataset folder, atomically."""
-    reasons = Counter((line["kind"], _kind_of(line["reason"])) for line in quarantine)
+def write_report(
+    folder: Folder,
+    manifest: Manifest,
+    quarantine: list[dict[str, Any]],
+    frames_of: Callable[[list[dict[str, Any]]], list[np.ndarray | None]],
+) -> None:
+    """Write `report.html` into the dataset folder, atomically.
+
+    Args:
+        quarantine: lines of quarantine.jsonl.
+        frames_of: a frame, uint8 (H, W, 3) RGB, for each of some lines, or None.
+    """
+    reasons = left_out(quarantine)
+    examples = {_reason(line): line for line in reversed(quarantine)}
+    shown = [examples[reason] for reason in reasons]
+    pictures = [None if frame is None else _data_uri(_small(frame)) for frame in frames_of(shown)]
     histogram = manifest.extra["statistics"]["lr_psnr_db"]
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
@@ -37,8 +51,10 @@ def write_report(folder: Folder, manifest: Manifest, quarantine: list[dict[str, 
         bytes=sum(entry.bytes for entry in manifest.shards),
         statistics=manifest.extra["statistics"],
         tallest=max(histogram["histogram"], default=1),
-        reasons=[(kind, reason, count) for (kind, reason), count in reasons.most_common()],
-        examples=quarantine[:12],
+        left_out=[
+            {"reason": reason, "count": count, "example": line, "picture": picture}
+            for (reason, count), line, picture in zip(reasons.items(), shown, pictures, strict=True)
+        ],
         pictures=contact_sheet(folder, manifest, PICTURES),
         config=yaml.safe_dump(manifest.extra["config"], sort_keys=False),
     )
@@ -65,24 +81,42 @@ def contact_sheet(folder: Folder, manifest: Manifest, count: int) -> list[dict[s
 
 def side_by_side(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     """Middle frame, LR enlarged without smoothing | HR, uint8 (H, 2W, 3) RGB."""
-    middle = len(hr) // 2
-    scale = min(1.0, PICTURE_SIDE / max(hr.shape[1:3]))
-    size = (round(hr.shape[2] * scale), round(hr.shape[1] * scale))
-    small = cv2.resize(lr[middle], size, interpolation=cv2.INTER_NEAREST)
-    return np.hstack([small, cv2.resize(hr[middle], size, interpolation=cv2.INTER_AREA)])
+    right = _small(hr[len(hr) // 2])
+    left = cv2.resize(lr[len(hr) // 2], right.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return np.hstack([left, right])
 
 
-#: what reasons of windows begin with (datagen/plan.py)
-FILTERS = ("black", "empty", "static", "blurred", "repeated")
+def _small(picture: np.ndarray) -> np.ndarray:
+    scale = min(1.0, PICTURE_SIDE / max(picture.shape[:2]))
+    size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
-def _kind_of(reason: str) -> str:
-    """A reason without its particulars, for counting: `black: luma 3.1 is below 8.0` is `black`."""
-    if reason.startswith(("duplicate of", "copy of held-out")):
-        return "duplicate" if reason.startswith("duplicate") else "copy of a held-out source"
-    if reason.startswith(("resolution", "length", "no scene")):
-        return reason.split()[0] if not reason.startswith("no scene") else "scenes too short"
-    return reason.split(":")[0] if reason.split(":")[0] in FILTERS else "unreadable"
+#: what reasons of `filtered` lines begin with (datagen/plan.py), and how they are counted
+FILTERS = {
+    "black": "black",
+    "empty": "empty",
+    "static": "static",
+    "blurred": "blurred",
+    "repeated": "repeated",
+    "duplicate of": "duplicate",
+    "copy of held-out": "copy of a held-out source",
+    "resolution": "too small",
+    "length": "too short",
+    "no scene": "scenes too short",
+}
+
+
+def left_out(quarantine: list[dict[str, Any]]) -> dict[str, int]:
+    """How many lines of quarantine.jsonl give each reason, the most frequent first."""
+    return dict(Counter(map(_reason, quarantine)).most_common())
+
+
+def _reason(line: dict[str, Any]) -> str:
+    """A line's reason without particulars, for counting: `black: luma 3.1 is below 8.0` is `black`."""
+    if line["kind"] == "filtered":
+        return next((name for begin, name in FILTERS.items() if line["reason"].startswith(begin)), "filtered")
+    return str(line["kind"])
 
 
 def _data_uri(picture: np.ndarray) -> str:

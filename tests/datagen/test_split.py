@@ -142,7 +142,11 @@ def test_a_split_dataset_has_two_sides_for_every_reader(split: Path) -> None:
     assert not {Path(name).stem for name in training} & {Path(name).stem for name in held_out}
     manifest = read_manifest(open_folder(split))
     assert manifest.has_validation and manifest.extra["counts"]["held_out"] == 3 * len(held_out)
-    assert "of them held out" in (split / "report.html").read_text()
+    report = (split / "report.html").read_text()
+    assert "of them held out" in report
+    reasons = dict(manifest.extra["left_out"])
+    assert reasons.pop("unreadable") == 1 and sum(reasons.values()) == manifest.extra["counts"]["filtered"] > 0
+    assert report.count("data:image/jpeg") == manifest.samples + len(reasons), "an example of each reason"
     for side, expected in (("train", training), ("validation", held_out)):
         reader = ShardReader(split, seed=0, global_batch_size=1, split=side)  # type: ignore[arg-type]
         batches = itertools.islice(reader, len(reader))
