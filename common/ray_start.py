@@ -6,9 +6,10 @@ import logging
 import os
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,32 @@ def join_or_start(address: str | None, cpus: int) -> None:
         ) from None
     if address:
         _check_token_mode(address)
+    _watch_raylet()
+
+
+def _watch_raylet() -> None:
+    """End this process with one line when the raylet that it is connected to ends.
+
+    Ray itself ends it some seconds later, without Python's knowing and with lines about heartbeats.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    (path,) = (node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == own)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+
+    def wait() -> None:
+        with connection, suppress(ConnectionError):
+            connection.recv(1)  # it says nothing to strangers: this is its end
+        # after ray.shutdown() it ends as well
+        if ray.is_initialized() and ray.get_runtime_context().get_node_id() == own:
+            sys.stderr.write(
+                "error: Ray's raylet on this machine has ended (out of memory, or killed); "
+                "run the same command again to go on\n"
+            )
+            sys.stderr.flush()
+            os._exit(2)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_token_mode(address: str) -> None:

@@ -78,14 +78,22 @@ def test_a_killed_worker_and_a_killed_actor_cost_nothing(
     assert contents(begun) == contents(whole)
 
 
-def test_a_killed_driver_goes_on_where_it_was(
-    shared_ray: None, whole: Path, begun: Path, videos: Path, config_file: Path
+@pytest.mark.parametrize("victim", ["driver", "raylet"])
+def test_a_killed_driver_or_raylet_goes_on_where_it_was(
+    victim: str, shared_ray: None, whole: Path, begun: Path, videos: Path, config_file: Path
 ) -> None:
     process = begin(config_file, videos, begun)
     while process.poll() is None and not (begun / "shards/shard-000000.json").exists():
         time.sleep(0.002)
-    process.kill()
-    process.communicate(timeout=60)
+    if victim == "driver":
+        process.kill()
+    else:
+        (raylet,) = (child for child in psutil.Process(process.pid).children() if child.name() == "raylet")
+        raylet.kill()
+    _, stderr = process.communicate(timeout=60)
+    if victim == "raylet":
+        assert process.returncode == 2
+        assert stderr.splitlines()[-1].startswith("error: Ray's raylet on this machine has ended")
     committed = {path: path.stat().st_mtime_ns for path in begun.glob("shards/*.json")}
     assert 0 < len(committed) < SHARDS and not (begun / "manifest.json").exists()
     build_here(config_file, videos, begun, "--workers", "1", *VARIANTS)
