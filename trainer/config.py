@@ -87,6 +87,9 @@ class TrainerConfig(Section):
     max_bad_steps: int = Field(default=10, ge=1)
     #: a gradient norm so many times its running mean has exploded [ours]
     explosion_factor: float = Field(default=1000.0, gt=1)
+    #: rows and columns of the part of each latent that a step trains on, drawn anew each time; null = all of it.
+    #: Attention costs the square of the tokens, and small models have to see much; validation sees whole clips [ours]
+    latent_crop: tuple[int, int] | None = None
     #: clips of the fixed validation set, spread over the ranks [ours]
     validation_clips: int = Field(default=4, ge=1)
     #: folder on a local disk where shards of an s3:// dataset are kept after their first use; null = read ranges of
@@ -97,6 +100,13 @@ class TrainerConfig(Section):
     #: precision of exported transformers
     export_precision: Literal["bf16", "fp32"] = "fp32"
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("latent_crop")
+    @classmethod
+    def _holds_a_place(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError("must be at least 1 x 1; null turns it off")
+        return value
 
     @field_validator("schedules", mode="before")
     @classmethod

@@ -31,6 +31,7 @@ from trainer.monitoring.tracking import Tracker
 from trainer.monitoring.validation import Validation
 from trainer.output_folder import record_checkpoint
 from trainer.preemption import StopSignal
+from trainer.stages.crops import crop_latents
 from trainer.stages.stage import ScheduleConfig, TrainingStage
 
 
@@ -162,6 +163,9 @@ def _step(
     began = time.perf_counter()
     local = [next(batches) for _ in range(run.stage.batches_per_step)]
     waited = time.perf_counter() - began
+    if run.config.latent_crop is not None:
+        identity = (run.config.seed, run.stage.spec.name, step, "latent crop")
+        local = [crop_latents(batch, run.config.latent_crop, *identity) for batch in local]
     values = run.stage.train_step(step, local)
     _check(run, step, local, watch.observe(values), watch)
     values["bad_steps"] = float(watch.total)
