@@ -245,6 +245,8 @@ def build_stage(
     )
     stage = spec.build(setup)
     if config.compile_blocks:  # only now: a copy of a compiled module is not compiled
+        # Stage II's gradient norms walk one graph several times, which donated buffers do not survive.
+        torch._functorch.config.donated_buffer = False
         for trained in stage.networks.values():
             blocks: Any = getattr(trained.module, "transformer", trained.module)
             if getattr(blocks, "_repeated_blocks", None):
@@ -312,6 +314,9 @@ class _Exporter:
             if name == "model":
                 save_adapter(job.output / "adapter", adapted)
             state = merged_state(adapted)
+        elif job.model.transformer.low_resolution_predictor:
+            # Base and Stage I keep the prediction's weights: they are those at the start.
+            state = initial_transformer(job.init, job.model, job.config.seed).state_dict() | state
         export_model(
             job.output / name,
             state,

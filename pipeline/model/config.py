@@ -42,9 +42,15 @@ class TransformerConfig(Section):
     #: σ of z_HR - z_LR, only with low_resolution_skip: what is left for the network then has unit size at every t; 0:
     #: the difference to (z_t - z_LR)/t [ours]
     low_resolution_deviation: float = Field(0.0, ge=0)
-    #: a linear filter of z_LR in the place of z_LR there, and a σ for each channel, which begins at
+    #: a prediction of z_HR from z_LR in the place of z_LR there, and a σ for each channel, which begins at
     #: low_resolution_deviation; both are trained with the network [ours]
     low_resolution_predictor: bool = False
+    #: residual blocks of the prediction, on top of its linear filter [ours]
+    predictor_blocks: int = Field(0, ge=0)
+    #: channels of the residual blocks [ours]
+    predictor_width: int = Field(96, ge=1)
+    #: the DiT reads what z_t holds beside the prediction, at unit size, instead of z_t [ours]
+    residual_input: bool = False
 
     @model_validator(mode="after")
     def _deviation_needs_the_skip(self) -> TransformerConfig:
@@ -52,6 +58,10 @@ class TransformerConfig(Section):
             raise ValueError("low_resolution_deviation means nothing without low_resolution_skip: true; set it, or 0")
         if self.low_resolution_predictor and not self.low_resolution_deviation:
             raise ValueError("low_resolution_predictor needs a low_resolution_deviation above 0; set it, or false")
+        if self.predictor_blocks and not self.low_resolution_predictor:
+            raise ValueError("predictor_blocks means nothing without low_resolution_predictor: true; set it, or 0")
+        if self.residual_input and not self.low_resolution_deviation:
+            raise ValueError("residual_input needs a low_resolution_deviation above 0; set it, or false")
         return self
 
 

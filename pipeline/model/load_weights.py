@@ -140,6 +140,7 @@ def _require_same_kind(folder: Path, config: TransformerConfig) -> None:
                 ("low_resolution_skip", False),
                 ("low_resolution_deviation", 0.0),
                 ("low_resolution_predictor", False),
+                ("residual_input", False),
             ):
                 found = saved.get(name, absent)
                 if ours and found != getattr(config, name):

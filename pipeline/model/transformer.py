@@ -7,23 +7,19 @@ enters through a forward hook skips the root module's pre-backward.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
+from pipeline.model.low_resolution_skip import LowResolutionPredictor, normalised_residual, skip_velocity
 from pipeline.model.sequence_parallel import ALONE, SequenceGroup, UlyssesAttention, check_heads
 
 #: DiffusionPipeline.from_pretrained looks for this name in a component's module to learn how it is loaded.
 __all__ = ["ModelMixin", "VSROutput", "VSRTransformer", "tapped_layers", "widen_patch_embedding"]
-
-
-#: below this time the skip stops growing as 1/t [ours]
-SKIP_TIME_FLOOR = 0.15
 
 
 class VSROutput(NamedTuple):
@@ -33,50 +29,15 @@ class VSROutput(NamedTuple):
     features: tuple[Tensor, ...]
 
 
-def skip_velocity(z_t: Tensor, t: Tensor, z_lr: Tensor, deviation: float | Tensor) -> Tensor:
-    """(z_t - ẑ0)/t for what z_LR and z_t say of z0 without a network.
-
-    With `deviation` σ, ẑ0 = E[z0 | z_t, z_LR] if z0 - z_LR is Gaussian of that deviation: what is left for the network
-    is at most of size √(1 + σ²) at every t. With σ = 0, ẑ0 = z_LR, and what is left grows as 1/t.
-
-    Args:
-        deviation: of all channels, or (1, C, 1, 1, 1).
-    """
-    if isinstance(deviation, float | int) and not deviation:
-        return (z_t - z_lr) / t.clamp_min(SKIP_TIME_FLOOR)
-    variance = deviation**2
-    gain = (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
-    return gain * (z_t - (1 - t) * z_lr) - z_lr
-
-
-class LowResolutionPredictor(nn.Module):
-    """What z_LR says of z_HR by a linear filter, and how far z_HR lies from it.
-
-    Blur is linear, and a DiT is slow to learn linear maps: its LayerNorms take the amplitude away. Without training
-    the prediction is z_LR; `tools.fit_low_resolution_predictor` gives it least squares.
-    """
-
-    def __init__(self, channels: int, deviation: float) -> None:
-        super().__init__()
-        self.filter = nn.Conv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1), padding_mode="replicate")
-        self.log_deviation = nn.Parameter(torch.full((channels,), math.log(deviation)))
-        nn.init.zeros_(self.filter.weight)
-        nn.init.zeros_(self.filter.bias)
-
-    def forward(self, z_lr: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T, H, W) -> the prediction of z_HR, same shape, and its deviation σ (1, C, 1, 1, 1)."""
-        predicted = z_lr + self.filter(z_lr.to(self.filter.weight.dtype)).to(z_lr.dtype)
-        return predicted, self.log_deviation.to(z_lr.dtype).exp().view(1, -1, 1, 1, 1)
-
-
 class VSRTransformer(WanTransformer3DModel):
     """Predicts v_θ(z_t, t, z_LR, c) and, on request, the hidden states after chosen blocks.
 
     Arguments are those of `WanTransformer3DModel` with these changes: `latent_channels` replaces
     `in_channels` (which is twice that) and `out_channels`; `low_resolution_skip` makes the network predict
     the difference to `skip_velocity`, so that a zero output projection means ẑ0 = z_LR at t = 1;
-    `low_resolution_predictor` puts a linear prediction of z_HR in the place of z_LR there. The skip is for models
-    trained from nothing (the small presets) and off for Wan weights.
+    `low_resolution_predictor` puts a prediction of z_HR in the place of z_LR there, `predictor_blocks` and
+    `predictor_width` make it more than a linear filter; `residual_input` shows the network `normalised_residual`
+    instead of z_t. All this is for models trained from nothing (the small presets) and off for Wan weights.
     """
 
     @register_to_config
@@ -97,6 +58,9 @@ class VSRTransformer(WanTransformer3DModel):
         low_resolution_skip: bool = False,
         low_resolution_deviation: float = 0.0,
         low_resolution_predictor: bool = False,
+        predictor_blocks: int = 0,
+        predictor_width: int = 96,
+        residual_input: bool = False,
     ) -> None:
         # The parent's own `register_to_config` would record its arguments as ours.
         WanTransformer3DModel.__init__.__wrapped__(
@@ -116,7 +80,9 @@ class VSRTransformer(WanTransformer3DModel):
             rope_max_seq_len=rope_max_seq_len,
         )
         if low_resolution_predictor:
-            self.predictor = LowResolutionPredictor(latent_channels, low_resolution_deviation)
+            self.predictor = LowResolutionPredictor(
+                latent_channels, low_resolution_deviation, predictor_blocks, predictor_width
+            )
         self.sequence = ALONE
 
     def share_sequence(self, group: SequenceGroup) -> None:
@@ -154,7 +120,10 @@ class VSRTransformer(WanTransformer3DModel):
         self._check(z_t, z_lr, feature_layers, features_only)
         z_t, t, z_lr, prompt = (self.sequence.enter(value) for value in (z_t, t, z_lr, prompt))
         dtype = self.patch_embedding.weight.dtype
-        x = torch.cat([z_t.to(dtype), z_lr.to(dtype)], dim=1)
+        time = t.view(-1, 1, 1, 1, 1)
+        center, deviation = self._center(z_lr)
+        shown = normalised_residual(z_t, time, center, deviation) if self.config.residual_input else z_t
+        x = torch.cat([shown.to(dtype), z_lr.to(dtype)], dim=1)
         rotary = self.sequence.share_rotary(self.rope(x))
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
         tokens = x.shape[1]
@@ -178,11 +147,14 @@ class VSRTransformer(WanTransformer3DModel):
         x = (self.norm_out(x.float()) * (1 + scale) + shift).to(dtype)
         v = self._unpatchify(self.sequence.gather_tokens(self.proj_out(x), tokens), z_t.shape)
         if self.config.low_resolution_skip:
-            deviation: float | Tensor = self.config.low_resolution_deviation
-            if self.config.low_resolution_predictor:
-                z_lr, deviation = self.predictor(z_lr)
-            v = v + skip_velocity(z_t, t.view(-1, 1, 1, 1, 1), z_lr, deviation)
+            v = v + skip_velocity(z_t, time, center, deviation)
         return VSROutput(v, tuple(features))
+
+    def _center(self, z_lr: Tensor) -> tuple[Tensor, float | Tensor]:
+        """What the skip takes for the mean of z_HR, and how far z_HR lies from it."""
+        if self.config.low_resolution_predictor:
+            return self.predictor(z_lr)
+        return z_lr, self.config.low_resolution_deviation
 
     def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         batch, channels, frames, height, width = shape

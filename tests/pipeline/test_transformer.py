@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 from common.errors import UserError
 from pipeline.model.config import TransformerConfig
 from pipeline.model.load_weights import ORIGINAL_NAMES, load_transformer, rename_original
-from pipeline.model.transformer import VSRTransformer, skip_velocity, tapped_layers
+from pipeline.model.low_resolution_skip import normalised_residual, skip_velocity
+from pipeline.model.transformer import VSRTransformer, tapped_layers
 from tests.private_memory import private_kib
 
 TINY = {
@@ -115,7 +116,7 @@ def test_the_predictor_takes_the_place_of_z_lr_in_the_skip(inputs):
         network.predictor.filter.weight.normal_(std=0.2)
         network.predictor.log_deviation.copy_(torch.tensor([0.1, 0.2, 0.5, 1.0]).log())
     padded = torch.nn.functional.pad(z_lr, (1, 1, 1, 1, 0, 0), mode="replicate")
-    expected = z_lr + torch.nn.functional.conv3d(padded, network.predictor.filter.weight)
+    expected = z_lr + torch.nn.functional.conv3d(padded, network.predictor.filter.weight.unsqueeze(2))
     sigma = torch.tensor([0.1, 0.2, 0.5, 1.0]).view(1, 4, 1, 1, 1)
     v = network(z_t, t, z_lr, prompt).velocity
     assert torch.allclose(v, skip_velocity(z_t, t.view(-1, 1, 1, 1, 1), expected, sigma), atol=1e-5)
@@ -124,6 +125,53 @@ def test_the_predictor_takes_the_place_of_z_lr_in_the_skip(inputs):
     assert network.predictor.log_deviation.grad.abs().min() > 0
     half = network.to(torch.bfloat16)(z_t, t, z_lr, prompt).velocity
     assert torch.allclose(half.float(), v, atol=0.1)
+
+
+def test_the_residual_input_has_unit_size_at_every_time():
+    """Against float64 statistics: z0 - center of deviation σ leaves ε at t = 1, (z0 - center)/σ at t = 0."""
+    generator = np.random.default_rng(0)
+    center, noise = generator.normal(size=(2, 1, 1, 1, 200, 200))
+    sigma = 0.3
+    z0 = center + sigma * generator.normal(size=center.shape)
+    for time in (0.0, 0.1, 0.5, 1.0):
+        z_t = (1 - time) * z0 + time * noise
+        t = torch.full((1, 1, 1, 1, 1), time, dtype=torch.float64)
+        shown = normalised_residual(torch.from_numpy(z_t), t, torch.from_numpy(center), sigma).numpy()
+        assert shown.std() == pytest.approx(1, abs=0.02)
+        if time in (0.0, 1.0):
+            assert np.allclose(shown, noise if time else (z0 - center) / sigma)
+
+
+def test_the_network_is_shown_the_residual_of_its_own_prediction(inputs):
+    from pipeline.model.load_weights import build_transformer
+
+    z_t, t, z_lr, prompt = inputs
+    skip = {"low_resolution_skip": True, "low_resolution_deviation": 0.3, "low_resolution_predictor": True}
+    config = TransformerConfig(latent_channels=4, predictor_blocks=1, predictor_width=8, **skip, **TINY)
+    torch.manual_seed(0)
+    plain = build_transformer(config)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    shown = build_transformer(config.model_copy(update={"residual_input": True}))
+    shown.load_state_dict(plain.state_dict())
+    time, (center, sigma) = t.view(-1, 1, 1, 1, 1), plain.predictor(z_lr)
+    residual = normalised_residual(z_t, time, center, sigma)
+    skipped = [skip_velocity(z, time, center, sigma) for z in (z_t, residual)]
+    expected = plain(residual, t, z_lr, prompt).velocity - skipped[1] + skipped[0]
+    assert torch.allclose(shown(z_t, t, z_lr, prompt).velocity, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"predictor_blocks": 2}, "predictor_blocks means nothing without low_resolution_predictor"),
+        ({"residual_input": True}, "residual_input needs a low_resolution_deviation above 0"),
+    ],
+    ids=str,
+)
+def test_parts_of_the_skip_that_lack_another_are_refused(fields, fault):
+    with pytest.raises(ValueError, match=fault):
+        TransformerConfig(low_resolution_skip=True, **fields)
 
 
 @pytest.mark.parametrize(("deviation", "predictor"), [(0.0, False), (0.25, False), (0.25, True)])

@@ -1,4 +1,4 @@
-"""The linear prediction of z_HR: least squares against NumPy, and what the command leaves."""
+"""The prediction of z_HR: least squares against NumPy, blocks beyond the filter, and what the command leaves."""
 
 import sys
 
@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from pipeline.model.load_weights import load_transformer, saved_config
-from pipeline.model.transformer import LowResolutionPredictor, VSRTransformer
+from pipeline.model.low_resolution_skip import LowResolutionPredictor
+from pipeline.model.transformer import VSRTransformer
 from tests.trainer.presets import write_preset
-from tools.fit_low_resolution_predictor import fit, main, with_blocks_of
+from tools.fit_low_resolution_predictor import DEVIATION_SAMPLES, descend, fit, main, take_over
 
 
 def test_least_squares_agree_with_numpy_and_with_the_residual():
@@ -34,11 +35,32 @@ def test_least_squares_agree_with_numpy_and_with_the_residual():
     target = (z_hr - z_lr).permute(0, 2, 3, 4, 1).reshape(-1, 3).numpy().astype(np.float64)
     solution, _, _, _ = np.linalg.lstsq(np.array(rows), target, rcond=None)
     residual = target - np.array(rows) @ solution
-    expected = solution[:-1].T.reshape(3, 3, 1, 3, 3)
+    expected = solution[:-1].T.reshape(3, 3, 3, 3)
     assert np.abs(found.filter.weight.detach().numpy() - expected).max() < 2e-3  # the ridge
     deviations = found.log_deviation.detach().exp().numpy()
     assert np.allclose(deviations, np.sqrt((residual**2).mean(0)), rtol=1e-3)
     assert left == pytest.approx((residual**2).sum() / (target**2).sum(), rel=1e-3)
+
+
+def test_blocks_learn_what_no_filter_can():
+    """z_HR - z_LR = |z_LR|: least squares leave most of it, the blocks nearly none, and σ says how much."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pairs():
+        while True:
+            z_lr = torch.randn(8, 2, 1, 4, 4, generator=generator)
+            yield z_lr, z_lr + z_lr.abs()
+
+    torch.manual_seed(0)
+    predictor = LowResolutionPredictor(2, 0.5, blocks=1, width=16)
+    z_lr, z_hr = next(pairs())
+    assert torch.equal(predictor(z_lr)[0], z_lr)  # no training: z_LR
+    left_by_filter = fit(predictor, [next(pairs()) for _ in range(DEVIATION_SAMPLES // 8)])
+    left = descend(predictor, pairs(), 300, 1e-2)
+    assert left_by_filter > 0.3 and left < 0.03
+    predicted, sigma = predictor(z_lr)
+    error = (predicted - z_hr).detach().square().mean((0, 2, 3, 4)).sqrt()
+    assert torch.allclose(sigma.detach().flatten(), error, rtol=0.3)
 
 
 def test_the_command_leaves_initial_weights_that_begin_at_the_prediction(tmp_path, monkeypatch):
@@ -46,7 +68,8 @@ def test_the_command_leaves_initial_weights_that_begin_at_the_prediction(tmp_pat
     line = ["fit", "--config", str(preset), "--data", str(tmp_path / "clips"), "--samples", "8"]
     line += ["--set", "model.transformer.low_resolution_skip=true"]
     line += ["--set", "model.transformer.low_resolution_deviation=0.5"]
-    predictor = ["--set", "model.transformer.low_resolution_predictor=true"]
+    predictor = ["--set", "model.transformer.low_resolution_predictor=true", "--steps", "2"]
+    predictor += ["--set", "model.transformer.predictor_blocks=1", "--set", "model.transformer.residual_input=true"]
     monkeypatch.setattr(sys, "argv", [*line, "--output", str(tmp_path / "none")])
     with pytest.raises(UserError, match="low_resolution_predictor is false"):
         main()
@@ -57,8 +80,26 @@ def test_the_command_leaves_initial_weights_that_begin_at_the_prediction(tmp_pat
     main()
     model = load_transformer(tmp_path / "second", saved_config(tmp_path / "second"))
     assert not model.proj_out.weight.any() and model.predictor.filter.weight.any()
+    assert model.predictor.leave.weight.any()
     first = load_file(tmp_path / "first" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(model.blocks[0].ffn.net[2].weight, first["blocks.0.ffn.net.2.weight"])
+
+
+def test_a_predictor_of_the_same_blocks_is_taken_over(tmp_path):
+    shape = {
+        "latent_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "freq_dim": 16,
+        "text_dim": 8, "num_layers": 1, "low_resolution_skip": True, "low_resolution_deviation": 0.5,
+        "low_resolution_predictor": True, "predictor_blocks": 1, "predictor_width": 8, "residual_input": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    trained = VSRTransformer(**shape)
+    trained.save_pretrained(tmp_path)
+    for change, expected in (({}, True), ({"predictor_blocks": 2}, False), ({"residual_input": False}, False)):
+        model = VSRTransformer(**{**shape, **change})
+        assert take_over(model, tmp_path) is expected
+        assert torch.equal(model.proj_out.weight, trained.proj_out.weight) is expected
+        assert torch.equal(model.predictor.enter.weight, trained.predictor.enter.weight) is expected
+        assert torch.equal(model.blocks[0].ffn.net[2].weight, trained.blocks[0].ffn.net[2].weight)
 
 
 def test_blocks_of_another_shape_are_refused(tmp_path):
@@ -70,4 +111,4 @@ def test_blocks_of_another_shape_are_refused(tmp_path):
     for change, fault in (({"num_layers": 3}, "blocks.2.* is missing"), ({"num_layers": 1}, "blocks.1.* is unknown")):
         model = VSRTransformer(**{**shape, **change, "low_resolution_predictor": True})
         with pytest.raises(UserError, match=fault):
-            with_blocks_of(model, tmp_path)
+            take_over(model, tmp_path)

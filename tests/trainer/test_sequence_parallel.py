@@ -16,8 +16,9 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.seeding import seeded_noise
+from pipeline.model.low_resolution_skip import LowResolutionPredictor
 from pipeline.model.sequence_parallel import ALONE, SequenceGroup, form_sequence_groups
-from pipeline.model.transformer import LowResolutionPredictor, VSRTransformer
+from pipeline.model.transformer import VSRTransformer
 from tests.trainer import scenarios, toys
 from tests.trainer.presets import losses, run_command, write_preset
 from tests.trainer.ranks import run_on_ranks

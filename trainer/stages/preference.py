@@ -12,6 +12,7 @@ distribution matching on beside the loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -209,7 +210,7 @@ SPEC = StageSpec(
     summary="Stage III: preference refinement by DPO",
     config=PreferenceTrainingConfig,
     networks=(
-        STUDENT,
+        replace(STUDENT, trains_predictor=True),
         NetworkSpec("reference"),
         NetworkSpec("fake_score", weights="teacher", optimizer="fake_score", lora="critic", needed="regularised"),
         NetworkSpec("real_score", weights="teacher", needed="regularised"),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common.config import Section
 from pipeline.model.config import ModelConfig
+from pipeline.model.low_resolution_skip import LowResolutionPredictor
 from trainer.engine.config import DeepSpeedConfig
 from trainer.stages.random_draws import Draws
 
@@ -67,6 +68,9 @@ class NetworkSpec:
     ema: bool = False
     #: entry of `trainer.lora` that gives it an adapter; None: it never has one
     lora: str | None = None
+    #: whether it trains its `LowResolutionPredictor` (small models have one); else that keeps its weights. By
+    #: velocities at small t it learns from noise, and forgets what `tools.fit_low_resolution_predictor` gave it
+    trains_predictor: bool = False
     #: property of the stage's configuration that tells whether its transformer is needed; None: always
     needed: str | None = None
     #: reads its first weights itself: (folder or None, model, the stage's section, seed) -> module, untrained without a
@@ -184,10 +188,14 @@ class StageSetup:
         """
         from trainer.engine.network import Network
 
-        network = self.spec.network(name)
+        network, module = self.spec.network(name), self.modules[name]
+        if not network.trains_predictor:
+            for part in module.modules():
+                if isinstance(part, LowResolutionPredictor):
+                    part.requires_grad_(False)
         return Network(
             name,
-            self.modules[name],
+            module,
             deepspeed=self.engine_of(name),
             optimizer=getattr(self.config, network.optimizer) if network.optimizer else None,
             parameter_groups=parameter_groups,

@@ -28,7 +28,7 @@ SPEC = StageSpec(
     summary="Stage II: dual-stream distillation (DMD + RFS-GAN)",
     config=DualStreamConfig,
     networks=(
-        NetworkSpec("student", optimizer="student", ema=True, lora="student"),
+        NetworkSpec("student", optimizer="student", ema=True, lora="student", trains_predictor=True),
         NetworkSpec("critic", weights="teacher", optimizer="fake_score", lora="critic", needed="needs_fake_score"),
         NetworkSpec("real_score", weights="teacher"),
     ),
