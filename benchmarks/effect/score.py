@@ -3,7 +3,7 @@
     python benchmarks/effect/score.py --output FOLDER [--model NAME=FOLDER[:STEPS] ...] [--clips FOLDER]
 
 Each clip of held_out.py is degraded by the recipe `light` with every seed, upscaled by every method, and scored:
-bicubic, two controls (a sharpened bicubic, assets/small without its network), Real-ESRGAN's two networks and the models
+bicubic, two controls (a sharpened bicubic, assets/small without its DiT), Real-ESRGAN's two networks and the models
 given. `scores.json` holds `methods.<name>.<metric>`, the mean over clips and seeds; `intervals`, its 95 % interval;
 `differences` between methods; `per_clip`. `effect.md` holds the table, `<clip>.png` the frames at 1:1. Scores are kept
 per method, clip and seed, so a killed run resumes and a new method costs only itself.
@@ -77,15 +77,15 @@ def model_upscaler(folder: Path, steps: int | None) -> Upscaler:
     return lambda low: pipeline(low, num_inference_steps=steps).frames
 
 
-def linear_filter(folder: Path) -> Upscaler:
-    """A control: the model without its network, the linear prediction of z_HR alone.
+def prediction(folder: Path) -> Upscaler:
+    """A control: the model without its DiT, the convolutional prediction of z_HR alone.
 
     Raises:
         UserError: the model has no such prediction.
     """
     pipeline = open_pipeline(folder)
     if not pipeline.transformer.config.low_resolution_predictor:
-        raise UserError(f"{folder} has no low_resolution_predictor: there is nothing without its network")
+        raise UserError(f"{folder} has no low_resolution_predictor: there is nothing without its DiT")
     torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
     torch.nn.init.zeros_(pipeline.transformer.proj_out.bias)
     return lambda low: pipeline(low, num_inference_steps=1).frames
@@ -198,7 +198,7 @@ def main() -> None:
     methods: dict[str, tuple[Callable[[], Upscaler], str]] = {
         "bicubic": (lambda: bicubic, "1"),
         "bicubic-sharpened": (lambda: bicubic_sharpened, "1"),
-        "linear": (lambda: linear_filter(SMALL), files_fingerprint(sorted(SMALL.glob("*/*.safetensors")), SMALL)),
+        "prediction": (lambda: prediction(SMALL), files_fingerprint(sorted(SMALL.glob("*/*.safetensors")), SMALL)),
     }
     for name in NAMES:
         methods[name] = (lambda name=name: RealEsrgan(name), "1")  # type: ignore[misc]

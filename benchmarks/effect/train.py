@@ -47,7 +47,7 @@ ROWS: dict[str, Row] = {
     "without_dual_stream": Row("preference", "progressive"),
     "dmd_only": _dual_stream("gan_weight=0", "feature_matching_weight=0"),
     "gan_only": _dual_stream("dmd_weight=0"),
-    "dmd_then_gan": _dual_stream("schedule=sequential", "sequential_dmd_steps=250"),
+    "dmd_then_gan": _dual_stream("schedule=sequential", "sequential_dmd_steps=25"),
     "real_features": _dual_stream("tapped=real"),
     "fake_features": _dual_stream("tapped=fake"),
     "clean_discriminator": _dual_stream("discriminator_input=clean"),
@@ -58,7 +58,7 @@ ROWS: dict[str, Row] = {
         "base",
         ("trainer.dual_stream.real_score_guidance=1.0", "trainer.dual_stream.guidance_time_range=[0.5,0.98]"),
     ),
-    "data_forcing": _dual_stream("data_forcing_weight=1.0", "data_forcing_from_step=400"),
+    "data_forcing": _dual_stream("data_forcing_weight=1.0", "data_forcing_from_step=25"),
 }
 
 

@@ -98,6 +98,7 @@ def _rounds(size: Size, world: World, precision: Precision, *, compile_blocks: b
                 "fake_score": {"learning_rate": 1e-4},
                 "heads_learning_rate": 1e-3,
                 "head": {"hidden_channels": 16},
+                "gradient_norms_every": 2,  # in the second round: further passes through graphs that may be compiled
             },
         }
     )
