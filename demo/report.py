@@ -38,10 +38,10 @@ SUMMARY = (
     "degraded and encoded into shards, a small base model was trained on, distilled to one step in the three stages of "
     "DUO-VSR, and then shown a clip that none of its training has seen.",
     "What this is: the full system at small size, each part the real one (Ray Data, DeepSpeed, the three-engine step "
-    "of stage II, preference pairs). What it is not: the paper's model. The transformer has four million parameters "
-    "instead of 1.3 billion, and its base was pre-trained on photographs for an hour of one CPU core. This run trains "
-    "each stage for a minute or two; the shipped model is what longer training gave (docs/small.md). Both are sharper "
-    "than bicubic by the linear filter that is part of the model; the network adds next to nothing to it yet "
+    "of stage II, preference pairs). What it is not: the paper's model. The model has 4.7 million parameters instead "
+    "of 1.3 billion, and its base was pre-trained on photographs for hours of one CPU core. This run trains each "
+    "stage for a minute or two; the shipped model is what longer training gave (docs/small.md). Both are sharper than "
+    "bicubic mostly by the convolutional prediction that is part of the model; the stages add little to it yet "
     "(docs/effect.md).",
 )
 #: columns of the README's image
