@@ -102,8 +102,8 @@ def scene(output: Path, frames: dict[str, Path], title: str, caption: str) -> di
 def blind_figures(methods: dict[str, dict[str, float]]) -> str:
     """The figures of the second clip in a sentence each."""
     return " ".join(
-        f"{LABELS[method].capitalize()}: PSNR {values['psnr']:.2f} dB, VMAF-NEG {values['vmaf_neg']:.1f}, "
-        f"fitted NIQE {values['niqe_fitted']:.2f}."
+        f"{LABELS[method][0].upper()}{LABELS[method][1:]}: PSNR {values['psnr']:.2f} dB, "
+        f"VMAF-NEG {values['vmaf_neg']:.1f}, fitted NIQE {values['niqe_fitted']:.2f}."
         for method, values in methods.items()
     )
 
