@@ -42,6 +42,8 @@ def only_s3_writer(folder: S3Folder) -> Iterator[None]:
     def live() -> None:
         while not ended.wait(SIGN_EVERY_S):
             with suppress(StorageError):  # the job's own requests say so
+                if not _is(folder, owner):
+                    return  # taken over while nothing was heard from here
                 folder.write(LOCK_NAME, content)
 
     thread = threading.Thread(target=live, daemon=True)
@@ -52,7 +54,8 @@ def only_s3_writer(folder: S3Folder) -> Iterator[None]:
         ended.set()
         thread.join()
         with suppress(StorageError):
-            folder.delete(LOCK_NAME)
+            if _is(folder, owner):
+                folder.delete(LOCK_NAME)
 
 
 def _is(folder: S3Folder, owner: dict[str, object]) -> bool:

@@ -305,5 +305,6 @@ def _clean_up_if_empty(folder: Folder) -> None:
 
 def _user_error_within(error: BaseException) -> UserError | None:
     """The UserError that a worker raised, out of Ray's text of it: its objects do not always hold the cause."""
-    found = re.findall(r"^(?:common|datagen|pipeline)\.[\w.]+: (.+)$", str(error), re.MULTILINE)
+    kinds = r"common\.(?:errors|lossless_clip)\.(?:UserError|StorageError|UnreadableVideo)"
+    found = re.findall(rf"^{kinds}: (.+)$", str(error), re.MULTILINE)
     return UserError(found[0]) if found else None
