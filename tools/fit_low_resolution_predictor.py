@@ -68,7 +68,7 @@ def fit(predictor: LowResolutionPredictor, batches: Iterable[tuple[Tensor, Tenso
     return float(residual.sum() * count / squares.sum())
 
 
-def descend(
+def train(
     predictor: LowResolutionPredictor, batches: Iterator[tuple[Tensor, Tensor]], steps: int, rate: float
 ) -> float:
     """Train filter and blocks on the mean square of prediction - z_HR, by Adam, the rate falling to 0 as a cosine.
@@ -81,7 +81,7 @@ def descend(
     """
     optimizer = torch.optim.Adam(predictor.parameters(), lr=rate, betas=(0.9, 0.99))
     predictor.to(memory_format=torch.channels_last)  # twice the speed on CPUs
-    with progress(steps, "descend", "steps") as bar:
+    with progress(steps, "training", "steps") as bar:
         for step, (z_lr, z_hr) in enumerate(islice(batches, steps)):
             optimizer.param_groups[0]["lr"] = (
                 rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -175,7 +175,7 @@ def main() -> None:
     if not (further and blocks):
         left = fit(model.predictor, _counted(pairs, -(-arguments.samples // BATCH)))
     if blocks:
-        left = descend(model.predictor, pairs, arguments.steps, arguments.learning_rate)
+        left = train(model.predictor, pairs, arguments.steps, arguments.learning_rate)
     model.save_pretrained(arguments.output)
     print(f"{arguments.output}: {left:.1%} of the square of z_HR - z_LR is left")
 

@@ -18,40 +18,40 @@ from torch.nn import functional
 SKIP_TIME_FLOOR = 0.15
 
 
-def skip_velocity(z_t: Tensor, t: Tensor, center: Tensor, deviation: float | Tensor) -> Tensor:
+def skip_velocity(z_t: Tensor, t: Tensor, mean: Tensor, deviation: float | Tensor) -> Tensor:
     """(z_t - ẑ0)/t for what z_LR and z_t say of z0 without a network.
 
-    With `deviation` σ, ẑ0 = E[z0 | z_t, z_LR] if z0 - center is Gaussian of that deviation: what is left for the
-    network is at most of size √(1 + σ²) at every t. With σ = 0, ẑ0 = center, and what is left grows as 1/t.
+    With `deviation` σ, ẑ0 = E[z0 | z_t, z_LR] if z0 - mean is Gaussian of that deviation: what is left for the
+    network is at most of size √(1 + σ²) at every t. With σ = 0, ẑ0 = mean, and what is left grows as 1/t.
 
     Args:
         z_t: (B, C, T, H, W).
         t: (B, 1, 1, 1, 1).
-        center: z_LR or a prediction of z_HR from it, same shape as `z_t`.
+        mean: z_LR or a prediction of z_HR from it, same shape as `z_t`.
         deviation: of all channels, or (1, C, 1, 1, 1).
     """
     if isinstance(deviation, float | int) and not deviation:
-        return (z_t - center) / t.clamp_min(SKIP_TIME_FLOOR)
+        return (z_t - mean) / t.clamp_min(SKIP_TIME_FLOOR)
     variance = deviation**2
     gain = (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2)
-    return gain * (z_t - (1 - t) * center) - center
+    return gain * (z_t - (1 - t) * mean) - mean
 
 
-def normalised_residual(z_t: Tensor, t: Tensor, center: Tensor, deviation: float | Tensor) -> Tensor:
-    """What z_t holds beside `center`, of unit size at every t: ε at t = 1, (z0 - center)/σ at t = 0.
+def normalised_residual(z_t: Tensor, t: Tensor, mean: Tensor, deviation: float | Tensor) -> Tensor:
+    """What z_t holds beside `mean`, of unit size at every t: ε at t = 1, (z0 - mean)/σ at t = 0.
 
     z_t itself is mostly what z_LR shows anyway; detail of deviation σ = 0.25 in it is a sixteenth of its square, and a
     LayerNorm scales both alike. Same arguments as `skip_velocity`, with σ > 0.
     """
     variance = deviation**2
-    return (z_t - (1 - t) * center) * ((1 - t) ** 2 * variance + t**2) ** -0.5
+    return (z_t - (1 - t) * mean) * ((1 - t) ** 2 * variance + t**2) ** -0.5
 
 
 class LowResolutionPredictor(nn.Module):
     """A prediction of z_HR from z_LR alone, and how far z_HR lies from it.
 
     Blur is linear, and a DiT is slow to learn linear maps: its LayerNorms take the amplitude away. The filter is fitted
-    by least squares, the residual blocks on top of it by descent, both by `tools.fit_low_resolution_predictor`. Without
+    by least squares, the residual blocks on top of it by Adam, both by `tools.fit_low_resolution_predictor`. Without
     training the prediction is z_LR.
 
     Args:

@@ -121,8 +121,8 @@ class VSRTransformer(WanTransformer3DModel):
         z_t, t, z_lr, prompt = (self.sequence.enter(value) for value in (z_t, t, z_lr, prompt))
         dtype = self.patch_embedding.weight.dtype
         time = t.view(-1, 1, 1, 1, 1)
-        center, deviation = self._center(z_lr)
-        shown = normalised_residual(z_t, time, center, deviation) if self.config.residual_input else z_t
+        mean, deviation = self._mean_and_deviation(z_lr)
+        shown = normalised_residual(z_t, time, mean, deviation) if self.config.residual_input else z_t
         x = torch.cat([shown.to(dtype), z_lr.to(dtype)], dim=1)
         rotary = self.sequence.share_rotary(self.rope(x))
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
@@ -147,10 +147,10 @@ class VSRTransformer(WanTransformer3DModel):
         x = (self.norm_out(x.float()) * (1 + scale) + shift).to(dtype)
         v = self._unpatchify(self.sequence.gather_tokens(self.proj_out(x), tokens), z_t.shape)
         if self.config.low_resolution_skip:
-            v = v + skip_velocity(z_t, time, center, deviation)
+            v = v + skip_velocity(z_t, time, mean, deviation)
         return VSROutput(v, tuple(features))
 
-    def _center(self, z_lr: Tensor) -> tuple[Tensor, float | Tensor]:
+    def _mean_and_deviation(self, z_lr: Tensor) -> tuple[Tensor, float | Tensor]:
         """What the skip takes for the mean of z_HR, and how far z_HR lies from it."""
         if self.config.low_resolution_predictor:
             return self.predictor(z_lr)

@@ -128,18 +128,18 @@ def test_the_predictor_takes_the_place_of_z_lr_in_the_skip(inputs):
 
 
 def test_the_residual_input_has_unit_size_at_every_time():
-    """Against float64 statistics: z0 - center of deviation σ leaves ε at t = 1, (z0 - center)/σ at t = 0."""
+    """Against float64 statistics: z0 - mean of deviation σ leaves ε at t = 1, (z0 - mean)/σ at t = 0."""
     generator = np.random.default_rng(0)
-    center, noise = generator.normal(size=(2, 1, 1, 1, 200, 200))
+    mean, noise = generator.normal(size=(2, 1, 1, 1, 200, 200))
     sigma = 0.3
-    z0 = center + sigma * generator.normal(size=center.shape)
+    z0 = mean + sigma * generator.normal(size=mean.shape)
     for time in (0.0, 0.1, 0.5, 1.0):
         z_t = (1 - time) * z0 + time * noise
         t = torch.full((1, 1, 1, 1, 1), time, dtype=torch.float64)
-        shown = normalised_residual(torch.from_numpy(z_t), t, torch.from_numpy(center), sigma).numpy()
+        shown = normalised_residual(torch.from_numpy(z_t), t, torch.from_numpy(mean), sigma).numpy()
         assert shown.std() == pytest.approx(1, abs=0.02)
         if time in (0.0, 1.0):
-            assert np.allclose(shown, noise if time else (z0 - center) / sigma)
+            assert np.allclose(shown, noise if time else (z0 - mean) / sigma)
 
 
 def test_the_network_is_shown_the_residual_of_its_own_prediction(inputs):
@@ -154,9 +154,9 @@ def test_the_network_is_shown_the_residual_of_its_own_prediction(inputs):
         torch.nn.init.normal_(parameter, std=0.1)
     shown = build_transformer(config.model_copy(update={"residual_input": True}))
     shown.load_state_dict(plain.state_dict())
-    time, (center, sigma) = t.view(-1, 1, 1, 1, 1), plain.predictor(z_lr)
-    residual = normalised_residual(z_t, time, center, sigma)
-    skipped = [skip_velocity(z, time, center, sigma) for z in (z_t, residual)]
+    time, (mean, sigma) = t.view(-1, 1, 1, 1, 1), plain.predictor(z_lr)
+    residual = normalised_residual(z_t, time, mean, sigma)
+    skipped = [skip_velocity(z, time, mean, sigma) for z in (z_t, residual)]
     expected = plain(residual, t, z_lr, prompt).velocity - skipped[1] + skipped[0]
     assert torch.allclose(shown(z_t, t, z_lr, prompt).velocity, expected, atol=1e-5)
 

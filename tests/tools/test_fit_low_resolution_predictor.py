@@ -12,7 +12,7 @@ from pipeline.model.load_weights import load_transformer, saved_config
 from pipeline.model.low_resolution_skip import LowResolutionPredictor
 from pipeline.model.transformer import VSRTransformer
 from tests.trainer.presets import write_preset
-from tools.fit_low_resolution_predictor import DEVIATION_SAMPLES, descend, fit, main, take_over
+from tools.fit_low_resolution_predictor import DEVIATION_SAMPLES, fit, main, take_over, train
 
 
 def test_least_squares_agree_with_numpy_and_with_the_residual():
@@ -56,7 +56,7 @@ def test_blocks_learn_what_no_filter_can():
     z_lr, z_hr = next(pairs())
     assert torch.equal(predictor(z_lr)[0], z_lr)  # no training: z_LR
     left_by_filter = fit(predictor, [next(pairs()) for _ in range(DEVIATION_SAMPLES // 8)])
-    left = descend(predictor, pairs(), 300, 1e-2)
+    left = train(predictor, pairs(), 300, 1e-2)
     assert left_by_filter > 0.3 and left < 0.03
     predicted, sigma = predictor(z_lr)
     error = (predicted - z_hr).detach().square().mean((0, 2, 3, 4)).sqrt()

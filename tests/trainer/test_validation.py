@@ -81,7 +81,7 @@ def test_constants_are_decoded_once(world: World, monkeypatch: pytest.MonkeyPatc
     assert calls == [1] * (3 * 2 + 3 * 3 + 3 * 3), "targets and z_lr of three clips once, three previews twice"
 
 
-def test_the_picture_shows_the_first_clip(world: World, tmp_path: Path) -> None:
+def test_the_preview_shows_the_first_clip(world: World, tmp_path: Path) -> None:
     class Pictures:
         def image(self, step: int, name: str, image: Any) -> None:
             image.save(tmp_path / "image.png")
