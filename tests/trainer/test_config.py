@@ -84,6 +84,8 @@ def test_a_schedule_refines_the_stages_own_default() -> None:
         ("trainer.engine_overrides={judge: {}}", "unknown network 'judge'; known: codec, critic, discriminator"),
         ("trainer.engine_overrides={critic: {stage: 3}}", "unknown key critic.stage; known: zero_stage"),
         ("trainer.engine_overrides={critic: {zero_stage: 4}}", "critic.zero_stage = 4: Input should be 1, 2 or 3"),
+        ("trainer.engine_overrides={teacher: {zero_stage: 2}}", "so zero_stage has to be the same, not 2 and 1"),
+        ("trainer.engine_overrides={critic: {gradient_accumulation: 2}}", "give both the same gradient_accumulation"),
         ("trainer.engines={critic: {}}", "trainer.engines is now called trainer.engine_overrides"),
         ("trainer.schedules.dualstream.steps=3", "unknown stage 'dualstream'; known: codec, base, progressive"),
         ("trainer.schedules.base.stepz=3", "unknown key trainer.schedules.base.stepz; did you mean 'steps'?"),

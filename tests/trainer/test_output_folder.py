@@ -148,6 +148,35 @@ def test_another_frozen_network_is_refused_by_name(preset: Path, tmp_path: Path,
         train_loop(other)
 
 
+def test_the_command_says_so_in_one_line(preset: Path, tmp_path: Path) -> None:
+    """The real command on folders that were spoilt: a rank file cut short, checkpoints deleted, another teacher."""
+
+    def train(stage: str, output: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        line = ["--config", preset, "--data", preset.parent / "clips", "--stage", stage, "--output", tmp_path / output]
+        done = run_command(*line, *arguments)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    assert train("base", "cut", "--stop-after", 4).returncode == EXIT_SAVED_ON_SIGNAL
+    shutil.copytree(tmp_path / "cut", tmp_path / "lost")
+    file = tmp_path / "cut" / "checkpoints" / "step-00000004" / "student" / "rank-00000.safetensors"
+    spoil(file, "cut short")
+    done = train("base", "cut")
+    (warning,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert done.returncode == 0 and str(file) in warning and len(losses(tmp_path / "cut")) == 5
+
+    shutil.rmtree(tmp_path / "lost" / "checkpoints")
+    done = train("base", "lost")
+    assert done.returncode == 2 and "checkpoints are gone, step-00000004 was the last one" in done.stderr
+    assert train("base", "lost", "--restart", "--set", "trainer.seed=4").returncode == 0
+
+    models = {name: tmp_path / name / "model" for name in ("cut", "lost")}
+    begun = train("dual_stream", "two", "--init", models["cut"], "--teacher", models["cut"], "--stop-after", 2)
+    assert begun.returncode == EXIT_SAVED_ON_SIGNAL, begun.stderr
+    done = train("dual_stream", "two", "--init", models["cut"], "--teacher", models["lost"])
+    assert done.returncode == 2 and "beside other weights of real_score" in done.stderr
+
+
 def stale_listing(world: World, *, folder: str, preset: str) -> str:
     """Rank 1 does not see the newest checkpoint yet, as on a network file system."""
     import trainer.checkpoint as checkpoint
