@@ -149,7 +149,7 @@ def test_another_frozen_network_is_refused_by_name(preset: Path, tmp_path: Path,
 
 
 def test_the_command_says_so_in_one_line(preset: Path, tmp_path: Path) -> None:
-    """The real command on folders that were spoilt: a rank file cut short, checkpoints deleted, another teacher."""
+    """The real command on spoilt folders: a rank file cut short, leftovers, checkpoints deleted, another teacher."""
 
     def train(stage: str, output: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         line = ["--config", preset, "--data", preset.parent / "clips", "--stage", stage, "--output", tmp_path / output]
@@ -161,7 +161,11 @@ def test_the_command_says_so_in_one_line(preset: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "cut", tmp_path / "lost")
     file = tmp_path / "cut" / "checkpoints" / "step-00000004" / "student" / "rank-00000.safetensors"
     spoil(file, "cut short")
+    checkpoints = file.parents[2]
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / ".step-00000003.partial")
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000099.bak")
     done = train("base", "cut")
+    assert not (checkpoints / ".step-00000003.partial").exists()
     (warning,) = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
     assert done.returncode == 0 and str(file) in warning and len(losses(tmp_path / "cut")) == 5
 
