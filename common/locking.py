@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.atomic import write_atomic
 from common.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -25,7 +26,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder` for the duration of the block; the folder is made if missing.
 
     Raises:
-        UserError: another process holds it; the message says which.
+        UserError: another process holds it; the message says which. Or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     owner_file = folder / f"{LOCK_NAME}.json"
@@ -38,7 +39,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         ) from None
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        owner_file.write_text(json.dumps(owner))
+        write_atomic(owner_file, json.dumps(owner))
         yield
     finally:
         owner_file.unlink(missing_ok=True)

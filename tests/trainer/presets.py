@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -115,6 +116,30 @@ def start_command(*arguments: object, ranks: int | None = None, **options: Any) 
     """
     line, options = (TRAIN, *arguments), {"folder": Path("/")} | options
     return start(*line, **options) if ranks is None else launch(ranks, *line, **options)
+
+
+def two_ranks_without_a_launcher(
+    *arguments: object, rank_1: dict[str, str] | None = None, warm: bool = True
+) -> list[tuple[int, str]]:
+    """Exit status and stderr of each rank: what they do when nobody ends one for the other.
+
+    Args:
+        rank_1: environment of rank 1 alone.
+        warm: of `tests.commands.start`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    ranks = [
+        start_command(*arguments, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own, warm=warm)
+        for rank, own in enumerate(({}, rank_1 or {}))
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
 
 
 def signal_after(process: Command, log: Path, lines: int, number: signal.Signals) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.locking import only_writer
-from tests.trainer.presets import losses, run_command, signal_after, start_command, write_preset
-from tests.trainer.ranks import run_on_ranks
+from tests.trainer.presets import (
+    losses,
+    run_command,
+    signal_after,
+    start_command,
+    two_ranks_without_a_launcher,
+    write_preset,
+)
 from tests.trainer.stages import make_run
 from trainer.checkpoint import list_checkpoints
 from trainer.config import TrackingConfig
@@ -181,22 +190,41 @@ def test_the_command_says_so_in_one_line(preset: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "beside other weights of real_score" in done.stderr
 
 
-def stale_listing(world: World, *, folder: str, preset: str) -> str:
-    """Rank 1 does not see the newest checkpoint yet, as on a network file system."""
-    import trainer.checkpoint as checkpoint
+#: what a network file system does to one node, as a module that Python imports at its start
+STALE_LISTING = """
+import os, sys
 
-    if world.rank == 1:
-        complete = checkpoint.list_checkpoints
-        checkpoint.list_checkpoints = lambda path: complete(path)[:-1]
-    chosen = checkpoint.choose_checkpoint(Path(folder))
-    assert chosen is not None
-    return chosen.name
+complete = os.scandir
+
+def stale(path="."):
+    entries = complete(path)
+    if os.path.basename(path) != "checkpoints":
+        return entries
+    found = [entry for entry in entries if entry.name != "step-00000004"]
+    print("step-00000004 is not listed", file=sys.stderr)
+    return Listing(found)
+
+class Listing(list):
+    __enter__ = lambda self: iter(self)
+    __exit__ = close = lambda self, *_: None
+
+os.scandir = stale
+"""
 
 
 @pytest.mark.distributed
-def test_rank_0_decides_which_checkpoint_is_read(preset: Path, output: Path) -> None:
-    found = run_on_ranks(f"{__name__}:stale_listing", 2, folder=str(output / "checkpoints"), preset=str(preset))
-    assert found == ["step-00000004"] * 2
+def test_rank_0_decides_which_checkpoint_is_read(preset: Path, output: Path, tmp_path: Path) -> None:
+    """The real command on two ranks; rank 1 does not see the newest checkpoint yet, as on a network file system."""
+    late = tmp_path / "late"
+    late.mkdir()
+    (late / "sitecustomize.py").write_text(STALE_LISTING)
+    line = ["--config", preset, "--stage", "base", "--data", preset.parent / "clips", "--output", output]
+    (status_0, errors_0), (status_1, errors_1) = two_ranks_without_a_launcher(
+        *line, rank_1={"PYTHONPATH": str(late)}, warm=False
+    )
+    assert (status_0, status_1) == (0, 0), errors_0 + errors_1
+    assert "is not listed" in errors_1 and "is not listed" not in errors_0
+    assert [row["step"] for row in losses(output)] == [0, 1, 2, 3, 4], "one step more, not three"
 
 
 def command(preset: Path, output: Path, **schedule: Any) -> list[object]:
@@ -251,30 +279,61 @@ def test_term_to_the_process_group_saves_although_wandb_dies_with_it(preset: Pat
     assert len({identity.split("-")[0] for identity in identities}) == 1, "of one group"
 
 
-def test_a_full_disk_costs_log_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        tracker = Tracker(TrackingConfig(wandb="off"), disk, "run", {}, start=0)
-        tracker.log(0, {"loss": 1.0})
-        ballast = disk / "ballast"
-        with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
-            while file.write(bytes(512)):
-                pass
-        room = 4096 - (disk / "metrics.jsonl").stat().st_size  # of the page that the log has already
-        tracker.log(1, {f"value {index}": index for index in range(room // 8)})
-        ballast.unlink()
-        tracker.log(2, {"loss": 3.0})
-        tracker.close()
-        lines = [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()]
-        assert lines == [0, 2], "no half line"
-        printed = capsys.readouterr().out
-        assert "training goes on" in printed and "lacks 1 lines" in printed
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill(ballast: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), ballast.open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.distributed
+def test_a_full_disk_costs_log_lines_and_nothing_else(preset: Path, disk: Path) -> None:
+    output, ballast = disk / "run", disk / "ballast"
+    log = output / "metrics.jsonl"
+    line = command(preset, output, steps=100_000, checkpoint_every=100_000)
+    process = start_command(*line)
+    signal_after(process, log, 3, signal.SIGCONT)  # nothing but the wait
+    fill(ballast)
+    written = 0
+    while written != (written := log.stat().st_size) and process.poll() is None:
+        time.sleep(0.5)  # until the last page of the log is full
+    ballast.unlink()
+    signal_after(process, log, len(log.read_text().splitlines()) + 3, signal.SIGTERM)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_SAVED_ON_SIGNAL, errors
+    (warning,) = [line for line in printed.splitlines() if line.startswith(f"WARNING: cannot write {log}")]
+    assert "No space left on device; training goes on" in warning
+    steps = [row["step"] for row in losses(output)]
+    (done,) = (int(name.removeprefix("step-")) for name in names(output))
+    lost = int(re.findall(r"lacks (\d+) lines", printed)[0])
+    assert steps == sorted(set(steps)) and lost == done - len(steps) > 0, "no half line, and none in silence"
+
+
+@pytest.mark.distributed
+def test_a_full_disk_under_a_checkpoint_is_one_line_and_the_same_command_goes_on(preset: Path, disk: Path) -> None:
+    output, ballast = disk / "run", disk / "ballast"
+    line = command(preset, output, steps=9, checkpoint_every=3)
+    assert run_command(*line, "--stop-after", 4).returncode == EXIT_SAVED_ON_SIGNAL
+    fill(ballast)
+    full = run_command(*line)
+    (error,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "No space left on device" in error and str(output) in error
+    assert names(output) == ["step-00000003", "step-00000004"]
+    ballast.unlink()
+    assert run_command(*line).returncode == 0
+    assert len(losses(output)) == 9
 
 
 def test_wandb_that_fails_is_given_up(

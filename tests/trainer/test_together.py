@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample
-from tests.trainer.presets import TRAINER, clip, run_command, start_command, write_dataset, write_preset
+from tests.trainer.presets import TRAINER, clip, run_command, two_ranks_without_a_launcher, write_dataset, write_preset
 
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_preset(tmp_path_factory.mktemp("preset"))
-
-
-def two_ranks_without_a_launcher(*arguments: object) -> list[tuple[int, str]]:
-    """Exit status and stderr of each rank: what they do when nobody ends one for the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    ranks = [
-        start_command(*arguments, environment=meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, error) for rank, error in zip(ranks, errors, strict=True)]
 
 
 def told(errors: str) -> list[str]:

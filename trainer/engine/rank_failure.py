@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from common.errors import UserError, run_command
+from common.errors import for_people, run_command
 
 #: an error of all ranks is rank 0's to tell; so long another rank waits for it (or for the launcher to end both)
 SECONDS_FOR_RANK_0 = 10.0
@@ -30,16 +30,16 @@ def run_ranks(main: Callable[[], None]) -> None:
         return
     try:
         main()
-    except UserError as error:
-        _note(rank, 2)
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        elif not _rank_0_tells():
-            print(f"error: rank {rank}: {error}", file=sys.stderr)
-        _end(2)
     except KeyboardInterrupt:
         _end(130)
-    except Exception:
+    except Exception as error:
+        if (message := for_people(error)) is not None:
+            _note(rank, 2)
+            if rank == 0:
+                print(f"error: {message}", file=sys.stderr)
+            elif not _rank_0_tells():
+                print(f"error: rank {rank}: {message}", file=sys.stderr)
+            _end(2)
         status = _status_of_another()
         if status is None:
             status = 1
