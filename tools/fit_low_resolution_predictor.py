@@ -1,14 +1,16 @@
 """Fit a DiT's prediction of z_HR from z_LR on latents of a dataset: its filter by least squares, its blocks by Adam.
 
     python -m tools.fit_low_resolution_predictor --config CONFIG --data SHARDS --output FOLDER [--model FOLDER]
-        [--steps 5000]
+        [--steps 5000] [--pixel-weight 0]
 
 Over all places, z_HR - z_LR = W·(3 x 3 neighbours of z_LR) + b has a closed solution. The residual blocks, if the model
 has any, then learn with the filter to lower the mean square of what is left. The deviation of that by channel is the
-predictor's σ. The DiT is that of the configuration with random blocks, or with those of `--model`,
-which need not have a predictor; the output projection is then zero: the network begins at the prediction. If they have
-one with the same blocks, it is trained further and nothing else changes. The output is what `model.initial_weights`
-reads.
+predictor's σ. With `--pixel-weight` λ they also lower λ·mean‖D(ẑ) - x‖², x the HR clip in [-1, 1]: the mean of latents
+need not decode to the mean of the clips.
+
+The DiT is that of the configuration with random blocks, or with those of `--model`, which need not have a predictor;
+the output projection is then zero: the network begins at the prediction. If they have one with the same blocks, it is
+trained further and nothing else changes. The output is what `model.initial_weights` reads.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +33,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import build_transformer, load_transformer, require_same_shapes, saved_config
 from pipeline.model.low_resolution_skip import LowResolutionPredictor
 from pipeline.model.transformer import VSRTransformer
+from pipeline.model.vae import VAE, decode_with_gradient, load_vae, to_pixels
 
 #: added to the diagonal of the normal equations, as a share of its mean
 RIDGE = 1e-4
@@ -68,13 +72,34 @@ def fit(predictor: LowResolutionPredictor, batches: Iterable[tuple[Tensor, Tenso
     return float(residual.sum() * count / squares.sum())
 
 
+class PixelLoss(NamedTuple):
+    """λ·mean‖D(ẑ) - x‖²."""
+
+    vae: VAE
+    weight: float
+
+    def __call__(self, predicted: Tensor, hr: Tensor) -> Tensor:
+        """
+        Args:
+            predicted: ẑ (B, C, T, H, W), normalised.
+            hr: x, uint8 (B, F, H, W, 3).
+        """
+        pixels = torch.stack([to_pixels(clip) for clip in hr])
+        return self.weight * (decode_with_gradient(self.vae, predicted) - pixels).square().mean()
+
+
 def train(
-    predictor: LowResolutionPredictor, batches: Iterator[tuple[Tensor, Tensor]], steps: int, rate: float
+    predictor: LowResolutionPredictor,
+    batches: Iterator[tuple[Tensor, ...]],
+    steps: int,
+    rate: float,
+    pixel_loss: PixelLoss | None = None,
 ) -> float:
     """Train filter and blocks on the mean square of prediction - z_HR, by Adam, the rate falling to 0 as a cosine.
 
     Args:
-        batches: z_LR and z_HR, float (B, C, T, H, W); at least `steps` of them and those that σ is measured on.
+        batches: z_LR and z_HR, float (B, C, T, H, W), and the HR clip for `pixel_loss`; at least `steps` of them and
+            those that σ is measured on.
 
     Returns:
         Mean square of the residual after training as a share of that of z_HR - z_LR, on the batches that follow.
@@ -82,18 +107,24 @@ def train(
     optimizer = torch.optim.Adam(predictor.parameters(), lr=rate, betas=(0.9, 0.99))
     predictor.to(memory_format=torch.channels_last)  # twice the speed on CPUs
     with progress(steps, "training", "steps") as bar:
-        for step, (z_lr, z_hr) in enumerate(islice(batches, steps)):
+        for step, (z_lr, z_hr, *hr) in enumerate(islice(batches, steps)):
             optimizer.param_groups[0]["lr"] = (
                 rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
             )
-            loss = (predictor(z_lr)[0] - z_hr).square().mean()
+            predicted = predictor(z_lr)[0]
+            loss_latent = loss = (predicted - z_hr).square().mean()
+            said = ""
+            if pixel_loss is not None:
+                loss_pixels = pixel_loss(predicted, *hr)
+                loss = loss + loss_pixels
+                said = f", pixels {loss_pixels.item() / pixel_loss.weight:.5f}"
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            bar.advance(mean_square=f"{loss.item():.4f}")
+            bar.advance(mean_square=f"{loss_latent.item():.4f}{said}")
     residual, before, count = torch.zeros(predictor.filter.in_channels, dtype=torch.float64), 0.0, 0
     with torch.no_grad():
-        for z_lr, z_hr in islice(batches, DEVIATION_SAMPLES // BATCH):
+        for z_lr, z_hr, *_ in islice(batches, DEVIATION_SAMPLES // BATCH):
             rows = _rows(predictor(z_lr)[0] - z_hr).double()
             residual += rows.square().sum(0)
             before += float((z_hr - z_lr).double().square().sum())
@@ -103,11 +134,11 @@ def train(
     return float(residual.sum()) / before
 
 
-def _counted(pairs: Iterator[tuple[Tensor, Tensor]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _counted(batches: Iterator[tuple[Tensor, ...]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
     with progress(count, "least squares", "batches") as bar:
-        for pair in islice(pairs, count):
+        for z_lr, z_hr, *_ in islice(batches, count):
             bar.advance()
-            yield pair
+            yield z_lr, z_hr
 
 
 def neighbours(z: Tensor) -> Tensor:
@@ -158,6 +189,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=640, help="of the least squares")
     parser.add_argument("--steps", type=int, default=5000, help=f"of the blocks' training, {BATCH} samples each")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the blocks' training")
+    parser.add_argument("--pixel-weight", type=float, default=0.0, help="λ; needs shards with stored clips")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     (config,) = load_sections(arguments, model=ModelConfig)
@@ -170,12 +202,19 @@ def main() -> None:
     model = build_transformer(config.transformer)
     further = arguments.model is not None and take_over(model, arguments.model)
     blocks = config.transformer.predictor_blocks
-    reader = ShardReader(arguments.data, seed=arguments.seed, global_batch_size=BATCH)
-    pairs = ((batch.tensors["z_lr"].float(), batch.tensors["z_hr"].float()) for batch in reader)
+    pixel_loss = None
+    if arguments.pixel_weight:
+        pixel_loss = PixelLoss(load_vae(config.vae), arguments.pixel_weight)
+    members = ("latents", "hr") if pixel_loss else ("latents",)
+    reader = ShardReader(arguments.data, members=members, seed=arguments.seed, global_batch_size=BATCH)
+    batches = (
+        (batch.tensors["z_lr"].float(), batch.tensors["z_hr"].float(), *([batch.tensors["hr"]] if pixel_loss else []))
+        for batch in reader
+    )
     if not (further and blocks):
-        left = fit(model.predictor, _counted(pairs, -(-arguments.samples // BATCH)))
+        left = fit(model.predictor, _counted(batches, -(-arguments.samples // BATCH)))
     if blocks:
-        left = train(model.predictor, pairs, arguments.steps, arguments.learning_rate)
+        left = train(model.predictor, batches, arguments.steps, arguments.learning_rate, pixel_loss)
     model.save_pretrained(arguments.output)
     print(f"{arguments.output}: {left:.1%} of the square of z_HR - z_LR is left")
 

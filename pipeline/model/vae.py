@@ -94,9 +94,14 @@ def encode_video(vae: VAE, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
     """Normalised latents (B, C, T, h, w) to pixels, float32 in [-1, 1], (B, 3, 4(T-1) + 1, 8h, 8w)."""
+    return decode_with_gradient(vae, latents).clamp(-1, 1)
+
+
+def decode_with_gradient(vae: VAE, latents: Tensor) -> Tensor:
+    """`decode_latents`, not clamped, for losses in pixels."""
     latents = latents.to(vae.device, torch.float32)
     mean, std = _normalisation(vae, latents.device)
-    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float().clamp(-1, 1)
+    return vae.decode((latents * std + mean).to(vae.dtype)).sample.float()
 
 
 def upsample_low_resolution(frames: np.ndarray | Tensor) -> Tensor:
