@@ -5,8 +5,8 @@
 
 Over all places, z_HR - z_LR = W·(3 x 3 neighbours of z_LR) + b has a closed solution. The residual blocks, if the model
 has any, then learn with the filter to lower the mean square of what is left. The deviation of that by channel is the
-predictor's σ. With `--pixel-weight` λ they also lower λ·mean‖D(ẑ) - x‖², x the HR clip in [-1, 1]: the mean of latents
-need not decode to the mean of the clips.
+predictor's σ. With `--pixel-weight` λ they also lower λ·(mean‖D(ẑ) - x‖² + λ_∇·L_∇), x the HR clip in [-1, 1]: the
+mean of latents need not decode to the mean of the clips, and a flat place of the latent not to a flat one.
 
 The DiT is that of the configuration with random blocks, or with those of `--model`, which need not have a predictor;
 the output projection is then zero: the network begins at the prediction. If they have one with the same blocks, it is
@@ -33,10 +33,15 @@ from pipeline.model.config import ModelConfig
 from pipeline.model.load_weights import build_transformer, load_transformer, require_same_shapes, saved_config
 from pipeline.model.low_resolution_skip import LowResolutionPredictor
 from pipeline.model.transformer import VSRTransformer
-from pipeline.model.vae import VAE, decode_with_gradient, load_vae, to_pixels
+from pipeline.model.vae import SPATIAL_FACTOR, VAE, decode_with_gradient, load_vae, to_pixels
+from trainer.stages.losses import multiscale_gradient_loss
 
 #: added to the diagonal of the normal equations, as a share of its mean
 RIDGE = 1e-4
+#: λ_∇ and sizes of L_∇ [ours]
+GRADIENT_WEIGHT, GRADIENT_SCALES = 0.1, 2
+#: latent places along a side of what the pixel loss compares: decoding is most of a step
+WINDOW = 8
 #: samples per batch of the reader
 BATCH = 8
 #: samples that the σ of a predictor with blocks is measured on
@@ -73,19 +78,40 @@ def fit(predictor: LowResolutionPredictor, batches: Iterable[tuple[Tensor, Tenso
 
 
 class PixelLoss(NamedTuple):
-    """λ·mean‖D(ẑ) - x‖²."""
+    """λ·(mean‖D(ẑ) - x‖² + λ_∇·L_∇(D(ẑ), x)); L_∇ sees a faint pattern on a flat place, the squares do not."""
 
     vae: VAE
     weight: float
+    gradient_weight: float = GRADIENT_WEIGHT
 
-    def __call__(self, predicted: Tensor, hr: Tensor) -> Tensor:
+    def __call__(self, predicted: Tensor, hr: Tensor, corner: tuple[int, int] | None = None) -> Tensor:
         """
         Args:
             predicted: ẑ (B, C, T, H, W), normalised.
             hr: x, uint8 (B, F, H, W, 3).
+            corner: first row and column, in latent places, of the window of `WINDOW` + 2 places that is decoded; its
+                border is not compared. None: the whole.
         """
+        edge = 0
+        if corner is not None:
+            (y, x), px = corner, SPATIAL_FACTOR
+            predicted = predicted[..., y : y + WINDOW + 2, x : x + WINDOW + 2]
+            hr = hr[:, :, px * y : px * (y + WINDOW + 2), px * x : px * (x + WINDOW + 2)]
+            edge = px
         pixels = torch.stack([to_pixels(clip) for clip in hr])
-        return self.weight * (decode_with_gradient(self.vae, predicted) - pixels).square().mean()
+        decoded = decode_with_gradient(self.vae, predicted)
+        if edge:
+            pixels, decoded = (side[..., edge:-edge, edge:-edge] for side in (pixels, decoded))
+        loss_gradient = multiscale_gradient_loss(decoded, pixels, GRADIENT_SCALES)
+        return self.weight * ((decoded - pixels).square().mean() + self.gradient_weight * loss_gradient)
+
+    def random_corner(self, predicted: Tensor) -> tuple[int, int] | None:
+        """By torch's generator; None where a clip is no larger than a window."""
+        rooms = [side - WINDOW - 2 for side in predicted.shape[3:]]
+        if min(rooms) <= 0:
+            return None
+        row, column = (int(torch.randint(room + 1, ())) for room in rooms)
+        return row, column
 
 
 def train(
@@ -115,7 +141,7 @@ def train(
             loss_latent = loss = (predicted - z_hr).square().mean()
             said = ""
             if pixel_loss is not None:
-                loss_pixels = pixel_loss(predicted, *hr)
+                loss_pixels = pixel_loss(predicted, hr[0], pixel_loss.random_corner(predicted))
                 loss = loss + loss_pixels
                 said = f", pixels {loss_pixels.item() / pixel_loss.weight:.5f}"
             optimizer.zero_grad()

@@ -71,13 +71,35 @@ def test_the_pixel_loss_agrees_with_float64_and_has_its_gradient(tmp_path):
     vae = TinyVideoVAE(z_dim=4, hidden_dim=8, num_blocks=1, latents_mean=[0.1] * 4, latents_std=[0.5] * 4).double()
     z = torch.randn(2, 4, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     hr = torch.randint(0, 256, (2, 5, 32, 32, 3), dtype=torch.uint8)
-    loss = PixelLoss(vae, 3.0)(z, hr)
-    decoded = vae.decode(z * 0.5 + 0.1).sample
-    expected = 3 * np.square(decoded.detach().numpy().transpose(0, 2, 3, 4, 1) - (hr.numpy() / 127.5 - 1)).mean()
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss = PixelLoss(vae, 3.0, 0.2)(z, hr)
+
+    def plain(z):
+        error = vae.decode(z * 0.5 + 0.1).sample - (hr.double() / 127.5 - 1).permute(0, 4, 1, 2, 3)
+        rows = error[..., ::2, :] + error[..., 1::2, :]
+        half = (rows[..., ::2] + rows[..., 1::2]) / 4
+        sizes = [(size[..., 1:, :] - size[..., :-1, :]).abs().mean() for size in (error, half)]
+        sizes += [(size[..., 1:] - size[..., :-1]).abs().mean() for size in (error, half)]
+        return 3 * (error.square().mean() + 0.2 * sum(sizes) / 4)
+
+    assert loss.item() == pytest.approx(plain(z).item(), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, z)
-    (plain,) = torch.autograd.grad(3 * (decoded - (hr.double() / 127.5 - 1).permute(0, 4, 1, 2, 3)).square().mean(), z)
-    assert torch.allclose(gradient, plain, rtol=1e-4, atol=1e-8)
+    (expected,) = torch.autograd.grad(plain(z), z)
+    assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-8)
+
+
+def test_the_pixel_loss_compares_the_window_that_it_decodes():
+    """What lies outside changes nothing; what lies inside has the loss of the whole where the rest is right."""
+    vae = TinyVideoVAE(z_dim=4, hidden_dim=8, num_blocks=1)
+    z = torch.randn(1, 4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    hr = torch.randint(0, 256, (1, 1, 128, 128, 3), dtype=torch.uint8)
+    loss = PixelLoss(vae, 1.0)
+    inside, outside, elsewhere = hr.clone(), hr.clone(), z.clone()
+    inside[:, :, 40:41] ^= 64  # row 40 px lies in place 5
+    outside[:, :, 31:32] ^= 64  # place 3 is the window's border
+    elsewhere[..., :3, :] += 1
+    before = loss(z, hr, (3, 2))
+    assert torch.equal(loss(z, outside, (3, 2)), before) and torch.equal(loss(elsewhere, hr, (3, 2)), before)
+    assert not torch.equal(loss(z, inside, (3, 2)), before)
 
 
 def test_with_a_pixel_loss_the_prediction_decodes_better(tmp_path, monkeypatch):
