@@ -35,8 +35,8 @@ RECIPE = "light"
 BASE_STEPS = 8
 #: seconds of one CPU core by kind of step, for the estimate of what is left [ours]
 SECONDS = {
-    "shards": 47, "niqe": 6, "base": 53, "progressive": 117, "dual_stream": 241, "pairs": 31, "preference": 52,
-    "degrade": 2, "upscale": 35, "evaluate": 9, "report": 5,
+    "shards": 46, "niqe": 8, "base": 32, "progressive": 44, "dual_stream": 103, "pairs": 52, "preference": 32,
+    "degrade": 2, "upscale": 23, "evaluate": 8, "report": 5,
 }  # fmt: skip
 #: method -> (folder of the model, number of Euler steps); bicubic has no model, shipped is the repository's own
 MODELS = {
