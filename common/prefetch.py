@@ -16,25 +16,23 @@ def prefetch(items: Iterator[T], ahead: int) -> Iterator[T]:
     An exception of `items` is raised where its item would have come. Closing the generator ends the thread and closes
     `items`.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
+    # A Ctrl-C within a queue.Queue can leave it locked, or its reader asleep; SimpleQueue is safe from that.
+    ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(ahead):
+        room.put(None)
     stopped = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
 
     def read() -> None:
         try:
             for item in items:
-                put(item, None)
+                room.get()
                 if stopped.is_set():
                     break
-            put(None, StopIteration())
+                ready.put((item, None))
+            ready.put((None, StopIteration()))
         except BaseException as error:
-            put(None, error)
+            ready.put((None, error))
         finally:
             if hasattr(items, "close"):
                 items.close()
@@ -48,7 +46,9 @@ def prefetch(items: Iterator[T], ahead: int) -> Iterator[T]:
                 return
             if error is not None:
                 raise error
+            room.put(None)
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
+        room.put(None)
         thread.join()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import ffmpeg
 import numpy as np
@@ -23,6 +25,11 @@ from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, untagge
 
 Deinterlace = Literal["auto", "bwdif", "off", "detelecine"]
 
+#: seconds before a mark to which FFmpeg seeks: a filter that looks at the frames before has them [ours]
+SEEK_MARGIN_S = 1
+#: of a frame's rows, one in so many counts for its checksum
+CHECKED_ROWS = 8
+
 #: rounding and interpolation without swscale's short cuts, which shift chroma and darken by a level
 EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
 
@@ -31,6 +38,17 @@ _FRAME = re.compile(rb"showinfo.*\] n: *\d+ pts: *(-?\d+|NOPTS) (?:.*? duration:
 _ERROR = re.compile(rb"^(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] ?(.*)")
 #: errors of the pipe that the frames come through, not of the file
 _OURS = re.compile(rb"^\[(?:rawvideo|out#)")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A frame that was read before, so that it can be found again without decoding all before it."""
+
+    pts: int
+    #: seconds of one unit of `pts`
+    time_base: Fraction
+    #: of its pixels (`VideoReader.checksum`)
+    checksum: int
 
 
 class VideoReader:
@@ -53,6 +71,7 @@ class VideoReader:
         deinterlace: Deinterlace = "off",
         bits: Literal[8, 16] = 8,
         piped: PipedVideo | None = None,
+        mark: Mark | None = None,
     ) -> None:
         """
         Args:
@@ -64,6 +83,8 @@ class VideoReader:
                 24 a second out of five that a 3:2 pulldown made of them.
             bits: 16 for videos of more than 8 bits.
             piped: read this instead of the file `path`, once.
+            mark: the first frame as an earlier reader saw it; FFmpeg seeks to it. Where it does not come out the same,
+                or the file is damaged before it, all is decoded from the beginning.
         """
         self.path, self._start, self._limit = path, start, frames
         self._kind: type = np.uint8 if bits == 8 else np.uint16
@@ -80,13 +101,38 @@ class VideoReader:
         #: FFmpeg's errors so far
         self.errors: list[str] = []
         self.count = 0
-        self._command = self._compile(frame_rate, deinterlace)
+        self._checksums: list[int] = []
+        self._frame_rate, self._deinterlace = frame_rate, deinterlace
+        # What a constant rate or a pulldown makes of a frame depends on all frames before.
+        seeks = frame_rate is None and deinterlace != "detelecine" and piped is None
+        self._mark = mark if seeks else None
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        if self._mark is not None:
+            frames = self._decode(self._mark)
+            first = next(frames, None)
+            if first is not None and not self.errors and self._is_marked(self._mark):
+                yield first
+                yield from frames
+                return
+            frames.close()
+            self.pts, self._checksums, self.errors, self.count = [], [], [], 0
+        yield from self._decode(None)
+
+    def checksum(self, index: int) -> int | None:
+        """Of a frame that was given out, counted from 0; None where reading cannot begin with it."""
+        return self._checksums[index] if self._frame_rate is None and self._piped is None else None
+
+    def _is_marked(self, mark: Mark) -> bool:
+        """Whether the first frame is the one of the mark."""
+        seen = (self.pts[:1], self.time_base, self._checksums[0])
+        return seen == ([mark.pts], mark.time_base, mark.checksum)
+
+    def _decode(self, mark: Mark | None) -> Generator[np.ndarray]:
         shape = (self.height, self.width, 3)
         with tempfile.NamedTemporaryFile() as log, open(log.name, "rb") as lines:
             stdin = subprocess.PIPE if self._piped else None
-            process = subprocess.Popen(self._command, stdin=stdin, stdout=subprocess.PIPE, stderr=log)
+            process = subprocess.Popen(self._compile(mark), stdin=stdin, stdout=subprocess.PIPE, stderr=log)
             assert process.stdout is not None
             if self._piped:
                 assert process.stdin is not None
@@ -94,6 +140,7 @@ class VideoReader:
             try:
                 while process.stdout.readinto(frame := np.empty(shape, self._kind)) == frame.nbytes:  # type: ignore
                     self.count += 1
+                    self._checksums.append(zlib.crc32(frame[::CHECKED_ROWS].tobytes()))
                     self._read_log(lines)
                     yield frame
                 failed = process.wait() != 0
@@ -114,12 +161,16 @@ class VideoReader:
             return 0
         return max(0, self.info.frames - self._start - self.count)
 
-    def _compile(self, frame_rate: Fraction | None, deinterlace: Deinterlace) -> list[str]:
-        trim: dict[str, int] = {"start_frame": self._start}
-        if self._limit is not None:
-            trim["end_frame"] = self._start + self._limit
+    def _compile(self, mark: Mark | None) -> list[str]:
+        frame_rate, deinterlace = self._frame_rate, self._deinterlace
+        start = {"start_frame": self._start} if mark is None else {"start_pts": mark.pts}
         # Without reinit_filter=0, frames would be counted anew where their size changes.
-        source = {"filename": "pipe:0", "format": "yuv4mpegpipe"} if self._piped else {"filename": url(self.path)}
+        source: dict[str, Any] = {"filename": "pipe:0", "format": "yuv4mpegpipe"}
+        if not self._piped:
+            source = {"filename": url(self.path)}
+        if mark is not None:  # to the key frame before; `start` leaves out what comes before the mark
+            source["ss"] = f"{float(mark.pts * mark.time_base) - SEEK_MARGIN_S:.6f}"
+            source |= {"seek_timestamp": 1, "noaccurate_seek": None}
         stream = ffmpeg.input(**source, reinit_filter=0)[str(self.info.stream_index)]
         marked = self.info.interlaced or self.info.may_turn_interlaced  # frames that are not marked pass unchanged
         if deinterlace == "bwdif" or (deinterlace == "auto" and marked):
@@ -131,7 +182,10 @@ class VideoReader:
             stream = stream.filter("bwdif", mode="send_frame", deint="interlaced").filter("decimate")
         if frame_rate is not None:
             stream = stream.filter("fps", f"{frame_rate.numerator}/{frame_rate.denominator}")
-        stream = stream.filter("trim", **trim).filter("showinfo", checksum=0)
+        stream = stream.filter("trim", **start)
+        if self._limit is not None:
+            stream = stream.filter("trim", end_frame=self._limit)
+        stream = stream.filter("showinfo", checksum=0)
         resized = (self.width, self.height) != (self.info.width, self.info.height)
         flags = f"{'area' if resized else 'bicubic'}+{EXACT}"
         stream = stream.filter("scale", self.width, self.height, flags=flags, **self._matrix())

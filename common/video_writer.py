@@ -25,6 +25,9 @@ from common.errors import UserError
 from common.video_probe import Colour, ffmpeg_binary, url
 from common.video_reader import EXACT
 
+#: one that FFmpeg is given, and the next [ours]
+CLIPS_HELD = 2
+
 
 class VideoWriter:
     """Write frames to a video file atomically.
@@ -96,8 +99,12 @@ class VideoWriter:
         command = output.global_args("-loglevel", "error", "-nostdin").compile(cmd=ffmpeg_binary())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the writer)
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=pipe, stderr=self._log)
-        # A thread waits for FFmpeg, so that the next clip is computed while this one is encoded.
-        self._waiting: queue.Queue[bytes | None] = queue.Queue(1)
+        # A thread waits for FFmpeg, so that the next clip is computed while this one is encoded. Two clips at most are
+        # held. A Ctrl-C within a queue.Queue can leave it locked, or its reader asleep; SimpleQueue is safe from that.
+        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(CLIPS_HELD):
+            self._room.put(None)
         self._broken = threading.Event()
         self._feeder = threading.Thread(target=self._feed, daemon=True)
         self._feeder.start()
@@ -112,6 +119,7 @@ class VideoWriter:
             frames = (wide << (16 - bits)) | (wide >> (2 * bits - 16))  # white stays white
         if self._broken.is_set():
             raise UserError(f"cannot write {self.path}: {self._message()}")
+        self._room.get()
         self._waiting.put(np.ascontiguousarray(frames).tobytes())
 
     def _feed(self) -> None:
@@ -123,6 +131,7 @@ class VideoWriter:
                     self._process.stdin.write(content)
                 except OSError:
                     self._broken.set()
+            self._room.put(None)
 
     def __enter__(self) -> VideoWriter:
         return self

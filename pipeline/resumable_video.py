@@ -25,6 +25,7 @@ import numpy as np
 from common.atomic import write_atomic
 from common.errors import UserError
 from common.locking import LOCK_NAME, only_writer
+from common.video_reader import Mark
 from common.video_writer import VideoWriter
 from pipeline.image_output import ImageOutput
 from pipeline.upscale_source import FrameReader
@@ -51,6 +52,8 @@ class Part:
     errors: list[str] = field(default_factory=list)
     #: how long the last frame is shown, in the unit of `pts`; 0: not known
     last_duration: int = 0
+    #: of the source's frame with which reading goes on after it; None where that begins with the first one
+    checksum: int | None = None
 
 
 class VideoParts:
@@ -121,11 +124,23 @@ class VideoParts:
         """Time stamp and unit of each frame."""
         return [(pts, Fraction(*part.time_base)) for part in self.complete for pts in part.pts]
 
+    @property
+    def mark(self) -> Mark | None:
+        """Where reading goes on; None where times do not tell the place, or were not recorded."""
+        last = self.complete[-1] if self.complete else None
+        if last is None or last.place is None or last.checksum is None:
+            return None
+        times = [pts for part in self.complete for pts in part.pts]
+        first = last.place.start - last.place.context
+        pts = times[first]
+        if pts is None or not all(earlier is not None and earlier < pts for earlier in times[:first]):
+            return None
+        return Mark(pts, Fraction(*last.time_base), last.checksum)
+
     def write(
         self,
         clips: Iterable[tuple[np.ndarray, Place | None]],
         reader: FrameReader,
-        context: int,
         open_writer: Callable[[Path], VideoWriter],
         statistics: dict[str, float],
         on_frames: Callable[[int], None],
@@ -134,8 +149,7 @@ class VideoParts:
 
         Args:
             clips: frames (F, H, W, 3), each with the place that follows it, None where it cannot be continued.
-            reader: what they are made from, one frame of each of its frames.
-            context: number of its first frames that `clips` leave out.
+            reader: what they are made from, one frame of each of its frames from `place.context` on.
             open_writer: opens a video file.
             statistics: recorded with each part.
             on_frames: called with the number of frames written.
@@ -143,7 +157,8 @@ class VideoParts:
         assert self.place is not None
         rest = _without_first(clips, self.place.skip)
         clip = next(rest, None)
-        read, errors = context + self.place.skip, 0
+        first = self.place.start - self.place.context
+        read, errors = self.place.context + self.place.skip, 0
         while clip is not None:
             path = self._path(len(self.complete))
             written = 0
@@ -159,9 +174,9 @@ class VideoParts:
             pts, read = reader.pts[read : read + written], read + written
             new_errors, errors = reader.errors[errors:], len(reader.errors)
             base = (reader.time_base.numerator, reader.time_base.denominator)
-            part = Part(
-                written, None if clip is None else place, pts, base, dict(statistics), new_errors, reader.last_duration
-            )
+            place = None if clip is None else place
+            checksum = place and reader.checksum(place.start - place.context - first)
+            part = Part(written, place, pts, base, dict(statistics), new_errors, reader.last_duration, checksum)
             write_atomic(path.with_suffix(".json"), json.dumps(asdict(part)) + "\n")
             self.complete.append(part)
 

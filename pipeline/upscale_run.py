@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.prefetch import prefetch
 from common.progress import progress
 from common.scale import SCALE
-from common.scene_cuts import CONTEXT
+from common.video_reader import Mark
 from common.video_writer import VideoWriter
 from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
@@ -48,7 +48,7 @@ def _pipeline(model: Path, device: str, copy: int, dtype: torch.dtype, attention
 
 def with_model(
     frames: Iterator[np.ndarray],
-    first: int,
+    place: Place,
     job: Job,
     tiling: Tiling,
     arguments: argparse.Namespace,
@@ -65,8 +65,8 @@ def with_model(
         pipelines,
         frames,
         job.windows,
-        first=first,
-        context=min(first, CONTEXT),
+        first=place.start,
+        context=place.context,
         statistics=statistics,
         prompt=arguments.prompt,
         seed=arguments.seed,
@@ -79,9 +79,9 @@ def with_model(
     )
 
 
-def with_bicubic(frames: Iterator[np.ndarray], first: int, bit_depth: BitDepth) -> Clips:
+def with_bicubic(frames: Iterator[np.ndarray], place: Place, bit_depth: BitDepth) -> Clips:
     """Frames enlarged as for z_LR, one by one."""
-    for number, frame in enumerate(itertools.islice(frames, min(first, CONTEXT), None), first):
+    for number, frame in enumerate(itertools.islice(frames, place.context, None), place.start):
         yield (to_frames(upsample_low_resolution(frame[None]), bit_depth).numpy(), Place(number + 1, 0))
 
 
@@ -127,8 +127,8 @@ def write_parts(
     Raises:
         UserError: the input is damaged and `--on-error stop` was given, or a part cannot be written.
     """
-    reader, context = open_reader(job, arguments, place.start)
-    clips = upscaled(reader, place.start, job, arguments, tiling, statistics)
+    reader = open_reader(job, arguments, place, parts.mark)
+    clips = upscaled(reader, place, job, arguments, tiling, statistics)
     total = frames_to_write(job, arguments)
     with progress(total, "upscaling", "frame", start=parts.frames) as bar:
 
@@ -137,7 +137,7 @@ def write_parts(
             if watch is not None:
                 watch(bar.done, total)
 
-        parts.write(clips, reader, context, writer_of(job, arguments), statistics, advance)
+        parts.write(clips, reader, writer_of(job, arguments), statistics, advance)
 
 
 def write_to_pipe(job: Job, arguments: argparse.Namespace, statistics: dict[str, float], pipe: int) -> FrameReader:
@@ -149,12 +149,12 @@ def write_to_pipe(job: Job, arguments: argparse.Namespace, statistics: dict[str,
     Raises:
         UserError: the input is damaged and `--on-error stop` was given, or the other side reads no more.
     """
-    reader, _ = open_reader(job, arguments, 0)
+    reader = open_reader(job, arguments, Place())
     with (
         progress(frames_to_write(job, arguments), "upscaling", "frame") as bar,
         writer_of(job, arguments)(job.output, pipe=pipe) as writer,
     ):
-        for frames, _ in upscaled(reader, 0, job, arguments, job.tiling, statistics):
+        for frames, _ in upscaled(reader, Place(), job, arguments, job.tiling, statistics):
             writer.write(frames)
             bar.advance(len(frames))
     return reader
@@ -166,35 +166,38 @@ def frames_to_write(job: Job, arguments: argparse.Namespace) -> int | None:
     return total if arguments.frames is None else min(arguments.frames, total or arguments.frames)
 
 
-def open_reader(job: Job, arguments: argparse.Namespace, start: int) -> tuple[FrameReader, int]:
-    """What is left to read when the output goes on at its frame `start`, and how many frames before it come first."""
-    wanted = None if arguments.frames is None else arguments.frames - start
-    context = min(start, CONTEXT)  # frames before it, in which scene cuts are looked for
-    reader = job.source.reader(
-        arguments.start + start - context,
-        wanted and wanted + context,
+def open_reader(job: Job, arguments: argparse.Namespace, place: Place, mark: Mark | None = None) -> FrameReader:
+    """What is left to read where the output goes on at `place`, after the frames of its context.
+
+    Args:
+        mark: of the first of them; they are sought there instead of decoding all before.
+    """
+    wanted = None if arguments.frames is None else arguments.frames - place.start + place.context
+    return job.source.reader(
+        arguments.start + place.start - place.context,
+        wanted,
         size=job.size.model_input,
         frame_rate=job.frame_rate,
         deinterlace=arguments.deinterlace,
         bits=16 if job.bit_depth > 8 and job.info.bits > 8 else 8,
+        mark=mark,
     )
-    return reader, context
 
 
 def upscaled(
     reader: FrameReader,
-    start: int,
+    place: Place,
     job: Job,
     arguments: argparse.Namespace,
     tiling: Tiling,
     statistics: dict[str, float],
 ) -> Clips:
-    """Clips of the output from its frame `start` on; frames are read ahead in a thread."""
+    """Clips of the output from the window at `place` on; frames are read ahead in a thread."""
     frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
     if arguments.bicubic:
         statistics["dit_evaluations"] = 0
-        return with_bicubic(frames, start, job.bit_depth)
-    return with_model(frames, start, job, tiling, arguments, statistics)
+        return with_bicubic(frames, place, job.bit_depth)
+    return with_model(frames, place, job, tiling, arguments, statistics)
 
 
 def writer_of(job: Job, arguments: argparse.Namespace) -> Callable[..., VideoWriter]:

@@ -17,7 +17,7 @@ from common.image_files import find_images, is_pattern, missing_numbers
 from common.image_reader import ImageReader, Images
 from common.piped_video import PipedVideo
 from common.video_probe import VideoInfo, probe
-from common.video_reader import Deinterlace, VideoReader
+from common.video_reader import Deinterlace, Mark, VideoReader
 
 #: names standard input and standard output
 PIPE = Path("-")
@@ -34,6 +34,8 @@ class FrameReader(Protocol):
     count: int
 
     def __iter__(self) -> Iterator[np.ndarray]: ...
+
+    def checksum(self, index: int) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,14 @@ class Source:
         frame_rate: Fraction | None,
         deinterlace: Deinterlace,
         bits: Literal[8, 16],
+        mark: Mark | None = None,
     ) -> FrameReader:
         """Frames from `start` on; arguments as for `VideoReader`."""
         if self.images:
             return ImageReader(self.images, start, frames, size=size, frame_rate=frame_rate, bits=bits)
         return VideoReader(
             self.path, start, frames, size=size, frame_rate=frame_rate, deinterlace=deinterlace, bits=bits,
-            piped=self.piped,
+            piped=self.piped, mark=mark,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from common.scene_cuts import DELAY, SceneCuts, small_frame
+from common.scene_cuts import CONTEXT, DELAY, SceneCuts, small_frame
 from pipeline.model.vae import TEMPORAL_FACTOR
 from pipeline.vsr_pipeline import VSRPipeline, VSRResult
 
@@ -26,6 +26,11 @@ class Place(NamedTuple):
 
     start: int = 0
     skip: int = 0
+
+    @property
+    def context(self) -> int:
+        """Frames to read before `start`, in which scene cuts are looked for."""
+        return min(self.start, CONTEXT)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
 from common.bit_depth import BitDepth
@@ -339,6 +340,7 @@ def open_pipeline(
         raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
     for part in ("transformer", "vae", "prompts"):
         require_part(folder, part)
+    disable_progress_bar()  # of loading three components
     pipeline = VSRPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 import torch
 
@@ -44,7 +45,13 @@ def set_attention(transformer: VSRTransformer, attention: Attention = "auto", dt
         attention = next(name for name in BACKENDS if fault_of(name, half) is None)  # type: ignore[assignment, misc]
     elif (fault := fault_of(attention, half)) is not None:
         raise UserError(f"attention: {attention} {fault}; choose {' or '.join(usable(half))}")
-    transformer.set_attention_backend(BACKENDS[attention][0])
+    notices = logging.getLogger("diffusers.models.modeling_utils")
+    level = notices.level
+    notices.setLevel(logging.ERROR)  # that backends are experimental is no news to the user
+    try:
+        transformer.set_attention_backend(BACKENDS[attention][0])
+    finally:
+        notices.setLevel(level)
     return attention
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from common.prefetch import prefetch
+from tests.interrupts import ends_within, interrupted
 
 
 def test_items_come_in_order_and_are_made_ahead() -> None:
@@ -52,3 +54,19 @@ def test_closing_ends_the_thread_and_the_source() -> None:
     assert next(ahead) == 0
     ahead.close()  # type: ignore[attr-defined]
     assert closed.is_set() and threading.active_count() == threads
+
+
+def test_an_interrupt_at_any_moment_ends_it() -> None:
+    """The thread is ended, and nobody waits for it for ever."""
+    line, threads = 0, threading.active_count()
+    with ends_within(30):
+        while True:
+            ahead = prefetch(itertools.count(), 1)
+            next(ahead)
+            if not interrupted(line, lambda ahead=ahead: next(ahead)):  # type: ignore[misc]
+                break
+            ahead.close()  # type: ignore[attr-defined]
+            assert threading.active_count() == threads
+            line += 1
+    ahead.close()  # type: ignore[attr-defined]
+    assert line > 3

@@ -197,7 +197,7 @@ def test_a_video_goes_on_from_any_of_its_places(pipeline, windows):
         assert np.array_equal(rest, np.concatenate([clip for clip, _ in whole[index + 1 :]]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, number):
     source, output, whole = tmp_path / "long.mkv", tmp_path / "out" / "out.mp4", tmp_path / "whole.mp4"
     with VideoWriter(source, width=40, height=24, frame_rate=Fraction(24), quality="lossless") as writer:
@@ -211,6 +211,10 @@ def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, numb
         time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(60) != 0
+    if number == signal.SIGINT:
+        lines = process.communicate()[1].splitlines()
+        assert process.returncode == 130 and "the same command resumes" in lines[-1]
+        assert all("upscaling: " in line for line in lines[:-1]), "notices of other libraries"
     kept = [json.loads(path.read_text())["frames"] for path in parts.glob("part-*.json")]
     assert len(kept) >= 2 and not output.exists()
 

@@ -1,5 +1,7 @@
 """Video files in and out: what other people's videos do to a reader and a writer."""
 
+import contextlib
+import time
 from fractions import Fraction
 
 import av
@@ -13,6 +15,7 @@ from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import read_frames, read_video
 from common.video_writer import VideoWriter
 from pipeline.container import TrackPlan, join, write_output
+from tests.interrupts import ends_within, interrupted
 
 
 def make(path, *, size="48x32", seconds=0.5, audio=None, **options):
@@ -123,6 +126,23 @@ def test_an_error_while_writing_leaves_neither_file(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path / "x.nonsense", gradient())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_at_any_moment_ends_the_writer(tmp_path):
+    """The thread that waits for FFmpeg is idle when a clip comes: the interrupt must not leave it so."""
+    line, reached = 0, True
+    with ends_within(60):
+        while reached:
+            with (
+                contextlib.suppress(KeyboardInterrupt),
+                VideoWriter(tmp_path / "x.mkv", width=48, height=32, frame_rate=Fraction(24)) as writer,
+            ):
+                writer.write(gradient(1))
+                time.sleep(0.02)
+                reached = interrupted(line, lambda writer=writer: writer.write(gradient(1)))
+                raise KeyboardInterrupt
+            line += 1
+    assert line > 3 and list(tmp_path.iterdir()) == []
 
 
 def test_the_bundled_ffmpeg_is_used_unless_another_is_chosen(tmp_path, monkeypatch):

@@ -9,12 +9,14 @@ import pytest
 from common.video_probe import ffmpeg_binary
 from common.video_reader import EXACT, VideoReader, read_video
 
-GREEN = (0x20, 0xC0, 0x40)
+#: bars of colours beside each other
+CHART = np.array([(0x20, 0xC0, 0x40), (0xC0, 0x30, 0x28), (0x30, 0x38, 0xB0), (0x80, 0x80, 0x80)])
 
 
-def flat(matrix: str, scale: str = "tv", tags: str = "") -> tuple[str, ...]:
-    """The colour GREEN, converted by this matrix; `tags` are setparams' values."""
-    colour = "format=gbrp,geq=r={}:g={}:b={}".format(*GREEN)
+def chart(matrix: str, scale: str = "tv", tags: str = "") -> tuple[str, ...]:
+    """CHART, converted by this matrix; `tags` are setparams' values."""
+    bars = ("+".join(f"{value}*eq(floor(4*X/W),{bar})" for bar, value in enumerate(channel)) for channel in CHART.T)
+    colour = "format=gbrp,geq=r='{}':g='{}':b='{}'".format(*bars)
     converted = f"scale=out_color_matrix={matrix}:out_range={scale}:flags={EXACT},format=yuv420p"
     return ("-vf", f"{colour},{converted},setparams={tags}")
 
@@ -36,29 +38,35 @@ def exact_rgb(path, matrix: str) -> np.ndarray:
     return np.frombuffer(raw.stdout, np.uint8).reshape(-1, 3)
 
 
+def middles(frame: np.ndarray) -> np.ndarray:
+    """The colour of each bar, in its middle."""
+    height, width = frame.shape[:2]
+    return frame[height // 2, width // 8 :: width // 4].astype(int)
+
+
 UNTAGGED = "colorspace=unknown:color_primaries=unknown:color_trc=unknown"
 
 
 @pytest.mark.parametrize(
     ("size", "options"),
     [
-        ("1280x720", flat("bt709", tags=UNTAGGED)),
-        ("320x240", flat("smpte170m", tags=UNTAGGED)),
-        ("320x240", flat("bt709", tags="colorspace=bt709")),
-        ("1280x720", flat("smpte170m", tags="colorspace=smpte170m")),
-        ("320x240", flat("bt709", "pc", tags="colorspace=bt709:range=pc")),
+        ("1280x720", chart("bt709", tags=UNTAGGED)),
+        ("320x240", chart("smpte170m", tags=UNTAGGED)),
+        ("320x240", chart("bt709", tags="colorspace=bt709")),
+        ("1280x720", chart("smpte170m", tags="colorspace=smpte170m")),
+        ("320x240", chart("bt709", "pc", tags="colorspace=bt709:range=pc")),
     ],
     ids=["untagged HD", "untagged SD", "709 SD", "601 HD", "full range"],
 )
-def test_a_colour_stays(make, upscale, tmp_path, size, options):
+def test_colours_stay(make, upscale, tmp_path, size, options):
     source = make(
         "in.mp4", "-f", "lavfi", "-i", f"nullsrc=s={size}:r=25:d=0.08", *options,
         "-c:v", "libx264", "-qp", "0",
     )  # fmt: skip
-    assert np.abs(read_video(source)[0].reshape(-1, 3).astype(int) - GREEN).max() <= 2
+    assert np.abs(middles(read_video(source)[0]) - CHART).max() <= 2
     output = tmp_path / "out.mp4"
     assert upscale(source, output, "--bicubic", "--size", "320x240", "--frames", 1).returncode == 0
-    assert np.abs(exact_rgb(output, "bt709").astype(int) - GREEN).max() <= 2
+    assert np.abs(middles(exact_rgb(output, "bt709").reshape(240, 320, 3)) - CHART).max() <= 2
     with av.open(str(output)) as container:
         frame = next(container.decode(video=0))
     assert (int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc)) == (1, 1, 1)

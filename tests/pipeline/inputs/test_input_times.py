@@ -78,6 +78,31 @@ def test_avi_has_a_constant_rate_and_the_right_duration(make, upscale, tmp_path)
     assert abs(probe(output).duration_s - 3.8) < 0.25
     period_s = float(1 / probe(output).frame_rate)
     assert np.allclose(np.diff(frame_times(output)), period_s, atol=1e-4)
+    with av.open(str(output)) as container:
+        kinds = [frame.pict_type for frame in container.decode(video=0)]
+    assert len(kinds) > 100 and av.video.frame.PictureType.B not in kinds
+
+
+def test_a_minute_stays_in_sync(make, upscale, tmp_path):
+    """A white frame and a click every seven seconds stay as far from each other as they were."""
+    source = make(
+        "minute.mp4", *("-f", "lavfi", "-i", "color=black:s=32x24:r=30000/1001:d=60"),
+        *("-f", "lavfi", "-i", "aevalsrc='sin(4000*t)*lt(mod(t,7),0.03)':s=48000:d=60"),
+        "-vf", "drawbox=color=white:t=fill:enable='lt(mod(t,7),0.03)'", "-c:v", "libx264", "-c:a", "aac",
+    )  # fmt: skip
+    output = tmp_path / "out.mp4"
+    assert upscale(source, output, "--bicubic", "--scale", 1, "--part-frames", 100).returncode == 0
+
+    def distances(path):
+        white = np.array(frame_times(path))[read_video(path).mean((1, 2, 3)) > 128]
+        with av.open(str(path)) as container:
+            sound = [(frame.time, frame.to_ndarray()[0]) for frame in container.decode(audio=0)]
+        loud = np.concatenate([time + np.flatnonzero(np.abs(samples) > 0.3) / 48000 for time, samples in sound])
+        return white - loud[np.flatnonzero(np.diff(loud, prepend=-1) > 1)]
+
+    before, after = distances(source), distances(output)
+    assert len(before) == len(after) == 9
+    assert np.abs(after - before).max() < AAC_FRAME_S
 
 
 def test_interlaced_video_has_no_combs(make, upscale, tmp_path):
