@@ -23,6 +23,10 @@ class Encoder:
     #: for 8 bits and for more: 10 in videos, 16 in images
     pixel_formats: tuple[str, str] = ("yuv420p", "yuv420p10le")
     options: dict[str, Any] = field(default_factory=dict)
+    #: the same with transparency; None: the codec holds none
+    alpha_formats: tuple[str, str] | None = None
+    #: options beside those for it
+    alpha_options: dict[str, Any] = field(default_factory=dict)
 
 
 ENCODERS: dict[str, Encoder] = {
@@ -35,12 +39,15 @@ ENCODERS: dict[str, Encoder] = {
     "vp9": Encoder("libvpx-vp9", (".webm", ".mkv", ".mp4"), 20, options={"b:v": "0", "row-mt": "1"}),
     "prores": Encoder(
         "prores_ks", (".mov",), None, ("yuv422p10le", "yuv422p10le"), {"profile:v": "hq", "vendor": "apl0"},
+        ("yuva444p10le", "yuva444p10le"), {"profile:v": "4444"},
     ),
 }  # fmt: skip
 #: images: each packet of a part is a whole file; JPEG holds 8 bits
 IMAGE_ENCODERS: dict[str, Encoder] = {
-    "png": Encoder("png", (".png",), None, ("rgb24", "rgb48be")),
-    "tiff": Encoder("tiff", (".tif", ".tiff"), None, ("rgb24", "rgb48le"), {"compression_algo": "deflate"}),
+    "png": Encoder("png", (".png",), None, ("rgb24", "rgb48be"), alpha_formats=("rgba", "rgba64be")),
+    "tiff": Encoder(
+        "tiff", (".tif", ".tiff"), None, ("rgb24", "rgb48le"), {"compression_algo": "deflate"}, ("rgba", "rgba64le")
+    ),
     "jpeg": Encoder("mjpeg", (".jpg", ".jpeg"), None, ("yuvj444p", "yuvj444p"), {"q:v": 2}),
 }
 #: standard output: raw frames after one line that says their size, rate and format
@@ -61,6 +68,7 @@ def encoding(
     wide: bool = False,
     encoder_options: dict[str, str] | None = None,
     colour: Colour | None = None,
+    alpha: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """FFmpeg's filters and output options.
 
@@ -71,6 +79,7 @@ def encoding(
         quality: lossless is x264 RGB at quantiser 0, whatever the codec.
         wide: more than 8 bits.
         colour: primaries and transfer of the frames.
+        alpha: the frames are RGBA, and the codec has `alpha_formats`.
 
     Returns:
         The stream to write, and options of the output.
@@ -80,6 +89,9 @@ def encoding(
     encoder = Y4M if codec == "y4m" else (ENCODERS | IMAGE_ENCODERS)[codec]
     options = encoder.options | (encoder_options or {})
     pixels = encoder.pixel_formats[wide]
+    if alpha:
+        assert encoder.alpha_formats is not None
+        options, pixels = options | encoder.alpha_options, encoder.alpha_formats[wide]
     options |= {"vcodec": encoder.name, "pix_fmt": pixels}
     if codec in IMAGE_ENCODERS:  # untagged: readers of images expect RGB, and BT.601 in full range from a JPEG
         if codec == "jpeg":

@@ -150,8 +150,8 @@ def check_sizes(paths: Sequence[Path], size: tuple[int, int]) -> None:
                 )
 
 
-def read_image(path: Path, *, deep: bool) -> np.ndarray:
-    """(H, W, 3) RGB, turned upright; uint16 where `deep` and the file holds 16 bits, else uint8.
+def read_image(path: Path, *, deep: bool, alpha: bool = False) -> np.ndarray:
+    """(H, W, 3) RGB, or with `alpha` (H, W, 4), turned upright; uint16 where `deep` and the file holds 16 bits.
 
     Raises:
         UserError: the file is damaged.
@@ -160,7 +160,8 @@ def read_image(path: Path, *, deep: bool) -> np.ndarray:
         level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             content = np.fromfile(path, np.uint8)
-            pixels = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if content.size else None
+            flags = cv2.IMREAD_UNCHANGED if alpha else cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+            pixels = cv2.imdecode(content, flags) if content.size else None
         except (OSError, cv2.error):
             pixels = None
         finally:
@@ -168,9 +169,12 @@ def read_image(path: Path, *, deep: bool) -> np.ndarray:
         if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
             raise UserError(f"{path} is damaged or holds no 8 or 16 bits; convert it or leave it out")
         if pixels.dtype == np.uint16:
-            return np.ascontiguousarray(pixels[..., ::-1])
+            code = cv2.COLOR_BGRA2RGBA if alpha else cv2.COLOR_BGR2RGB
+            if alpha and (pixels.ndim == 2 or pixels.shape[2] == 3):
+                code = cv2.COLOR_GRAY2RGBA if pixels.ndim == 2 else cv2.COLOR_BGR2RGBA
+            return cv2.cvtColor(pixels, code)
     try:
         with Image.open(path) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGBA" if alpha else "RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} is damaged ({error})") from None

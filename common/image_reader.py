@@ -55,7 +55,16 @@ class Images:
             rate = frames / seconds
         bits = 8 if self.durations_ms else 8 * read_image(paths[0], deep=True).itemsize
         self.info = VideoInfo(
-            *size, rate, frames, float(seconds), Fraction(1), (), alpha=alpha, bits=bits, end_s=float(seconds)
+            *size,
+            rate,
+            frames,
+            float(seconds),
+            Fraction(1),
+            (),
+            alpha=alpha,
+            bits=bits,
+            end_s=float(seconds),
+            alpha_is_read=alpha,
         )
 
     @property
@@ -79,16 +88,18 @@ class ImageReader:
         size: tuple[int, int] | None = None,
         frame_rate: Fraction | None = None,
         bits: Literal[8, 16] = 8,
+        alpha: bool = False,
     ) -> None:
         """
         Args:
             start, frames: as for `VideoReader`.
             size: (width, height) that images are shrunk to, by the mean of the pixels that each new one covers.
             frame_rate: an animation's frames are repeated and dropped to it; a sequence has it already.
+            alpha: frames are (H, W, 4) RGBA.
         """
         self.path: str | Path = images.given
         self.info = images.info
-        self._images, self._size, self._bits = images, size, bits
+        self._images, self._size, self._bits, self._alpha = images, size, bits, alpha
         self.pts: list[int | None] = []
         self.errors: list[str] = []
         self.count = 0
@@ -107,7 +118,7 @@ class ImageReader:
             if pixels is not None:
                 frame = self._fit(pixels)
             elif frame is None:
-                frame = self._fit(np.zeros((self.info.height, self.info.width, 3), np.uint8))
+                frame = self._fit(np.zeros((self.info.height, self.info.width, 4 if self._alpha else 3), np.uint8))
             self.count += 1
             self.pts.append(pts)
             yield frame
@@ -124,7 +135,7 @@ class ImageReader:
         for number, pts in self._shown:
             path = self._images.paths[number]
             try:
-                pixels = read_image(path, deep=self.info.bits > 8)
+                pixels = read_image(path, deep=self.info.bits > 8, alpha=self._alpha)
                 if pixels.shape[:2] != (self.info.height, self.info.width):
                     raise UserError(f"{path} has another size than its header says")
             except UserError as error:
@@ -141,7 +152,7 @@ class ImageReader:
             for number in range(max(wanted, default=-1) + 1):
                 try:
                     image.seek(number)
-                    pixels: np.ndarray | None = np.array(image.convert("RGB"))
+                    pixels: np.ndarray | None = np.array(image.convert("RGBA" if self._alpha else "RGB"))
                 except (OSError, EOFError) as error:
                     self.errors.append(f"frame {number}: {error}")
                     pixels = None

@@ -96,6 +96,8 @@ class VideoInfo:
     end_s: float | None = None
     #: time stamp of the first frame
     first_s: Fraction = Fraction(0)
+    #: its transparency comes with the frames that are read
+    alpha_is_read: bool = False
 
     @property
     def estimated_frames(self) -> int | None:
@@ -194,6 +196,7 @@ def _read(container: Any, path: str | Path) -> VideoInfo:
         raise UserError(f"{path} is to be shown turned by {first.rotation} degrees; only quarter turns are read")
     shown = _shown(path, stream.index)
     codec = stream.codec_context.name
+    alpha = any(component.is_alpha for component in first.format.components)
     return VideoInfo(
         int(shown["width"]),
         int(shown["height"]),
@@ -205,12 +208,13 @@ def _read(container: Any, path: str | Path) -> VideoInfo:
         Colour(int(first.colorspace), int(first.color_primaries), int(first.color_trc)),
         bool(first.interlaced_frame) or codec in INTERLACED_CODECS,
         codec in TURNING_CODECS and first.format.name.startswith("yuv"),
-        any(component.is_alpha for component in first.format.components) or stream.metadata.get("alpha_mode") == "1",
+        alpha or stream.metadata.get("alpha_mode") == "1",  # VP8 and VP9 hold it beside the frames
         stream.index,
         max(component.bits for component in first.format.components),
         Fraction(container.start_time or 0, av.time_base),
         _end_s(container, stream),
         Fraction(0) if first.pts is None else first.pts * stream.time_base,
+        alpha,
     )
 
 

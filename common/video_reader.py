@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 import ffmpeg
 import numpy as np
 
+from common.bit_depth import pipe_format
 from common.errors import UserError
 from common.piped_video import PipedVideo
 from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, untagged_matrix, url
@@ -72,6 +73,7 @@ class VideoReader:
         bits: Literal[8, 16] = 8,
         piped: PipedVideo | None = None,
         mark: Mark | None = None,
+        alpha: bool = False,
     ) -> None:
         """
         Args:
@@ -85,10 +87,12 @@ class VideoReader:
             piped: read this instead of the file `path`, once.
             mark: the first frame as an earlier reader saw it; FFmpeg seeks to it. Where it does not come out the same,
                 or the file is damaged before it, all is decoded from the beginning.
+            alpha: frames are (H, W, 4) RGBA.
         """
         self.path, self._start, self._limit = path, start, frames
         self._kind: type = np.uint8 if bits == 8 else np.uint16
-        self._pixel_format = "rgb24" if bits == 8 else "rgb48le"
+        self._channels = 4 if alpha else 3
+        self._pixel_format = pipe_format(bits, alpha=alpha)
         self._piped = piped
         self.info = piped.info if piped else probe(path)
         self.width, self.height = size or (self.info.width, self.info.height)
@@ -129,7 +133,7 @@ class VideoReader:
         return seen == ([mark.pts], mark.time_base, mark.checksum)
 
     def _decode(self, mark: Mark | None) -> Generator[np.ndarray]:
-        shape = (self.height, self.width, 3)
+        shape = (self.height, self.width, self._channels)
         with tempfile.NamedTemporaryFile() as log, open(log.name, "rb") as lines:
             stdin = subprocess.PIPE if self._piped else None
             process = subprocess.Popen(self._compile(mark), stdin=stdin, stdout=subprocess.PIPE, stderr=log)

@@ -19,7 +19,7 @@ import ffmpeg
 import numpy as np
 
 from common.atomic import atomic_file
-from common.bit_depth import BitDepth
+from common.bit_depth import BitDepth, pipe_format
 from common.encoders import Quality, encoding
 from common.errors import UserError
 from common.video_probe import Colour, ffmpeg_binary, url
@@ -52,6 +52,7 @@ class VideoWriter:
         colour: Colour | None = None,
         b_frames: bool = True,
         pipe: int | None = None,
+        alpha: bool = False,
     ) -> None:
         """
         Args:
@@ -66,6 +67,7 @@ class VideoWriter:
             colour: primaries and transfer of the frames, which the file is tagged with; BT.709 where unspecified.
             b_frames: off for containers without time stamps.
             pipe: a file descriptor to write to in place of `path`, which is only named in messages.
+            alpha: frames are RGBA, for a codec that holds transparency.
 
         Raises:
             UserError: lossless 10-bit, which x264 cannot write.
@@ -75,10 +77,10 @@ class VideoWriter:
         self.path = Path(path)
         self._file = atomic_file(self.path) if pipe is None else contextlib.nullcontext(self.path)
         temporary = self._file.__enter__()
-        self._shape = (height, width, 3)
+        self._shape = (height, width, 4 if alpha else 3)
         self._bits = bit_depth
         source = ffmpeg.input(
-            "pipe:", format="rawvideo", pix_fmt="rgb24" if bit_depth == 8 else "rgb48le",
+            "pipe:", format="rawvideo", pix_fmt=pipe_format(bit_depth, alpha=alpha),
             s=f"{width}x{height}", r=f"{frame_rate.numerator}/{frame_rate.denominator}",
         )  # fmt: skip
         written = size or (width, height)
@@ -86,7 +88,7 @@ class VideoWriter:
             source = source.filter("scale", *written, flags=f"lanczos+{EXACT}")
         source, options = encoding(
             source, written, codec, quality=quality, crf=crf, wide=bit_depth > 8, encoder_options=encoder_options,
-            colour=colour,
+            colour=colour, alpha=alpha,
         )  # fmt: skip
         if not b_frames:
             options["bf"] = 0
@@ -110,7 +112,7 @@ class VideoWriter:
         self._feeder.start()
 
     def write(self, frames: np.ndarray) -> None:
-        """Append frames (F, H, W, 3): uint8, or uint16 with values of the file's bit depth."""
+        """Append frames (F, H, W, 3), or with transparency (F, H, W, 4): uint8, or uint16 of the file's bit depth."""
         if frames.shape[1:] != self._shape:
             raise ValueError(f"frames of shape {frames.shape[1:]} for a file of {self._shape}")
         if self._bits > 8 and (frames.dtype == np.uint8 or self._bits < 16):

@@ -167,7 +167,9 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
         done, statistics = False, parts.statistics
         try:
             if not parts.complete:
-                black = np.zeros((1, *(side * SCALE for side in reversed(job.size.model_input)), 3), np.uint8)
+                black = np.zeros(
+                    (1, *(side * SCALE for side in reversed(job.size.model_input)), 4 if job.alpha else 3), np.uint8
+                )
                 rehearse(parts, tracks_from, job.tracks, writer_of(job, arguments), black)
             upscale_parts(parts, job, arguments, statistics, watch)
             times, last_s = finish(parts, tracks_from, job.tracks, job.info, job.frame_rate)

@@ -60,6 +60,8 @@ class Job:
     tiling: Tiling
     #: where frames go if the output is images
     images: ImageOutput | None = None
+    #: the output has the source's transparency
+    alpha: bool = False
 
     @property
     def info(self) -> VideoInfo:
@@ -120,10 +122,11 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps
     bit_depth = choose_bit_depth(info, codec, arguments)
-    said += _said_of_frames(info, codec, bit_depth, arguments)
+    alpha = info.alpha_is_read and holds_alpha(codec) and not arguments.lossless
+    said += _said_of_frames(info, codec, bit_depth, alpha, arguments)
     for line in said:
         print(f"{source.name}: {line}", file=sys.stderr)
-    return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images)
+    return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images, alpha)
 
 
 def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace) -> BitDepth:
@@ -155,7 +158,14 @@ def without_pulldown(source: Source) -> Source:
     return replace(source, info=replace(info, frame_rate=info.frame_rate * Fraction(4, 5), frames=frames))
 
 
-def _said_of_frames(info: VideoInfo, codec: str, bit_depth: BitDepth, arguments: argparse.Namespace) -> list[str]:
+def holds_alpha(codec: str) -> bool:
+    """Whether frames in this codec have transparency."""
+    return codec != "y4m" and (ENCODERS | IMAGE_ENCODERS)[codec].alpha_formats is not None
+
+
+def _said_of_frames(
+    info: VideoInfo, codec: str, bit_depth: BitDepth, alpha: bool, arguments: argparse.Namespace
+) -> list[str]:
     """What changes in them, one line each."""
     said = []
     if info.colour.hdr and codec in ("y4m", *IMAGE_ENCODERS):
@@ -172,8 +182,11 @@ def _said_of_frames(info: VideoInfo, codec: str, bit_depth: BitDepth, arguments:
         }
         hint = more.get(codec, "; --bit-depth 10 keeps 10")
         said.append(f"{info.bits} bits become {bit_depth}" + (hint if bit_depth == 8 else ""))
-    if info.alpha:
-        said.append("its transparency is left out")
+    if alpha:
+        said.append("its transparency is kept, enlarged by a bicubic filter")
+    elif info.alpha:
+        keep = "; --encoder prores in a .mov, PNG and TIFF keep it" if info.alpha_is_read else ""
+        said.append(f"its transparency is left out{keep}")
     if info.interlaced and arguments.deinterlace == "auto":
         said.append("frames marked as interlaced are deinterlaced by bwdif, one frame of two fields")
     if arguments.deinterlace == "detelecine":

@@ -24,6 +24,7 @@ from pipeline.model.attention import set_attention
 from pipeline.model.config import Attention
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.resumable_video import VideoParts
+from pipeline.transparency import Transparency
 from pipeline.upscale_job import Job
 from pipeline.upscale_source import FrameReader
 from pipeline.video_windows import Place, upscale_video
@@ -181,6 +182,7 @@ def open_reader(job: Job, arguments: argparse.Namespace, place: Place, mark: Mar
         deinterlace=arguments.deinterlace,
         bits=16 if job.bit_depth > 8 and job.info.bits > 8 else 8,
         mark=mark,
+        alpha=job.alpha,
     )
 
 
@@ -194,10 +196,15 @@ def upscaled(
 ) -> Clips:
     """Clips of the output from the window at `place` on; frames are read ahead in a thread."""
     frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
+    transparency = Transparency(place.context, job.bit_depth) if job.alpha else None
+    if transparency:
+        frames = transparency.taken_from(frames)
     if arguments.bicubic:
         statistics["dit_evaluations"] = 0
-        return with_bicubic(frames, place, job.bit_depth)
-    return with_model(frames, place, job, tiling, arguments, statistics)
+        clips = with_bicubic(frames, place, job.bit_depth)
+    else:
+        clips = with_model(frames, place, job, tiling, arguments, statistics)
+    return transparency.given_to(clips) if transparency else clips
 
 
 def writer_of(job: Job, arguments: argparse.Namespace) -> Callable[..., VideoWriter]:
@@ -215,6 +222,7 @@ def writer_of(job: Job, arguments: argparse.Namespace) -> Callable[..., VideoWri
         bit_depth=job.bit_depth,
         sample_aspect_ratio=job.size.sample_aspect_ratio,
         colour=job.info.colour,
+        alpha=job.alpha,
         b_frames=job.output.suffix.lower() != ".avi",
     )
 

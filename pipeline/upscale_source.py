@@ -99,13 +99,14 @@ class Source:
         deinterlace: Deinterlace,
         bits: Literal[8, 16],
         mark: Mark | None = None,
+        alpha: bool = False,
     ) -> FrameReader:
         """Frames from `start` on; arguments as for `VideoReader`."""
         if self.images:
-            return ImageReader(self.images, start, frames, size=size, frame_rate=frame_rate, bits=bits)
+            return ImageReader(self.images, start, frames, size=size, frame_rate=frame_rate, bits=bits, alpha=alpha)
         return VideoReader(
             self.path, start, frames, size=size, frame_rate=frame_rate, deinterlace=deinterlace, bits=bits,
-            piped=self.piped, mark=mark,
+            piped=self.piped, mark=mark, alpha=alpha,
         )  # fmt: skip
 
 
