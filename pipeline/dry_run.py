@@ -7,13 +7,12 @@ import json
 import shutil
 from collections.abc import Sequence
 
-import torch
-
 from common.scale import SCALE
 from pipeline.memory_estimate import GIB, MemoryEstimate, WindowMemory
 from pipeline.resumable_video import parts_folder
 from pipeline.tiling import spans
 from pipeline.upscale_job import Job
+from pipeline.upscale_options import dtypes
 from pipeline.upscale_run import frames_to_write
 from pipeline.upscale_source import PIPE
 from pipeline.video_windows import Windows
@@ -77,8 +76,8 @@ def tiles_of_a_window(tiling: Tiling, width: int, height: int) -> dict[str, int]
 
 
 def _memory(job: Job, arguments: argparse.Namespace, frames: int, width: int, height: int) -> list[str]:
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    estimate = MemoryEstimate(arguments.model, dtype, arguments.codec)
+    dtype, vae_dtype = dtypes(arguments)
+    estimate = MemoryEstimate(arguments.model, dtype, arguments.codec, vae_dtype=vae_dtype, offload=arguments.offload)
     own = estimate.window(frames, width, height, job.tiling)
     steps = ", ".join(f"{name} {getattr(own, name) / GIB:.2f}" for name in ("encode", "transformer", "decode"))
     heads = (f"tiles of {tile}, {2 * tile}" if tile else "whole frames" for tile in TILES)

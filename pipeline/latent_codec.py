@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.model.fast_codec import LR_PIXELS, FastDecoder, LowResolutionEncoder, decode_streaming, encode_streaming
 from pipeline.model.vae import (
@@ -36,6 +36,11 @@ class FullCodec:
 
     vae: VAE
     place_px: ClassVar[int] = SPATIAL_FACTOR
+
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """What encodes, what decodes."""
+        return self.vae, self.vae
 
     def inputs(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 or uint16 (F, h, w, 3) to (3, F, 4h, 4w) in [-1, 1]."""
@@ -62,6 +67,11 @@ class FastCodec:
     encoder: LowResolutionEncoder
     decoder: FastDecoder
     place_px: ClassVar[int] = LR_PIXELS
+
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """As `FullCodec.networks`."""
+        return self.encoder, self.decoder
 
     def inputs(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 or uint16 (F, h, w, 3) to (3, F, h, w) in [-1, 1]."""

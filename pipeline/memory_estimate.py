@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from common.live_bytes import LiveBytes
@@ -39,8 +39,9 @@ class _FlashAttention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class WindowMemory:
-    """Bytes; of each step at its peak, without weights."""
+    """Bytes; of each step at its peak, without `weights`."""
 
+    #: what is there in every step
     weights: int
     encode: int
     transformer: int
@@ -55,8 +56,20 @@ class WindowMemory:
 class MemoryEstimate:
     """The networks of a model folder, on the meta device."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, codec: CodecName = "full") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        codec: CodecName = "full",
+        *,
+        vae_dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:
         """
+        Args:
+            vae_dtype: None: as `dtype`.
+            offload: only the network of a step is there.
+
         Raises:
             UserError: the folder lacks a part.
         """
@@ -72,15 +85,17 @@ class MemoryEstimate:
         self._codec: LatentCodec = FullCodec(networks["vae"])
         if codec == "fast":
             self._codec = FastCodec(networks["vae"], networks["lr_encoder"], networks["fast_decoder"])
-        for network in networks.values():
+        vae_dtype = vae_dtype or dtype
+        for name, network in networks.items():
             network.requires_grad_(False).eval()
             kept = set(network._keep_in_fp32_modules or ())
-            for name, parameter in network.named_parameters():
-                if not kept & set(name.split(".")):
-                    parameter.data = parameter.data.to(dtype)
+            for place, parameter in network.named_parameters():
+                if not kept & set(place.split(".")):
+                    parameter.data = parameter.data.to(vae_dtype if name == "vae" else dtype)
         self._prompt = load_prompts(folder / "prompts").embed([""]).to("meta", dtype)
-        self._bytes_per_value = torch.finfo(dtype).bits // 8
-        self.weights = sum(value.nbytes for network in networks.values() for value in network.parameters())
+        self._bytes_per_value = torch.finfo(vae_dtype if codec == "full" else dtype).bits // 8
+        self._offload = offload
+        self.weights = 0 if offload else sum(map(_weights, networks.values()))
 
     def window(self, frames: int, width: int, height: int, tiling: Tiling) -> WindowMemory:
         """Of `frames` frames of the model's output size, px."""
@@ -112,7 +127,16 @@ class MemoryEstimate:
         decode = _peak(lambda: self._codec.decode(z, seen))
         if decoded != whole:  # the strip of tiles and the frames that they are put into
             decode += 4 * 3 * frames * whole[1] * (decoded[0] + whole[0])
+        if self._offload:
+            encode += _weights(self._codec.networks[0])
+            transformer += _weights(self._transformer)
+            decode += _weights(self._codec.networks[1])
         return WindowMemory(self.weights, encode, transformer, decode)
+
+
+def _weights(network: nn.Module) -> int:
+    """Bytes."""
+    return sum(value.nbytes for value in network.parameters())
 
 
 def _peak(compute: Any) -> int:

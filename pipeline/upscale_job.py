@@ -34,6 +34,7 @@ _INCIDENTAL = frozenset(
         "overwrite",
         "on_error",
         "attention",
+        "offload",
         "device",
         "devices",
         "stills",

@@ -26,6 +26,10 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 63),
     "part_frames": (1, None), "fps": (0.01, 1000),
 }  # fmt: skip
+#: numbers that networks compute with
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: options of the model, which `--bicubic` does without
+_OF_THE_MODEL = ("vae_dtype", "offload", "compile")
 #: FFmpeg options that upscale itself sets
 _OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "qp", "s", "bf", "frames"})
 #: what is used without --model: a small model, trained on a CPU (docs/small.md)
@@ -68,10 +72,11 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--crf means nothing to {arguments.encoder}; leave it out")
     if arguments.lossless and arguments.bit_depth == 10:
         raise UserError("lossless files hold 8 bits; leave out --lossless or --bit-depth 10")
-    if arguments.model is None and not arguments.bicubic:
-        arguments.model = _default_model()
-        if arguments.tile is None:
-            arguments.tile = DEFAULT_MODEL_TILE_PX
+    for name in _OF_THE_MODEL:
+        if arguments.bicubic and getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} means nothing with --bicubic; leave one of them out")
+    if arguments.codec == "fast" and arguments.vae_dtype:
+        raise UserError("--vae-dtype means nothing with --codec fast, which has no VAE; leave one of them out")
     for device in arguments.devices or (arguments.device,):
         try:
             kind = torch.device(device).type
@@ -79,7 +84,18 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
             kind = ""
         if kind not in ("cpu", "cuda", "mps"):
             raise UserError(f"--device {device}: choose cpu, cuda, cuda:1, … or mps")
+        if arguments.offload and kind != "cuda":
+            raise UserError(f"--offload with --device {device}: only a GPU has a memory of its own; leave it out")
+    if arguments.model is None and not arguments.bicubic:
+        arguments.model = _default_model()
+        if arguments.tile is None:
+            arguments.tile = DEFAULT_MODEL_TILE_PX
     return arguments
+
+
+def dtypes(arguments: argparse.Namespace) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model, and of its VAE."""
+    return DTYPES[arguments.dtype], DTYPES[arguments.vae_dtype or arguments.dtype]
 
 
 def _default_model() -> Path:
@@ -181,7 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     devices.add_argument(
         "--devices", type=_devices, default=(), metavar="0,1,…", help="GPUs that share the windows of a video"
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16" if torch.cuda.is_available() else "fp32")
+    parser.add_argument("--vae-dtype", choices=tuple(DTYPES), help="of the VAE; default: as --dtype")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--offload", action="store_true", help="VAE and DiT take turns on the GPU: less memory, more time"
+    )
+    memory.add_argument("--compile", action="store_true", help="torch.compile the DiT's blocks: pays for long videos")
     parser.add_argument("--attention", choices=get_args(Attention), default="auto")
     parser.add_argument(
         "--part-frames", type=int, default=750, help="a killed job loses at most so many frames and a window"

@@ -21,11 +21,13 @@ from common.scale import SCALE
 from common.video_reader import Mark
 from common.video_writer import VideoWriter
 from pipeline.model.attention import set_attention
+from pipeline.model.compile_blocks import compile_blocks
 from pipeline.model.config import Attention
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.resumable_video import VideoParts
 from pipeline.transparency import Transparency
 from pipeline.upscale_job import Job
+from pipeline.upscale_options import dtypes
 from pipeline.upscale_source import FrameReader
 from pipeline.video_windows import Place, upscale_video
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline, smaller_tiles
@@ -40,10 +42,21 @@ Watch = Callable[[int, int | None], None]
 
 
 @cache
-def _pipeline(model: Path, device: str, copy: int, dtype: torch.dtype, attention: Attention) -> VSRPipeline:
+def _pipeline(
+    model: Path,
+    device: str,
+    copy: int,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    attention: Attention,
+    compiled: bool,
+    offload: bool,
+) -> VSRPipeline:
     """Opened once for all videos of a folder; `copy` tells those on one device apart."""
-    pipeline = open_pipeline(model, device, dtype)
+    pipeline = open_pipeline(model, device, {"vae": vae_dtype, "default": dtype}, offload=offload)
     set_attention(pipeline.transformer, attention)
+    if compiled:
+        compile_blocks(pipeline.transformer, device)
     return pipeline
 
 
@@ -56,11 +69,10 @@ def with_model(
     statistics: dict[str, float],
 ) -> Clips:
     """`upscale_video` with the command's options; the model is opened before anything is returned."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
+    dtype, vae_dtype = dtypes(arguments)
+    settings = (dtype, vae_dtype, arguments.attention, arguments.compile, arguments.offload)
     devices = arguments.devices or (arguments.device,)
-    pipelines = [
-        _pipeline(arguments.model, device, copy, dtype, arguments.attention) for copy, device in enumerate(devices)
-    ]
+    pipelines = [_pipeline(arguments.model, device, copy, *settings) for copy, device in enumerate(devices)]
     pipelines[0].codec(arguments.codec)  # an error now, before the first frame
     return upscale_video(
         pipelines,

@@ -12,6 +12,7 @@ neighbours agree where they overlap.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +33,7 @@ from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
 from pipeline.model.prompts import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE, to_frames, upsample_low_resolution
+from pipeline.offload import Offload
 from pipeline.sampling import euler_sample
 from pipeline.tiling import in_tiles
 
@@ -136,6 +138,13 @@ class VSRPipeline(DiffusionPipeline):
             transformer=transformer, vae=vae, prompts=prompts, fast_decoder=fast_decoder, lr_encoder=lr_encoder
         )
         self.register_to_config(num_inference_steps=num_inference_steps, shift=shift, guidance_weight=guidance_weight)
+        #: set: networks are in the host's memory and take turns on its device
+        self.offload: Offload | None = None
+
+    @property
+    def computes_on(self) -> torch.device:
+        """Where it computes."""
+        return self.offload.device if self.offload else self.transformer.device
 
     @torch.no_grad()
     def __call__(
@@ -213,7 +222,7 @@ class _Run:
     ) -> None:
         self._pipeline, self._seed, self._steps, self._tiling, self._codec = pipeline, seed, steps, tiling, codec
         self._guidance_weight = guidance_weight
-        device = pipeline.transformer.device
+        self._device = device = pipeline.computes_on
         self._prompt = pipeline.prompts.embed([prompt]).to(device)
         self._null_prompt = pipeline.prompts.embed([NULL_PROMPT]).to(device) if guidance_weight else None
         self.dit_evaluations = 0
@@ -226,13 +235,21 @@ class _Run:
         height, width = (SCALE * side for side in frames.shape[1:3])
         inputs = padded_inputs(self._codec, frames, self._multiple())
         began = self.lap("upsample", began)
-        z_lr = self._encode(inputs)
+        encoder, decoder = self._codec.networks
+        with self._turn(encoder):
+            z_lr = self._encode(inputs)
         began = self.lap("encode", began)
-        z = self._transform(z_lr, first_frame)
+        with self._turn(self._pipeline.transformer):
+            z = self._transform(z_lr, first_frame)
         began = self.lap("transformer", began)
-        decoded = self._decode(z, inputs)[0]
+        with self._turn(decoder):
+            decoded = self._decode(z, inputs)[0]
         self.lap("decode", began)
         return decoded[:, :count, :height, :width].cpu()
+
+    def _turn(self, network: torch.nn.Module) -> AbstractContextManager[None]:
+        offload = self._pipeline.offload
+        return offload.turn(network) if offload else nullcontext()
 
     def _multiple(self) -> int:
         patch = self._pipeline.transformer.config.patch_size
@@ -240,9 +257,8 @@ class _Run:
 
     def lap(self, part: str, began: float) -> float:
         """Add the time since `began` to a part; returns now."""
-        device = self._pipeline.transformer.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         now = time.perf_counter()
         self.seconds[part] += now - began
         return now
@@ -321,12 +337,17 @@ class _Run:
 
 
 def open_pipeline(
-    folder: str | Path, device: str = "cpu", dtype: torch.dtype | dict[str, torch.dtype] = torch.float32
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
+    *,
+    offload: bool = False,
 ) -> VSRPipeline:
     """`VSRPipeline.from_pretrained` with errors for people.
 
     Args:
         dtype: of all components, or by component's name, `default` standing for the others.
+        offload: networks stay in the host's memory and take turns on the device.
 
     Raises:
         UserError: no model folder there, or one that lacks a part.
@@ -346,6 +367,9 @@ def open_pipeline(
     for component in pipeline.components.values():
         if component is not None:
             component.requires_grad_(False).eval()
+    if offload:
+        pipeline.offload = Offload(device)
+        return pipeline
     return pipeline.to(device)
 
 
