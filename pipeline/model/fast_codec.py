@@ -8,7 +8,8 @@ frames; LR enters there with its pixels unshuffled. The encoder never sees an en
 
 Causal: a latent frame sees its own group of frames and, through memory blocks, those before. A memory block keeps its
 input of one latent frame, which is all that a video needs to be continued (`continued`). Trained by
-`--stage fast_decoder` and `--stage lr_encoder`.
+`--stage fast_decoder` and `--stage lr_encoder`. With the widths of a small VAE's decoder, the decoder begins as exactly
+that one (`start_as`): what LR adds is then learned on top.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class FastDecoder(ModelMixin, ConfigMixin):
         if latents_mean is None or latents_std is None:
             self.register_to_config(latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim)
         self.linear = nn.ConvTranspose3d(z_dim, 3, (GROUP, WINDOW, WINDOW), stride=(GROUP, STRIDE, STRIDE))
-        self.trunk = Trunk(z_dim + LR_CHANNELS, dims[0], blocks[0])
+        self.trunk = Trunk(2 * z_dim + LR_CHANNELS, dims[0], blocks[0])
         layers: list[nn.Module] = [Enlarge(dims[0], dims[1])]
         for dim, larger, count in zip(dims[1:-1], dims[2:], blocks[1:], strict=True):
             layers += [*(ResidualBlock(dim) for _ in range(count)), Enlarge(dim, larger)]
@@ -122,22 +123,49 @@ class FastDecoder(ModelMixin, ConfigMixin):
             Pixels (B, 3, 4T or 4T - 3, 8h, 8w), and the memory for the next part.
         """
         z = z.to(self.dtype)
+        std = per_channel(self, "latents_std", z)
+        raw = z * std + per_channel(self, "latents_mean", z)
+        now = (raw / std).transpose(1, 2)
+        first, memory_of_blocks = (torch.zeros_like(now[:, :1]), None) if memory is None else (memory[0], memory[1:])
+        before = torch.cat([first, now[:, :-1]], dim=1)
         unshuffled = grouped(low_resolution.to(self.dtype), begins=memory is None)
-        features, after = self.trunk(torch.cat([z.transpose(1, 2), unshuffled], dim=2), memory)
+        features, after = self.trunk(torch.cat([now, before, unshuffled], dim=2), memory_of_blocks)
         size = features.shape[:2]
         added = self.enlarge(features.flatten(0, 1)).unflatten(0, size).unflatten(2, (3, GROUP))
-        raw = z * per_channel(self, "latents_std", z) + per_channel(self, "latents_mean", z)
         cut = OVERLAP + STRIDE
         linear = self.linear(F.pad(raw, (1, 1, 1, 1, 0, 0), mode="replicate"))[..., cut:-cut, cut:-cut]
         frames = linear + added.transpose(1, 2).flatten(2, 3)
-        return (frames[:, :, GROUP - 1 :] if memory is None else frames), after
+        return (frames[:, :, GROUP - 1 :] if memory is None else frames), [now[:, -1:], *after]
 
     @torch.no_grad()
     def start_as(self, vae: SmallVideoVAE) -> None:
-        """Begin as the linear path of a small VAE: nothing of it is left to learn, and LR adds nothing yet."""
+        """Begin as the decoder of a small VAE where it has the same widths and blocks, else as its linear path.
+
+        LR adds nothing yet.
+        """
         self.linear.load_state_dict(vae.linear_decode.state_dict())
-        nn.init.zeros_(self.enlarge[-1].weight)
-        nn.init.zeros_(self.enlarge[-1].bias)
+        ours, theirs = (
+            (tuple(net.config[a]), tuple(net.config[b]))
+            for net, a, b in ((self, "dims", "blocks"), (vae, "decoder_dims", "decoder_blocks"))
+        )
+        if ours != theirs:
+            nn.init.zeros_(self.enlarge[-1].weight)
+            nn.init.zeros_(self.enlarge[-1].bias)
+            return
+        stem, *layers = vae.decoder
+        _widen(self.trunk.stem, stem)
+        for block, like in zip(self.trunk.blocks, layers, strict=False):
+            _widen(block.first, like.first)
+            block.second.load_state_dict(like.second.state_dict())
+        rest = nn.Sequential(*layers[len(self.trunk.blocks) :])
+        self.enlarge.load_state_dict(rest.state_dict())
+
+
+def _widen(layer: nn.Conv2d, like: nn.Conv2d) -> None:
+    """Do as `like`; the inputs that it lacks count for nothing."""
+    nn.init.zeros_(layer.weight)
+    layer.weight[:, : like.in_channels] = like.weight
+    layer.bias.copy_(like.bias)  # type: ignore[union-attr]
 
 
 class LowResolutionEncoder(ModelMixin, ConfigMixin):

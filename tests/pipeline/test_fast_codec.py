@@ -23,6 +23,8 @@ from pipeline.model.fast_codec import (
     frames_of,
     grouped,
 )
+from pipeline.model.small_vae import SmallVideoVAE
+from pipeline.model.vae import decode_latents
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 
@@ -100,6 +102,22 @@ def test_memory_of_a_decoded_clip_grows_with_its_result_alone(codec: FastCodec) 
             result = decode_streaming(codec.decoder, z, low)
         peaks.append(live.peak - result.nbytes)
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_it_begins_as_the_decoder_of_a_small_vae_and_goes_on_from_there() -> None:
+    torch.manual_seed(0)
+    shape = {"z_dim": 8, "latents_mean": [0.3] * 8, "latents_std": [0.5] * 8}
+    vae = SmallVideoVAE(**shape, decoder_dims=(16, 12, 8, 8), decoder_blocks=(2, 1, 1))
+    torch.nn.init.normal_(vae.decoder[-1].weight)  # untrained, it is the linear path alone
+    decoder = FastDecoder(**shape, dims=(16, 12, 8, 8), blocks=(2, 1, 1))
+    decoder.start_as(vae)
+    z, low = latent(), low_resolution()
+    torch.testing.assert_close(decoder(z, low).clamp(-1, 1), decode_latents(vae, z))
+    decoder(z, low).square().mean().backward()
+    assert decoder.trunk.stem.weight.grad[:, 16:].abs().min() > 0, "LR is not shut out"
+    other = FastDecoder(**shape, dims=(12, 12, 8, 8), blocks=(2, 1, 1))
+    other.start_as(vae)
+    assert not torch.allclose(other(z, low).clamp(-1, 1), decode_latents(vae, z), atol=0.1), "its linear path alone"
 
 
 def clip(frames: int = 6, height: int = 18, width: int = 26) -> np.ndarray:
