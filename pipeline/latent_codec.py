@@ -21,6 +21,7 @@ from pipeline.model.vae import (
     VAE,
     decode_latents,
     encode_video,
+    enlarge,
     latent_shape,
     to_pixels,
     upsample_low_resolution,
@@ -61,17 +62,20 @@ class FullCodec:
 
 @dataclass(frozen=True)
 class FastCodec:
-    """The networks that the model folder holds beside its VAE; both see the LR clip, latent frame by latent frame."""
+    """The networks that the model folder holds beside its VAE; both see the LR clip, latent frame by latent frame.
+
+    Without an encoder the VAE's own one sees the enlarged clip.
+    """
 
     vae: VAE
-    encoder: LowResolutionEncoder
+    encoder: LowResolutionEncoder | None
     decoder: FastDecoder
     place_px: ClassVar[int] = LR_PIXELS
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """As `FullCodec.networks`."""
-        return self.encoder, self.decoder
+        return self.encoder or self.vae, self.decoder
 
     def inputs(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 or uint16 (F, h, w, 3) to (3, F, h, w) in [-1, 1]."""
@@ -84,6 +88,8 @@ class FastCodec:
 
     def encode(self, inputs: Tensor) -> Tensor:
         """As `FullCodec.encode`."""
+        if self.encoder is None:
+            return encode_video(self.vae, enlarge(inputs))
         return encode_streaming(self.encoder, inputs)
 
     def decode(self, z: Tensor, inputs: Tensor) -> Tensor:

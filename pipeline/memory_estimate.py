@@ -75,7 +75,9 @@ class MemoryEstimate:
         """
         classes: dict[str, Any] = {"vae": vae_class(folder / "vae"), "transformer": VSRTransformer}
         if codec == "fast":
-            classes |= {"lr_encoder": LowResolutionEncoder, "fast_decoder": FastDecoder}
+            classes |= {"fast_decoder": FastDecoder}
+            if (folder / "lr_encoder").is_dir():
+                classes |= {"lr_encoder": LowResolutionEncoder}
         networks: dict[str, Any] = {}
         with torch.device("meta"):
             for name, network_class in classes.items():
@@ -84,7 +86,7 @@ class MemoryEstimate:
         self._transformer = networks["transformer"]
         self._codec: LatentCodec = FullCodec(networks["vae"])
         if codec == "fast":
-            self._codec = FastCodec(networks["vae"], networks["lr_encoder"], networks["fast_decoder"])
+            self._codec = FastCodec(networks["vae"], networks.get("lr_encoder"), networks["fast_decoder"])
         vae_dtype = vae_dtype or dtype
         for name, network in networks.items():
             network.requires_grad_(False).eval()

@@ -36,6 +36,7 @@ _OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec"
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
 #: its DiT tile: attention over all places of a frame would take a CPU minutes, and it was trained on clips of 128 px
 DEFAULT_MODEL_TILE_PX = 384
+CODECS = " or ".join(get_args(CodecName))
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,10 +58,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--crf {arguments.crf} means nothing with --lossless; leave one of them out")
     if arguments.codec in ENCODERS:
         raise UserError(
-            f"--codec {arguments.codec}: the file's codec is --encoder {arguments.codec}; --codec is full or fast"
+            f"--codec {arguments.codec}: the file's codec is --encoder {arguments.codec}; --codec is {CODECS}"
         )
-    if arguments.codec not in get_args(CodecName):
-        raise UserError(f"--codec {arguments.codec}: choose {' or '.join(get_args(CodecName))}")
+    if arguments.codec not in (None, *get_args(CodecName)):
+        raise UserError(f"--codec {arguments.codec}: choose {CODECS}")
     if arguments.bicubic and arguments.codec == "fast":
         raise UserError("--codec fast means nothing with --bicubic; leave one of them out")
     if arguments.lossless and arguments.encoder not in (None, "h264"):
@@ -90,6 +91,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.model = _default_model()
         if arguments.tile is None:
             arguments.tile = DEFAULT_MODEL_TILE_PX
+    if arguments.codec is None:
+        trained = arguments.model is not None and (arguments.model / "fast_decoder").is_dir()
+        arguments.codec = "fast" if trained and not arguments.vae_dtype else "full"
     return arguments
 
 
@@ -153,8 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
     parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
     parser.add_argument(
-        "--codec", default="full", metavar="{full,fast}",
-        help="of the latents: the VAE, or the networks beside it in the model folder that were trained to replace it",
+        "--codec", metavar="{full,fast}",
+        help="of the latents: the VAE, or what stands beside it in the model folder, trained to replace it; default: "
+        "fast where there is one",
     )  # fmt: skip
     parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
     parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")

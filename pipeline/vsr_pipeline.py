@@ -37,7 +37,7 @@ from pipeline.offload import Offload
 from pipeline.sampling import euler_sample
 from pipeline.tiling import in_tiles
 
-#: components of a model folder that `codec="fast"` needs, each made by the stage of that name
+#: components of a model folder for `codec="fast"`, each made by the stage of that name; it does without the second
 FAST_CODEC = ("fast_decoder", "lr_encoder")
 #: what a call spends its time on
 STEPS = ("upsample", "encode", "transformer", "decode", "colour")
@@ -159,7 +159,7 @@ class VSRPipeline(DiffusionPipeline):
         colour_fix: ColourFix = "none",
         bit_depth: BitDepth = 8,
         first_frame: int = 0,
-        codec: CodecName = "full",
+        codec: CodecName | None = None,
     ) -> VSRResult:
         """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.
 
@@ -167,7 +167,7 @@ class VSRPipeline(DiffusionPipeline):
             low_resolution: uint8, or uint16 in 0…65535, (F, h, w, 3) RGB, any F and size.
             seed: of the noise; the result is a function of the clip and this.
             first_frame: number of the clip's first frame in its video; the noise depends on it.
-            codec: `full` is the VAE, `fast` the networks trained to stand in for it.
+            codec: `full` is the VAE, `fast` the networks trained to stand in for it; None: `fast` where they are.
 
         Raises:
             ValueError: another dtype or shape.
@@ -193,17 +193,16 @@ class VSRPipeline(DiffusionPipeline):
             run.lap("colour", began)
         return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
 
-    def codec(self, name: CodecName) -> LatentCodec:
-        """What encodes and decodes.
+    def codec(self, name: CodecName | None = None) -> LatentCodec:
+        """What encodes and decodes; None: the fast codec if there is one.
 
         Raises:
-            UserError: the model holds no fast codec.
+            UserError: the model holds no fast decoder.
         """
-        if name == "full":
+        if name == "full" or (name is None and self.fast_decoder is None):
             return FullCodec(self.vae)
-        for part in FAST_CODEC:
-            if getattr(self, part) is None:
-                raise UserError(_without("the model", part))
+        if self.fast_decoder is None:
+            raise UserError(_without("the model", "fast_decoder"))
         return FastCodec(self.vae, self.lr_encoder, self.fast_decoder)
 
 

@@ -113,9 +113,14 @@ def upsample_low_resolution(frames: np.ndarray | Tensor) -> Tensor:
     Returns:
         float32 (3, F, 4h, 4w) in [-1, 1]; bicubic, clamped.
     """
-    pixels = to_pixels(frames).transpose(0, 1)
-    enlarged = F.interpolate(pixels, scale_factor=SCALE, mode="bicubic", align_corners=False)
-    return enlarged.clamp(-1, 1).transpose(0, 1)
+    return enlarge(to_pixels(frames))
+
+
+def enlarge(pixels: Tensor) -> Tensor:
+    """(…, F, h, w) to (…, F, 4h, 4w), as `upsample_low_resolution` does."""
+    frames = pixels.flatten(0, -3)[:, None]
+    enlarged = F.interpolate(frames, scale_factor=SCALE, mode="bicubic", align_corners=False)
+    return enlarged.clamp(-1, 1)[:, 0].unflatten(0, pixels.shape[:-2])
 
 
 def to_pixels(frames: np.ndarray | Tensor) -> Tensor:

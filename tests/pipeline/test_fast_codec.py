@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.live_bytes import LiveBytes
 from common.seeding import seeded_noise
 from common.video_probe import ffmpeg_binary
-from pipeline.latent_codec import FastCodec
+from pipeline.latent_codec import FastCodec, FullCodec
 from pipeline.memory_estimate import MemoryEstimate
 from pipeline.model.fast_codec import (
     FastDecoder,
@@ -25,6 +25,7 @@ from pipeline.model.fast_codec import (
 )
 from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.vae import decode_latents
+from pipeline.upscale_options import parse_arguments
 from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 
 
@@ -143,10 +144,35 @@ def test_tiles_meet_without_seams(fast_folder: Path) -> None:
     assert np.abs(tiled.astype(int) - whole).max() <= 1
 
 
+def test_it_is_taken_where_it_is_and_the_vae_encodes_where_there_is_no_encoder(
+    fast_folder: Path, model_folder: Path, codec: FastCodec
+) -> None:
+    frames, fast, full = clip(), open_pipeline(fast_folder), open_pipeline(model_folder)
+    assert np.array_equal(fast(frames).frames, fast(frames, codec="fast").frames)
+    assert np.array_equal(full(frames).frames, full(frames, codec="full").frames)
+    fast.lr_encoder = None
+    taken, whole = fast.codec(), full.codec()
+    assert isinstance(taken, FastCodec) and isinstance(whole, FullCodec)
+    torch.testing.assert_close(
+        taken.encode(taken.inputs(frames[:5])[None]), whole.encode(whole.inputs(frames[:5])[None])
+    )
+    assert not np.array_equal(fast(frames).frames, full(frames).frames), "decoded by the fast decoder"
+
+
+def test_the_command_takes_it_where_it_is(fast_folder: Path, model_folder: Path) -> None:
+    for folder, options, codec in (
+        (fast_folder, (), "fast"),
+        (model_folder, (), "full"),
+        (fast_folder, ("--codec", "full"), "full"),
+        (fast_folder, ("--vae-dtype", "bf16"), "full"),
+    ):
+        assert parse_arguments(["in.mp4", "out.mp4", "--model", str(folder), *options]).codec == codec
+
+
 def test_a_model_without_it_says_so(model_folder: Path, upscale, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no fast_decoder.*--stage fast_decoder"):
         open_pipeline(model_folder)(clip(), codec="fast")
-    with pytest.raises(UserError, match=r"holds no lr_encoder.*--codec full"):
+    with pytest.raises(UserError, match=r"holds no fast_decoder.*--codec full"):
         MemoryEstimate(model_folder, codec="fast")
     for options, said in (
         (("--codec", "hevc"), "--encoder hevc"),
