@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -21,6 +22,9 @@ from pydantic import Field
 
 from common.config import Section
 from common.errors import StorageError, UserError
+
+#: s without a change after which a file in this machine's temporary folder has lost its writer [ours]
+LEFT_BEHIND_S = 86400.0
 
 
 class StorageConfig(Section):
@@ -60,6 +64,17 @@ class Folder(Protocol):
 
     def delete(self, name: str) -> None:
         """Remove `name` if it is there."""
+
+    def remove_temporary_files(self) -> None:
+        """Remove what killed writers left behind."""
+
+
+def cannot_write(place: str | os.PathLike[str], error: OSError) -> StorageError:
+    """The error for people of one that came while writing to `place`."""
+    return StorageError(
+        f"{place} cannot be written: {error.strerror or error}; "
+        "free space or mend it, and run the same command again to go on"
+    )
 
 
 def open_folder(url: str | os.PathLike[str], config: StorageConfig | None = None) -> Folder:
@@ -118,7 +133,7 @@ class LocalFolder:
         (self._root / name).unlink(missing_ok=True)
 
     def remove_temporary_files(self) -> None:
-        """What a killed writer left; only for the one writer of the folder."""
+        """What killed writers left, while none writes."""
         for path in self._root.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -166,7 +181,7 @@ class S3Folder:
             return found
 
     def temporary(self, name: str) -> Path:
-        directory = Path(tempfile.gettempdir()) / "duo-vsr"
+        directory = self._temporary_files()
         directory.mkdir(parents=True, exist_ok=True)
         return directory / f"{Path(name).name}.{os.getpid()}-{threading.get_ident()}.tmp"
 
@@ -185,6 +200,17 @@ class S3Folder:
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError), self._request() as system:
             system.rm_file(self._path(name))
+
+    def remove_temporary_files(self) -> None:
+        """What killed writers left on this machine: files that no job has written to for a day."""
+        for path in self._temporary_files().glob("*.tmp"):
+            with suppress(OSError):  # taken meanwhile, or another user's
+                if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
+                    path.unlink()
+
+    @staticmethod
+    def _temporary_files() -> Path:
+        return Path(tempfile.gettempdir()) / "duo-vsr"
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -9,7 +9,6 @@ written atomically. Run the command again to resume; it ends with the same bytes
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -21,20 +20,13 @@ from datagen.dataset.data_card import REPORT
 from datagen.dataset.shard_format import Manifest
 from datagen.encode.latent_reuse import check_reusable, find_clips
 from datagen.encode.ray_jobs import encode
+from datagen.encode.shard_writer import ShardWriters
 from datagen.example_frames import example_frames
 from datagen.format_revision import code_versions, vae_hash
-from datagen.job_folder import (
-    begin,
-    check_limit,
-    committed_shards,
-    finish,
-    is_begun,
-    without_failed,
-    write_shards,
-    writing,
-)
+from datagen.job_folder import begin, check_limit, committed_shards, finish, is_begun, without_failed, writing
 from datagen.plan import make_plan
-from datagen.ray_cluster import ray_when_needed
+from datagen.ray_cluster import memory_ahead, ray_when_needed
+from datagen.shard_writing import write_shards
 from datagen.sources import find_sources
 from datagen.survey.source_survey import SourceSurvey, Unreadable
 from datagen.survey.survey_cache import survey_all
@@ -106,12 +98,17 @@ def build(
             committed = committed_shards(folder, plan)
             if retry_failed:
                 committed = without_failed(folder, committed)
-            samples = [s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard]
-            earlier = find_clips(reuse, (sample.clip for sample in samples), storage) if reuse else None
-            if samples:
+            missing = [s for index, shard in enumerate(plan.shards()) if index not in committed for s in shard]
+            earlier = find_clips(reuse, (sample.clip for sample in missing), storage) if reuse else None
+            if missing:
                 start_ray()
-            with closing(encode(samples, config, storage, str(vae.resolve()), versions, earlier)) as encoded:
-                shards = write_shards(folder, plan, committed, encoded, config.max_failed)
+            shards = write_shards(
+                plan,
+                committed,
+                lambda samples: encode(samples, config, storage, str(vae.resolve()), earlier),
+                lambda: ShardWriters(folder, storage, plan.hash, versions, memory_ahead(config) // 4),
+                config.max_failed,
+            )
         frames_of = partial(example_frames, surveys=readable, config=config, storage=storage)
         return finish(folder, plan, unreadable, shards, config, versions, len(sources), frames_of)
 

@@ -7,25 +7,21 @@ quarantine.jsonl          every source, window and sample that is not in the dat
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from common.errors import StorageError, UserError
+from common.errors import UserError
 from common.locking import only_writer
-from common.progress import progress
 from common.s3_lock import only_s3_writer
-from common.storage import Folder, LocalFolder, S3Folder
+from common.storage import Folder, LocalFolder, S3Folder, cannot_write
 from datagen.config import DatagenConfig
 from datagen.dataset.data_card import left_out, write_report
 from datagen.dataset.shard_format import (
@@ -33,16 +29,12 @@ from datagen.dataset.shard_format import (
     CommittedShard,
     DamagedShard,
     Manifest,
-    Sample,
     read_committed,
     shard_name,
     sidecar_name,
     write_manifest,
-    write_shard,
 )
-from datagen.dataset.shard_statistics import ShardStatistics, summed
-from datagen.encode.clip import Fault
-from datagen.encode.ray_jobs import EncodedSample
+from datagen.dataset.shard_statistics import summed
 from datagen.plan import COPY, Plan, deciding
 from datagen.survey.source_survey import Unreadable
 
@@ -66,18 +58,14 @@ def writing(folder: Folder) -> Iterator[None]:
     existed = local and Path(folder.url).is_dir()
     try:
         with only_s3_writer(folder) if isinstance(folder, S3Folder) else only_writer(Path(folder.url)):
-            if isinstance(folder, LocalFolder):
-                folder.remove_temporary_files()
+            folder.remove_temporary_files()
             try:
                 yield
             except UserError:
                 _clean_up_if_empty(folder)
                 raise
             except OSError as error:
-                raise StorageError(
-                    f"{folder.url} cannot be written: {error.strerror or error}; "
-                    "free space or mend it, and run the same command again to go on"
-                ) from error
+                raise cannot_write(folder.url, error) from error
             except ray.exceptions.RayError as error:
                 raised = _user_error_within(error)
                 if raised is None:
@@ -168,85 +156,15 @@ def committed_shards(folder: Folder, plan: Plan) -> dict[int, CommittedShard]:
 
 def without_failed(folder: Folder, committed: dict[int, CommittedShard]) -> dict[int, CommittedShard]:
     """`committed` without shards that lack samples that failed; these are uncommitted, and so is the dataset."""
-    whole = {index: shard for index, shard in committed.items() if not _failures(shard)}
+    whole = {index: shard for index, shard in committed.items() if not failures(shard)}
     for index in sorted(committed.keys() - whole.keys()):
         folder.delete(MANIFEST)
         folder.delete(sidecar_name(shard_name(index)))
     return whole
 
 
-def write_shards(
-    folder: Folder,
-    plan: Plan,
-    committed: dict[int, CommittedShard],
-    encoded: Iterator[EncodedSample],
-    max_failed: float = 1.0,
-) -> list[CommittedShard]:
-    """Write the shards that are not committed yet; returns all sidecars, in order.
-
-    Args:
-        encoded: the samples of the missing shards, in the order of the plan.
-        max_failed: part of a shard's samples, and of the plan's, that may fail.
-
-    Raises:
-        UserError: more failed; the shard is not committed.
-    """
-    shards = plan.shards()
-    missing = [index for index in range(len(shards)) if index not in committed]
-    left = sum(len(shards[index]) for index in missing)
-    sidecars = dict(committed)
-    if missing:
-        with progress(len(plan.samples), "samples", "clips", start=len(plan.samples) - left) as bar:
-            counts = Counter({"failed": 0, "filtered": 0})
-            for index in missing:
-                failed: list[dict[str, Any]] = []
-                statistics = ShardStatistics()
-                shard = itertools.islice(encoded, len(shards[index]))
-                before = sum(_failures(sidecar) for sidecar in sidecars.values())
-                limit = partial(_check_failed, before, len(shards[index]), len(plan.samples), max_failed)
-                samples = _made(shard, failed, statistics, bar, counts, limit)
-                # write_shard takes the samples first: `failed` and `statistics` are complete when it reads extra
-                extra = {"plan": plan.hash, "failed": failed, "statistics": statistics.record}
-                sidecar = write_shard(folder, index, samples, extra, plan.split_of(index))
-                sidecars[index] = sidecar.without_members()
-    return [sidecars[index] for index in range(len(shards))]
-
-
-def _made(
-    encoded: Iterable[EncodedSample],
-    failed: list[dict[str, Any]],
-    statistics: ShardStatistics,
-    bar: Any,
-    counts: Counter[str],
-    check: Callable[[list[dict[str, Any]]], None],
-) -> Iterator[Sample]:
-    """Samples that were made; the others become lines of quarantine.jsonl in `failed`, which `check` looks at last."""
-    for plan, made, reused in encoded:
-        if isinstance(made, Fault):
-            line = {"kind": made.kind, "source": plan.source, "start": plan.start, "key": plan.key}
-            failed.append(line | {"reason": made.reason})
-            counts[made.kind] += 1
-        if reused:
-            counts["reused"] += 1
-        bar.advance(1, **counts)
-        if isinstance(made, Sample):
-            statistics.add(made)
-            yield made
-    check(failed)
-
-
-def _check_failed(before: int, shard: int, job: int, max_failed: float, faults: list[dict[str, Any]]) -> None:
-    """UserError where of `shard` samples, or with those of the shards before of `job`, too many failed."""
-    failed = [fault for fault in faults if fault["kind"] == "failed"]
-    for count, of, what in ((len(failed), shard, "a shard"), (before + len(failed), job, "the job")):
-        if failed and (count == job or (count > FEW and count > max_failed * of)):
-            raise UserError(
-                f"{count} of {of} samples of {what} failed, which is more than max_failed = {max_failed} allows; "
-                f"the last: {failed[-1]['source']}: {failed[-1]['reason']}; mend it and run the same command again"
-            )
-
-
-def _failures(shard: CommittedShard) -> int:
+def failures(shard: CommittedShard) -> int:
+    """How many of its samples failed."""
     return sum(fault["kind"] == "failed" for fault in shard.extra["failed"])
 
 

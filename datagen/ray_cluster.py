@@ -83,6 +83,18 @@ def iterate_rows(dataset: ray.data.Dataset) -> Generator[dict[str, Any]]:
         dataset._synchronize_progress_bar()  # ends the executor and waits for it, which is all that it does
 
 
+def iterate_blocks(dataset: ray.data.Dataset) -> Generator[tuple[Any, int, int]]:
+    """Reference, rows and bytes of each block, in order, as they come; to be closed like `iterate_rows`."""
+    try:
+        bundles, _, _ = dataset._execute_to_iterator()  # Ray Data's public iterators fetch the blocks themselves
+        for bundle in bundles:
+            for entry in bundle.blocks:
+                assert entry.metadata.num_rows is not None and entry.metadata.size_bytes is not None
+                yield entry.ref, entry.metadata.num_rows, entry.metadata.size_bytes
+    finally:
+        dataset._synchronize_progress_bar()
+
+
 def text_array(values: list[str]) -> pa.Array:
     """An Arrow column of texts of any length."""
     return pa.array(values, pa.large_string())

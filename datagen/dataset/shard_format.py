@@ -16,6 +16,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
@@ -133,6 +134,60 @@ def sidecar_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".json"
 
 
+class ShardFile:
+    """A shard in the making: a tar under a temporary name until `commit`.
+
+    Samples are written as they come, so memory holds one sample, not a shard.
+    """
+
+    def __init__(self, folder: Folder, index: int) -> None:
+        self._folder = folder
+        self.name = shard_name(index)
+        self._temporary = folder.temporary(self.name)
+        self._file = self._temporary.open("wb")
+        self._stream = _HashedFile(self._file)
+        self._keys: list[str] = []
+        self._members: list[dict[str, Span]] = []
+
+    def add(self, sample: Sample) -> None:
+        """
+        Raises:
+            ValueError: a key with a dot or slash, or a key twice.
+        """
+        key = sample.key
+        if "." in key or "/" in key or key in self._keys:
+            raise ValueError(f"sample key {key!r} has a dot or slash, or appears twice in {self.name}")
+        self._keys.append(key)
+        self._members.append(
+            {member: _add(self._stream, key, member, content) for member, content in sample.members.items()}
+        )
+
+    def commit(self, extra: dict[str, Any] | None = None, split: Split | None = None) -> Sidecar:
+        """Give the shard its name, then write its sidecar."""
+        self._stream.write(bytes(2 * tarfile.BLOCKSIZE))
+        self._stream.write(bytes(-self._stream.size % tarfile.RECORDSIZE))
+        self._file.close()
+        self._folder.commit(self._temporary, self.name)
+        sidecar = Sidecar(
+            name=self.name,
+            samples=len(self._keys),
+            bytes=self._stream.size,
+            sha256=self._stream.digest.hexdigest(),
+            keys=self._keys,
+            members=self._members,
+            extra=extra or {},
+            split=split,
+        )
+        self._folder.write(sidecar_name(self.name), _to_json(sidecar))
+        return sidecar
+
+    def discard(self) -> None:
+        """Leave nothing behind of a shard that is not committed."""
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
 def write_shard(
     folder: Folder | str | os.PathLike[str],
     index: int,
@@ -142,45 +197,17 @@ def write_shard(
 ) -> Sidecar:
     """Write shard `index` atomically, the sidecar last.
 
-    Samples are taken one at a time, so memory holds one sample, not a shard.
-
     Raises:
         ValueError: a key with a dot or slash, or a key twice.
     """
-    if isinstance(folder, (str, os.PathLike)):
-        folder = open_folder(folder)
-    name = shard_name(index)
-    temporary = folder.temporary(name)
-    keys: list[str] = []
-    members: list[dict[str, Span]] = []
+    shard = ShardFile(open_folder(folder) if isinstance(folder, (str, os.PathLike)) else folder, index)
     try:
-        with temporary.open("wb") as file:
-            stream = _HashedFile(file)
-            for sample in samples:
-                if "." in sample.key or "/" in sample.key or sample.key in keys:
-                    raise ValueError(f"sample key {sample.key!r} has a dot or slash, or appears twice in {name}")
-                keys.append(sample.key)
-                members.append(
-                    {member: _add(stream, sample.key, member, content) for member, content in sample.members.items()}
-                )
-            stream.write(bytes(2 * tarfile.BLOCKSIZE))
-            stream.write(bytes(-stream.size % tarfile.RECORDSIZE))
-        folder.commit(temporary, name)
+        for sample in samples:
+            shard.add(sample)
+        return shard.commit(extra, split)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        shard.discard()
         raise
-    sidecar = Sidecar(
-        name=name,
-        samples=len(keys),
-        bytes=stream.size,
-        sha256=stream.digest.hexdigest(),
-        keys=keys,
-        members=members,
-        extra=extra or {},
-        split=split,
-    )
-    folder.write(sidecar_name(name), _to_json(sidecar))
-    return sidecar
 
 
 def read_sidecar(folder: Folder, shard: str) -> Sidecar:

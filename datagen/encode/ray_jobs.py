@@ -1,7 +1,7 @@
 """The Ray Data job that makes samples: CPU tasks decode and degrade, VAE actors encode.
 
-Rows stream to the driver in order, so that files are written in an order that no worker decides. A row is one clip with
-up to VARIANTS_PER_ROW variants, in Arrow (NumPy would cut trailing zeros off byte strings):
+The driver gets references to blocks of rows, in order, so that files are written in an order that no worker decides. A
+row is one clip with up to VARIANTS_PER_ROW variants, in Arrow (NumPy would cut trailing zeros off byte strings):
 
     plans    JSON      the variants' SamplePlans            faults  JSON         per variant, a Fault or null
     place    JSON      its latent in an earlier dataset     draws   JSON         per variant, what was drawn
@@ -36,7 +36,7 @@ from datagen.encode.attempts import MAX_ATTEMPTS, attempt
 from datagen.encode.clip import Clip, Fault, Variant, make_clip, make_sample
 from datagen.encode.latent_reuse import LATENTS, EarlierDataset, Place, read_latent
 from datagen.plan import SamplePlan
-from datagen.ray_cluster import MAX_RETRIES, VARIANTS_PER_ROW, dataset_of, iterate_rows, text_array
+from datagen.ray_cluster import MAX_RETRIES, VARIANTS_PER_ROW, dataset_of, iterate_blocks, text_array
 
 #: reasons against a clip
 ENDED = f"ends the process that works on it ({MAX_ATTEMPTS} times; out of memory, or a crash)"
@@ -54,23 +54,27 @@ class EncodedSample(NamedTuple):
     reused: bool
 
 
+class EncodedBlock(NamedTuple):
+    """The next planned samples, as rows in an object store; `bytes` says how large."""
+
+    reference: Any
+    samples: int
+    bytes: int
+
+
 def encode(
     plans: list[SamplePlan],
     config: DatagenConfig,
     storage: StorageConfig,
     vae: str,
-    versions: dict[str, str],
     earlier: EarlierDataset | None = None,
-) -> Generator[EncodedSample]:
-    """Each planned sample in order: decoded and degraded by CPU tasks, encoded by VAE actors.
+) -> Generator[EncodedBlock]:
+    """Blocks of the planned samples in order: decoded and degraded by CPU tasks, encoded by VAE actors.
 
     Args:
         plans: None of them, no Ray job.
         vae: folder of the VAE, on every node.
         earlier: where z_hr of some clips can be taken from.
-
-    Raises:
-        StorageError: a clip's file is out of reach.
     """
     if not plans:
         return
@@ -107,12 +111,21 @@ def encode(
             **share,
         )
     )
-    with closing(iterate_rows(dataset)) as made:
-        for row in made:
-            for sample in _samples(row, versions):
-                if isinstance(sample.made, Fault) and sample.made.kind == UNREACHABLE:
-                    raise StorageError(sample.made.reason)
-                yield sample
+    in_row = map(len, clips_of(plans))
+    with closing(iterate_blocks(dataset)) as blocks:
+        for reference, count, size in blocks:
+            yield EncodedBlock(reference, sum(itertools.islice(in_row, count)), size)
+
+
+def samples_of(block: pa.Table, versions: dict[str, str], first: int, last: int) -> Iterator[EncodedSample]:
+    """Samples `first`...`last` - 1 of those that the rows of a block hold."""
+    position = 0
+    for index in range(block.num_rows):
+        count = len(json.loads(block["plans"][index].as_py()))
+        if position < last and position + count > first:
+            (row,) = block.slice(index, 1).to_pylist()
+            yield from itertools.islice(_samples(row, versions), max(first - position, 0), last - position)
+        position += count
 
 
 def clips_of(plans: list[SamplePlan]) -> Iterator[list[SamplePlan]]:

@@ -67,12 +67,13 @@ def begin(config_file: Path, videos: Path, output: Path) -> Command:
     return start(*build_command(config_file, videos, output, "--workers", "2", *VARIANTS), warm_children=True)
 
 
-def test_a_killed_worker_and_a_killed_actor_cost_nothing(
+def test_killed_workers_actors_and_writers_cost_nothing(
     whole: Path, begun: Path, videos: Path, config_file: Path
 ) -> None:
     process = begin(config_file, videos, begun)
     kill_busy(process, "ray::MapBatches(degrade)")
     kill_busy(process, "ray::MapWorker")
+    kill_busy(process, "ray::ShardActor")
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert contents(begun) == contents(whole)

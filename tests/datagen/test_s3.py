@@ -26,7 +26,7 @@ from datagen.config import DatagenConfig
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample
 from datagen.dataset.verify import faults
-from datagen.encode.ray_jobs import encode
+from datagen.encode.ray_jobs import encode, samples_of
 from datagen.job_folder import writing
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
@@ -231,8 +231,8 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path, monkeypat
     monkeypatch.setattr("sys.executable", python())
     try:
         start_ray(None, WORKERS, config)
-        rows = encode(plans, config, storage(server), vae, {})
-        made = [next(rows).made]
+        blocks = encode(plans, config, storage(server), vae)
+        made = next(blocks).samples
         asked = 0
         while len(server.asked) > asked:
             asked = len(server.asked)
@@ -241,10 +241,10 @@ def test_clips_do_not_pile_up(server: FaultyServer, config_file: Path, monkeypat
         # these copies are smaller, and what the tasks that ran meanwhile had in hand
         ahead = 2 * CLIPS_AHEAD * (WORKERS + 1)
         assert asked <= ahead + CLIPS // 5 < CLIPS
-        made += [row.made for row in rows]
+        samples = [sample for block in blocks for sample in samples_of(ray.get(block.reference), {}, 0, block.samples)]
     finally:
         ray.shutdown()
-    assert len(made) == CLIPS and all(isinstance(sample, Sample) for sample in made)
+    assert made + len(samples) == CLIPS and all(isinstance(sample.made, Sample) for sample in samples)
 
 
 def test_a_stage_trains_on_shards_in_s3(server: FaultyServer, tmp_path: Path) -> None:
