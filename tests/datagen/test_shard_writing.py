@@ -148,27 +148,27 @@ def test_a_file_out_of_reach_ends_the_job_before_its_shard(shared_ray: None, tmp
     assert contents(tmp_path) == {}
 
 
+def written(folder: Path, plan: Plan, failing: AbstractSet[int] = frozenset(), max_failed: float = 0.1) -> list[int]:
+    """Write the shards of `plan` but for the samples at these positions; how many samples each holds."""
+    keys = {plan.samples[number].key for number in failing}
+    committed = committed_shards(open_folder(folder), plan)
+    made = write_shards(plan, committed, encoded(keys), writers(folder, plan), max_failed)
+    return [shard.samples for shard in made]
+
+
 def test_too_many_failed_samples_stop_the_job_before_their_shard_is_committed(shared_ray: None, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"samples_per_shard": 30})
     plan = make_plan([surveyed(str(index)) for index in range(120)], config, {})
-
-    def written(name: str, failing: AbstractSet[int], max_failed: float, plan: Plan = plan) -> list[int]:
-        """How many samples each shard holds; those at the positions `failing` failed."""
-        keys = {plan.samples[number].key for number in failing}
-        committed = committed_shards(open_folder(tmp_path / name), plan)
-        made = write_shards(plan, committed, encoded(keys), writers(tmp_path / name, plan), max_failed)
-        return [shard.samples for shard in made]
-
     with pytest.raises(UserError, match=r"11 of 30 samples of a shard failed, .* max_failed = 0\.1 allows; .* broke"):
-        written("a", {0, *range(30, 41)}, 0.1)
+        written(tmp_path / "a", plan, {0, *range(30, 41)}, 0.1)
     assert sorted(committed_shards(open_folder(tmp_path / "a"), plan)) == [0]
     with pytest.raises(UserError, match="16 of 120 samples of the job failed"):
-        written("b", {*range(8), *range(30, 38)}, 0.13)
-    assert written("c", {*range(10)}, 0) == [20, 30, 30, 30]
+        written(tmp_path / "b", plan, {*range(8), *range(30, 38)}, 0.13)
+    assert written(tmp_path / "c", plan, {*range(10)}, 0) == [20, 30, 30, 30]
     small = make_plan([surveyed("a"), surveyed("b")], config, {})
     with pytest.raises(UserError, match="2 of 2 samples of a shard failed"):
-        written("d", {0, 1}, 0.1, small)
+        written(tmp_path / "d", small, {0, 1}, 0.1)
     # --retry-failed: only what lacks samples is made again
     folder = open_folder(tmp_path / "c")
     assert sorted(without_failed(folder, committed_shards(folder, plan))) == [1, 2, 3]
-    assert written("c", set(), 0.1) == [30, 30, 30, 30]
+    assert written(tmp_path / "c", plan, set(), 0.1) == [30, 30, 30, 30]

@@ -26,7 +26,7 @@ from datagen.plan import Plan, deciding, make_plan
 from datagen.split import held_out_contents
 from tests.datagen.conftest import build_here, contents, start_shared_ray, write_videos
 from tests.datagen.test_plan import CONFIG, surveyed
-from tests.datagen.test_trouble import written
+from tests.datagen.test_shard_writing import written
 
 SPLIT = CONFIG.model_copy(update={"validation_share": 0.2})
 SHARE = ("--set", "datagen.validation_share=0.4")
@@ -157,7 +157,8 @@ def test_a_split_dataset_has_two_sides_for_every_reader(split: Path) -> None:
     assert list(faults(open_folder(split))) == []
 
 
-def test_both_sides_resume_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.distributed
+def test_both_sides_resume_with_the_same_bytes(shared_ray: None, tmp_path: Path) -> None:
     plan = make_plan([surveyed(str(index)) for index in range(25)], SPLIT, {})
     output = tmp_path / "dataset"
     written(output, plan)
