@@ -178,8 +178,13 @@ def _without_copies(found: list[Found], held_out: frozenset[str], filters: Filte
 
 def _filtered(surveys: Iterable[SourceSurvey], config: DatagenConfig) -> Iterator[Found]:
     """Every window with the reason against it or None; of a source that is left out, no window and the reason."""
+    first: dict[str, str] = {}
     for survey in surveys:
         reason = _reject_source(survey, config)
+        # whatever its frames' hashes: flat ones have none
+        if reason is None and config.filters.duplicate_distance:
+            original = first.setdefault(survey.content, survey.source.id)
+            reason = f"duplicate of {original}: the same video" if original != survey.source.id else None
         if reason:
             yield survey, None, reason
             continue

@@ -255,6 +255,15 @@ def test_duplicates_of_other_sources_are_found_within_the_distance() -> None:
     assert len(make_plan(surveys, kept, {}).samples) == 3
 
 
+def test_the_same_video_twice_is_noticed_without_hashes() -> None:
+    surveys = [surveyed(name, content="of one", hashes=(None, None, None)) for name in ("in/a", "other/a")]
+    plan = make_plan(surveys, CONFIG, {})
+    assert [sample.source for sample in plan.samples] == ["in/a"]
+    assert plan.rejected == [{"source": "other/a", "reason": "duplicate of in/a: the same video"}]
+    kept = CONFIG.model_copy(update={"filters": FilterConfig(duplicate_distance=0)})
+    assert len(make_plan(surveys, kept, {}).samples) == 2
+
+
 def test_the_plan_is_a_function_of_survey_and_configuration() -> None:
     surveys = [surveyed(str(index)) for index in range(7)]
     plan = make_plan(surveys, CONFIG, {})
