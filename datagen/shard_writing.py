@@ -78,6 +78,7 @@ def _write(
     waiting: deque[tuple[_Part, Any]] = deque()
     commits: deque[tuple[int, Any]] = deque()
     of_shard: list[dict[str, Any]] = []
+    making: set[int] = set()
     held = 0
     with progress(len(plan.samples), "samples", "clips", start=done) as bar:
 
@@ -102,9 +103,14 @@ def _write(
             """Wait for the shard that was to be committed first."""
             index, handle = commits.popleft()
             sidecars[index] = writers.result(handle)
+            making.discard(index)
 
         try:
             for part in parts:
+                # a writer commits one shard before it begins the next: what a crash costs does not grow with the queue
+                while part.shard not in making and len(making) == writers.count:
+                    enter() if commits else settle()
+                making.add(part.shard)
                 waiting.append((part, writers.add(part.shard, part.block, part.first, part.last)))
                 held += part.block.bytes
                 while waiting and (held > writers.ahead or writers.is_done(waiting[0][1])):

@@ -159,8 +159,9 @@ class ShardWriters:
         )
         url = os.path.abspath(folder.url) if local else folder.url
         self._start = lambda: actor.remote(url, storage, plan, versions)
-        self._count = min(max(2, sum(node["Alive"] for node in ray.nodes())), WRITERS)
+        self.count = min(max(2, sum(node["Alive"] for node in ray.nodes())), WRITERS)
         self._actors: dict[int, Any] = {}
+        self._begun: dict[int, int] = {}
         self.ahead = ahead
 
     def add(self, index: int, block: EncodedBlock, first: int, last: int) -> Any:
@@ -204,7 +205,7 @@ class ShardWriters:
             self._folder.remove_temporary_files()  # of those whose process has ended
 
     def _actor(self, index: int) -> Any:
-        number = index % self._count
+        number = self._begun.setdefault(index, len(self._begun)) % self.count  # in turn, whichever shards are missing
         if number not in self._actors:
             self._actors[number] = self._start()
         return self._actors[number]

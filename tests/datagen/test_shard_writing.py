@@ -131,7 +131,8 @@ def test_a_killed_writer_costs_nothing(shared_ray: None, expected: dict[str, byt
 
 
 def test_writers_that_always_end_are_said(shared_ray: None, tmp_path: Path) -> None:
-    plan = make_plan([surveyed(str(n)) for n in range(8)], CONFIG, {})  # one shard, to which the first block is added
+    # one shard, to which the first of four blocks is added before each kill
+    plan = make_plan([surveyed(str(n)) for n in range(8)], CONFIG.model_copy(update={"samples_per_shard": 8}), {})
     killed: list[int] = []
     with pytest.raises(UserError, match=f"have ended {MAX_LOST} times without a shard in between"):
         write_shards(plan, {}, encoded(after_each=lambda: killed.append(kill_writers())), writers(tmp_path, plan))
