@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -163,6 +164,19 @@ def test_an_output_in_s3_has_one_writer(server: FaultyServer) -> None:
         folder.write(LOCK_NAME, json.dumps({"host": "elsewhere", "pid": 1, "token": "b"}).encode())
     assert json.loads(folder.read(LOCK_NAME))["token"] == "b"
     assert list(folder.sizes()) == [LOCK_NAME]
+
+
+def test_what_a_killed_writer_left_on_this_machine_goes_after_a_day(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = s3(server, "locked")
+    old, new = folder.temporary("shards/old.tar"), folder.temporary("shards/new.tar")
+    for path in (old, new):
+        path.write_bytes(b"begun")
+    os.utime(old, (time.time() - 90000,) * 2)
+    with writing(folder):
+        assert new.exists() and not old.exists()
 
 
 def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_path: Path) -> None:
