@@ -79,16 +79,17 @@ def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
 
 
 def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
-    write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
-    slow = DatagenConfig(decode_timeout_s=1e-3)
-    with pytest.raises(UnreadableVideo, match=r"not decoded within 0\.001 s"):
-        decode_isolated(Source("a.mkv", str(tmp_path / "a.mkv")), 0, None, 9, slow, LOCAL)
-
     import os
     import signal
 
     from datagen.survey import decoder_process as isolated
 
+    os.mkfifo(tmp_path / "pipe.mkv")  # into which nobody writes
+    hasty = DatagenConfig(decode_timeout_s=0.1)
+    with pytest.raises(UnreadableVideo, match=r"not decoded within 0\.1 s"):
+        decode_isolated(Source("pipe.mkv", str(tmp_path / "pipe.mkv")), 0, None, 9, hasty, LOCAL)
+
+    write_lossless(tmp_path / "a.mkv", moving_picture(9, 64, 64, 0))
     child = isolated._running_child()
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
