@@ -3,10 +3,11 @@
     python benchmarks/effect/score.py --output FOLDER [--model NAME=FOLDER[:STEPS] ...] [--clips FOLDER]
 
 Each clip of held_out.py is degraded by the recipe `light` with every seed, upscaled by every method, and scored:
-bicubic, two controls (a sharpened bicubic, assets/small without its DiT), Real-ESRGAN's two networks and the models
-given. `scores.json` holds `methods.<name>.<metric>`, the mean over clips and seeds; `intervals`, its 95 % interval;
-`differences` between methods; `per_clip`. `effect.md` holds the table, `<clip>.png` the frames at 1:1. Scores are kept
-per method, clip and seed, so a killed run resumes and a new method costs only itself.
+bicubic, three controls (a sharpened bicubic; assets/small without its DiT; with its VAE to decode), Real-ESRGAN's two
+networks and the models given. `scores.json` holds `methods.<name>.<metric>`, the mean over clips and seeds;
+`intervals`, its 95 % interval; `differences` between methods; `per_clip`. `effect.md` holds the table, `<clip>.png`
+the frames at 1:1. Scores are kept per method, clip and seed, so a killed run resumes and a new method costs only
+itself.
 
 Intervals are percentile bootstraps over clips, each clip being the mean of its seeds; differences are paired by clip.
 """
@@ -40,6 +41,7 @@ from metrics.clips import to_tensor
 from metrics.comparison.tables import pipe_table, text
 from metrics.labelled_grid import labelled_grid
 from metrics.registry import create_all, find_metric
+from pipeline.latent_codec import CodecName
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.vsr_pipeline import open_pipeline
 
@@ -71,10 +73,10 @@ def bicubic_sharpened(low: np.ndarray) -> np.ndarray:
     return np.clip(2 * large - blurred, 0, 255).round().astype(np.uint8)
 
 
-def model_upscaler(folder: Path, steps: int | None) -> Upscaler:
+def model_upscaler(folder: Path, steps: int | None, codec: CodecName | None = None) -> Upscaler:
     """One call of the pipeline for the clip, seed 0."""
     pipeline = open_pipeline(folder)
-    return lambda low: pipeline(low, num_inference_steps=steps).frames
+    return lambda low: pipeline(low, num_inference_steps=steps, codec=codec).frames
 
 
 def prediction(folder: Path) -> Upscaler:
@@ -195,10 +197,12 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, help="folder of the clips' files, instead of the installed wheels")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    own = files_fingerprint(sorted(SMALL.glob("*/*.safetensors")), SMALL)
     methods: dict[str, tuple[Callable[[], Upscaler], str]] = {
         "bicubic": (lambda: bicubic, "1"),
         "bicubic-sharpened": (lambda: bicubic_sharpened, "1"),
-        "prediction": (lambda: prediction(SMALL), files_fingerprint(sorted(SMALL.glob("*/*.safetensors")), SMALL)),
+        "prediction": (lambda: prediction(SMALL), own),
+        "shipped-full-codec": (lambda: model_upscaler(SMALL, None, "full"), own),
     }
     for name in NAMES:
         methods[name] = (lambda name=name: RealEsrgan(name), "1")  # type: ignore[misc]
