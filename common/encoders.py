@@ -48,6 +48,7 @@ IMAGE_ENCODERS: dict[str, Encoder] = {
     "tiff": Encoder(
         "tiff", (".tif", ".tiff"), None, ("rgb24", "rgb48le"), {"compression_algo": "deflate"}, ("rgba", "rgba64le")
     ),
+    "exr": Encoder("exr", (".exr",), None, ("gbrpf32le", "gbrpf32le"), {"format:v": "half", "compression": "zip16"}),
     "jpeg": Encoder("mjpeg", (".jpg", ".jpeg"), None, ("yuvj444p", "yuvj444p"), {"q:v": 2}),
 }
 #: standard output: raw frames after one line that says their size, rate and format
@@ -97,6 +98,8 @@ def encoding(
         if codec == "jpeg":
             exact = f"bicubic+{EXACT}"
             source = source.filter("scale", out_color_matrix="smpte170m", out_range="pc", flags=exact)
+        if codec == "exr":
+            source = _linear(source)
         return source.filter("format", pixels), options
     if encoder.crf is not None:
         options["crf"] = encoder.crf if crf is None else crf
@@ -112,6 +115,16 @@ def encoding(
     if written[0] % 2 or written[1] % 2:  # 4:2:0 needs even sides
         source = source.filter("pad", written[0] + written[0] % 2, written[1] + written[1] % 2)
     return source, options
+
+
+def _linear(source: Any) -> Any:
+    """sRGB pixels as linear light, in floats."""
+    source = source.filter("format", "gbrp16le")
+    source = source.filter("setparams", colorspace="gbr", range="pc", color_primaries="bt709", color_trc="iec61966-2-1")
+    return source.filter(
+        "zscale", matrixin="gbr", matrix="gbr", rangein="full", range="full", primariesin="bt709", primaries="bt709",
+        transferin="iec61966-2-1", transfer="linear",
+    )  # fmt: skip
 
 
 def _tags(colour: Colour) -> Colour:

@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
+from common.exr import exr_header, is_exr, read_exr
 from common.video_probe import APPLE_DOUBLE, named_like_a_video
 
 #: images that are read
-IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp", ".bmp", ".exr")
 #: what `frame_%05d.png` holds in the place of the number
 _NUMBER = re.compile(r"%(?:0(\d+))?d")
 #: EXIF's orientation, and the values of it that lie on the side
@@ -77,10 +78,8 @@ def find_images(given: Path) -> list[Path] | None:
     """Images that `given` names, in order; None where it names something else.
 
     Raises:
-        UserError: no file of a pattern, files of different kinds in a folder, or EXR.
+        UserError: no file of a pattern, or files of different kinds in a folder.
     """
-    if given.suffix.lower() == ".exr":
-        raise UserError(f"{given}: EXR is not read; convert it to 16-bit PNG or TIFF")
     if given.is_dir():
         return _of_one_kind(images_in(given), given) if holds_a_sequence(given) else None
     if not named_like_an_image(given.name):
@@ -141,21 +140,31 @@ def check_sizes(paths: Sequence[Path], size: tuple[int, int]) -> None:
         UserError: one of the images is none, or has another size.
     """
     for path in paths:
-        with header(path) as image:
-            if upright_size(image) != size:
-                width, height = upright_size(image)
-                raise UserError(
-                    f"{path} has {width}x{height} pixels and the first image of the sequence {size[0]}x{size[1]}; "
-                    "leave it out, or give --stills"
-                )
+        width, height = _size(path)
+        if (width, height) != size:
+            raise UserError(
+                f"{path} has {width}x{height} pixels and the first image of the sequence {size[0]}x{size[1]}; "
+                "leave it out, or give --stills"
+            )
+
+
+def _size(path: Path) -> tuple[int, int]:
+    if is_exr(path):
+        return exr_header(path)[:2]
+    with header(path) as image:
+        return upright_size(image)
 
 
 def read_image(path: Path, *, deep: bool, alpha: bool = False) -> np.ndarray:
     """(H, W, 3) RGB, or with `alpha` (H, W, 4), turned upright; uint16 where `deep` and the file holds 16 bits.
 
+    EXR is always RGB of 16 bits (common/exr.py).
+
     Raises:
         UserError: the file is damaged.
     """
+    if is_exr(path):
+        return read_exr(path)
     if deep:  # Pillow has no RGB of 16 bits, OpenCV takes half a JPEG for a whole one
         level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
+from common.exr import exr_header, is_exr
 from common.image_files import check_sizes, header, read_image, upright_size
 from common.video_probe import VideoInfo
 
@@ -39,13 +40,21 @@ class Images:
             UserError: a file is no image, or has another size than the first.
         """
         self.given, self.paths = given, list(paths)
-        with header(paths[0]) as image:
-            size = upright_size(image)
-            #: of each frame of an animation, ms; empty for other files
-            self.durations_ms = _durations_ms(image) if len(paths) == 1 else []
-            alpha = "A" in image.getbands() or "transparency" in image.info
-            #: it names colours of its own
-            self.profile = bool(image.info.get("icc_profile"))
+        #: of each frame of an animation, ms; empty for other files
+        self.durations_ms: list[int] = []
+        #: it names colours of its own
+        self.profile = False
+        #: it holds linear light
+        self.linear = is_exr(paths[0])
+        if self.linear:
+            width, height, alpha = exr_header(paths[0])
+            size = width, height
+        else:
+            with header(paths[0]) as image:
+                size = upright_size(image)
+                self.durations_ms = _durations_ms(image) if len(paths) == 1 else []
+                alpha = "A" in image.getbands() or "transparency" in image.info
+                self.profile = bool(image.info.get("icc_profile"))
         check_sizes(self.paths, size)
         frames = len(self.durations_ms) or len(paths)
         rate = frame_rate or SEQUENCE_RATE
@@ -64,7 +73,7 @@ class Images:
             alpha=alpha,
             bits=bits,
             end_s=float(seconds),
-            alpha_is_read=alpha,
+            alpha_is_read=alpha and not self.linear,
         )
 
     @property

@@ -25,6 +25,7 @@ TILES = (None, 1024, 512)
 #: bits of a pixel in a file of usual content [ours: rounded up; noise needs more, cartoons less]
 BITS_PER_PIXEL = {
     "h264": 0.5, "hevc": 0.3, "av1": 0.25, "vp9": 0.4, "prores": 4.0, "png": 12.0, "tiff": 16.0, "jpeg": 4.0,
+    "exr": 16.0,
 }  # fmt: skip
 LOSSLESS_BITS_PER_PIXEL = 8.0
 #: of the parts, the joined video and the output, two at a time

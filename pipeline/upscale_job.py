@@ -122,6 +122,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     frame_rate = None if source.images and not source.images.durations_ms else arguments.fps
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps
+    if codec == "exr" and info.colour.hdr:
+        raise UserError(f"cannot write {output}: EXR holds linear light, and PQ or HLG is not undone here; choose .png")
     bit_depth = choose_bit_depth(info, codec, arguments)
     alpha = info.alpha_is_read and holds_alpha(codec) and not arguments.lossless
     said += _said_of_frames(info, codec, bit_depth, alpha, arguments)
@@ -136,10 +138,12 @@ def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace)
     Raises:
         UserError: a depth that the codec does not have.
     """
-    known: tuple[BitDepth, ...] = (8,) if codec == "jpeg" else (8, 16) if codec in IMAGE_ENCODERS else (8, 10)
+    known: tuple[BitDepth, ...] = (8, 16) if codec in IMAGE_ENCODERS else (8, 10)
+    if codec in ("jpeg", "exr"):
+        known = (8,) if codec == "jpeg" else (16,)
     deep = codec == "prores" or (info.colour.hdr and not arguments.lossless)
     if codec in IMAGE_ENCODERS:
-        deep = info.bits > 8
+        deep = info.bits > 8 or codec == "exr"
     bit_depth: BitDepth = arguments.bit_depth or (known[-1] if deep else 8)
     if bit_depth not in known:
         raise UserError(f"--bit-depth {bit_depth}: {codec} has {' or '.join(map(str, known))} bits here")
@@ -173,6 +177,8 @@ def _said_of_frames(
         said.append(f"HDR: {codec} does not name its transfer function and primaries; pixels keep them")
     elif info.colour.hdr:
         said.append("HDR: its transfer function and primaries are kept, mastering data is left out")
+    if codec == "exr":
+        said.append("EXR: pixels become linear light by the sRGB curve, in half floats")
     if info.colour.hdr and bit_depth == 8:
         said.append("HDR in 8 bits shows bands")
     elif info.bits > bit_depth and not info.colour.hdr:

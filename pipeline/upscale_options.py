@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--lossless", action="store_true", help="x264 RGB without loss, for scoring")
     parser.add_argument(
-        "--bit-depth", type=int, choices=(8, 10, 16), help="10: videos, 16: PNG and TIFF; default: 10 for HDR"
+        "--bit-depth", type=int, choices=(8, 10, 16), help="10: videos, 16: PNG, TIFF, EXR; default: 10 for HDR"
     )
     devices = parser.add_mutually_exclusive_group()
     devices.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

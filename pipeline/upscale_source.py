@@ -85,6 +85,11 @@ class Source:
             )
             if is_pattern(self.path) and not self.path.exists() and (missing := missing_numbers(self.path)):
                 lines.append(f"{missing} numbers between the first and the last are missing; the rest is one sequence")
+        if self.images.linear:
+            lines.append(
+                "EXR: linear light is seen through the sRGB curve, primaries are taken as BT.709; what is below 0 or "
+                "above 1 is clipped"
+            )
         if self.images.profile:
             lines.append("its colour profile is left out: pixels are taken as sRGB")
         return lines

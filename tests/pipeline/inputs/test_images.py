@@ -182,7 +182,7 @@ def test_images_that_are_refused(sequence, base, upscale, tmp_path):
         (base, tmp_path / "one.png", (), "one image holds one frame"),
         (sequence / "g%d.png", tmp_path / "out.mp4", (), "no image is named like"),
         (sequence / "g.png", tmp_path / "out.mp4", (), "no image "),
-        (tmp_path / "scene.exr", tmp_path / "out.png", (), "EXR is not read"),
+        (tmp_path / "scene.exr", tmp_path / "out.png", (), "scene.exr is no EXR that FFmpeg decodes"),
         (tmp_path / "text.png", tmp_path / "out.png", (), "text.png cannot be read"),
         (mixed, tmp_path / "out", (), ".jpg, .png images: one sequence has one kind"),
         (sequence, tmp_path / "%d.jpg", ("--bit-depth", 16), "jpeg has 8 bits"),
