@@ -161,7 +161,8 @@ class VSRPipeline(DiffusionPipeline):
         first_frame: int = 0,
         codec: CodecName | None = None,
     ) -> VSRResult:
-        """Upscale one clip; `pipeline.video_windows.upscale_video` streams longer videos through here.
+        """Upscale one clip; `upscale_video` (pipeline/video_windows.py) streams longer videos through here, `Session`
+        those whose frames come bit by bit.
 
         Args:
             low_resolution: uint8, or uint16 in 0…65535, (F, h, w, 3) RGB, any F and size.
