@@ -21,12 +21,13 @@ HEIGHT, WIDTH = 256, 448
 
 @dataclass(frozen=True)
 class HeldOutClip:
-    """`FRAMES` frames from `first` on, the middle `HEIGHT` x `WIDTH` of each."""
+    """`count` frames from `first` on, the middle `HEIGHT` x `WIDTH` of each."""
 
     name: str
     file: str
     package: str
     first: int
+    count: int = FRAMES
 
     def frames(self, folder: Path | None = None) -> np.ndarray:
         """uint8 (F, H, W, 3) RGB.
@@ -40,7 +41,7 @@ class HeldOutClip:
         path = folder / self.file if folder else _packaged(self.file, self.package)
         if not path.is_file():
             raise UserError(f"no {path}; it is in the wheel {self.package}")
-        frames = read_video(path, self.first, FRAMES)
+        frames = read_video(path, self.first, self.count)
         height, width = frames.shape[1:3]
         y, x = (height - HEIGHT) // 2, (width - WIDTH) // 2
         return frames[:, y : y + HEIGHT, x : x + WIDTH]
