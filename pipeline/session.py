@@ -30,14 +30,15 @@ class Session:
     Use as a context manager: an exception inside ends the thread. After an error of the pipeline, it has ended too.
     """
 
-    def __init__(self, pipeline: VSRPipeline, windows: Windows = Windows(), **options: Any) -> None:
+    def __init__(self, pipeline: VSRPipeline, windows: Windows | None = None, **options: Any) -> None:
         """
         Args:
+            windows: None: as long and with the overlap that the command has by default.
             options: the pipeline's.
         """
         #: DiT evaluations and seconds, as of `upscale_video`
         self.statistics: dict[str, float] = {}
-        self._pipeline, self._windows, self._options = pipeline, windows, options
+        self._pipeline, self._windows, self._options = pipeline, windows or Windows(), options
         self._shape: tuple[int, ...] = (0, 0, 3)
         self._kind: np.dtype | None = None
         self._ended = False
