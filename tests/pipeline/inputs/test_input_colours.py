@@ -5,6 +5,8 @@ import subprocess
 import av
 import numpy as np
 import pytest
+import skimage.data
+from PIL import Image
 
 from common.video_probe import ffmpeg_binary
 from common.video_reader import EXACT, VideoReader, read_video
@@ -86,6 +88,25 @@ def test_chroma_is_enlarged_smoothly_and_without_bias(make):
     error = (blue - wanted)[inner]
     assert abs(error.mean()) < 1.0 and np.abs(error).max() < 2.5
     assert np.abs(np.diff(blue[inner], 2)).max() <= 2, "steps of a block"
+
+
+def test_chroma_of_a_photograph(tmp_path):
+    """4:2:0 and back: 1.9 dB nearer than FFmpeg's default, which repeats each value twice."""
+    photograph = skimage.data.astronaut()
+    Image.fromarray(photograph).save(tmp_path / "photograph.png")
+    half = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int+full_chroma_inp+bicubic"
+    video = tmp_path / "half.mkv"
+    line = [ffmpeg_binary(), "-v", "error", "-i", tmp_path / "photograph.png", "-vf", f"{half},format=yuv420p"]
+    subprocess.run([*line, "-colorspace", "bt709", "-color_range", "tv", "-c:v", "ffv1", video], check=True)
+    plain = ["-vf", "scale=in_color_matrix=bt709", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    default = subprocess.run([ffmpeg_binary(), "-v", "error", "-i", video, *plain], capture_output=True, check=True)
+
+    def psnr(frame):
+        chroma, wanted = (np.diff(image.astype(float), axis=2) for image in (frame, photograph))
+        return 10 * np.log10(255**2 / np.square(chroma - wanted).mean())
+
+    ours, theirs = psnr(read_video(video)[0]), psnr(np.frombuffer(default.stdout, np.uint8).reshape(photograph.shape))
+    assert ours > 37.5 and ours > theirs + 1.5
 
 
 @pytest.mark.parametrize(("name", "transfer"), [("arib-std-b67", 18), ("smpte2084", 16)])
