@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
-from common.video_probe import BT709, BT2020, BT2020_CL, BT2020_NCL, UNSPECIFIED, Colour, untagged_matrix
+from common.video_probe import (
+    BT709,
+    BT2020,
+    BT2020_CL,
+    BT2020_NCL,
+    UNSPECIFIED,
+    Colour,
+    MasteringDisplay,
+    untagged_matrix,
+)
 from common.video_reader import EXACT
 
 Quality = Literal["lossy", "lossless"]
@@ -27,15 +38,47 @@ class Encoder:
     alpha_formats: tuple[str, str] | None = None
     #: options beside those for it
     alpha_options: dict[str, Any] = field(default_factory=dict)
+    #: the option in which it takes mastering data, and the value; None: it takes none
+    mastering: tuple[str, Callable[[Colour], str]] | None = None
+
+
+def _display(display: MasteringDisplay, chromaticity: int, luminance: int) -> str:
+    """G(x,y)B(x,y)R(x,y)WP(x,y)L(max,min) in so many units to 1 and to 1 cd/m²; whole ones, unless it is 1 unit."""
+
+    def number(value: Fraction, unit: int) -> str:
+        return f"{float(value):.6g}" if unit == 1 else str(round(value * unit))
+
+    points = {"G": display.green, "B": display.blue, "R": display.red, "WP": display.white}
+    places = "".join(f"{name}({number(x, chromaticity)},{number(y, chromaticity)})" for name, (x, y) in points.items())
+    darkest, brightest = display.luminance
+    return f"{places}L({number(brightest, luminance)},{number(darkest, luminance)})"
+
+
+def _parameters(display: str, light: str, chromaticity: int, luminance: int) -> Callable[[Colour], str]:
+    """Mastering data as the encoder's own parameters of these names, in units as of `_display`."""
+
+    def written(colour: Colour) -> str:
+        values = [f"{display}={_display(colour.mastering, chromaticity, luminance)}"] if colour.mastering else []
+        values += ["{}={},{}".format(light, *colour.light_level)] if colour.light_level else []
+        return ":".join(values)
+
+    return written
 
 
 ENCODERS: dict[str, Encoder] = {
-    "h264": Encoder("libx264", (".mp4", ".mkv", ".mov", ".m4v", ".avi"), 15, options={"preset": "medium"}),
+    "h264": Encoder(
+        "libx264", (".mp4", ".mkv", ".mov", ".m4v", ".avi"), 15, options={"preset": "medium"},
+        mastering=("x264-params", _parameters("mastering-display", "cll", 50_000, 10_000)),
+    ),
     "hevc": Encoder(
         "libx265", (".mp4", ".mkv", ".mov", ".m4v"), 17,
         options={"preset": "medium", "tag:v": "hvc1", "x265-params": "log-level=error"},
+        mastering=("x265-params", _parameters("master-display", "max-cll", 50_000, 10_000)),
     ),
-    "av1": Encoder("libsvtav1", (".mp4", ".mkv", ".webm"), 23, options={"preset": "6"}),
+    "av1": Encoder(
+        "libsvtav1", (".mp4", ".mkv", ".webm"), 23, options={"preset": "6"},
+        mastering=("svtav1-params", _parameters("mastering-display", "content-light", 1, 1)),
+    ),
     "vp9": Encoder("libvpx-vp9", (".webm", ".mkv", ".mp4"), 20, options={"b:v": "0", "row-mt": "1"}),
     "prores": Encoder(
         "prores_ks", (".mov",), None, ("yuv422p10le", "yuv422p10le"), {"profile:v": "hq", "vendor": "apl0"},
@@ -103,6 +146,9 @@ def encoding(
         return source.filter("format", pixels), options
     if encoder.crf is not None:
         options["crf"] = encoder.crf if crf is None else crf
+    if colour is not None and (colour.mastering or colour.light_level) and encoder.mastering:
+        name, parameters = encoder.mastering
+        options[name] = ":".join(filter(None, (parameters(colour), options.get(name))))  # what the user says wins
     tags = _tags(colour or Colour())
     named = {"colorspace": tags.matrix, "color_primaries": tags.primaries, "color_trc": tags.transfer}
     matrix = "bt2020" if tags.matrix == BT2020_NCL else "bt709"

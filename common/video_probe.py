@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,12 +50,29 @@ _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True)
+class MasteringDisplay:
+    """The display that HDR was graded on (SMPTE ST 2086)."""
+
+    #: chromaticities x and y
+    red: tuple[Fraction, Fraction]
+    green: tuple[Fraction, Fraction]
+    blue: tuple[Fraction, Fraction]
+    white: tuple[Fraction, Fraction]
+    #: darkest and brightest, cd/m²
+    luminance: tuple[Fraction, Fraction]
+
+
+@dataclass(frozen=True)
 class Colour:
     """Codes of ITU-T H.273; UNSPECIFIED where the file does not say."""
 
     matrix: int = UNSPECIFIED
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
+    #: None where the first frame does not say all of it
+    mastering: MasteringDisplay | None = None
+    #: of the brightest pixel and of the brightest frame on average, cd/m²; None where the first frame does not say
+    light_level: tuple[int, int] | None = None
 
     @property
     def hdr(self) -> bool:
@@ -205,7 +223,7 @@ def _read(container: Any, path: str | Path) -> VideoInfo:
         container.duration / av.time_base if container.duration else None,
         Fraction(int(shown["sar"]), max(1, int(shown["sar_den"]))) or Fraction(1),
         tuple(track.codec_context.name if track.codec_context else None for track in container.streams.audio),
-        Colour(int(first.colorspace), int(first.color_primaries), int(first.color_trc)),
+        _colour(first),
         bool(first.interlaced_frame) or codec in INTERLACED_CODECS,
         codec in TURNING_CODECS and first.format.name.startswith("yuv"),
         alpha or stream.metadata.get("alpha_mode") == "1",  # VP8 and VP9 hold it beside the frames
@@ -237,6 +255,22 @@ def _first_frame(container: Any, stream: Any) -> Any:
         except FFmpegError:
             continue
     return None
+
+
+def _colour(frame: Any) -> Colour:
+    """Tags of a frame, and what its side data says of the display it was made for."""
+    held = {data.type.name: bytes(data) for data in frame.side_data}
+    mastering = light_level = None
+    if (data := held.get("MASTERING_DISPLAY_METADATA")) is not None:
+        # AVMasteringDisplayMetadata: ten fractions, then whether chromaticities and luminances are set
+        numbers = struct.unpack("=22i", data)
+        if all(numbers[20:]) and all(numbers[1:20:2]):
+            values = [Fraction(*numbers[place : place + 2]) for place in range(0, 20, 2)]
+            mastering = MasteringDisplay(*zip(values[::2], values[1::2], strict=True))
+    if (data := held.get("CONTENT_LIGHT_LEVEL")) is not None:
+        light_level = struct.unpack("=2I", data)
+    tags = int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc)
+    return Colour(*tags, mastering, light_level)
 
 
 def _end_s(container: Any, stream: Any) -> float | None:

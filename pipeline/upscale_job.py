@@ -168,6 +168,11 @@ def holds_alpha(codec: str) -> bool:
     return codec != "y4m" and (ENCODERS | IMAGE_ENCODERS)[codec].alpha_formats is not None
 
 
+def holds_mastering(codec: str) -> bool:
+    """Whether a file in this codec says which display HDR was graded on."""
+    return codec in ENCODERS and ENCODERS[codec].mastering is not None
+
+
 def _said_of_frames(
     info: VideoInfo, codec: str, bit_depth: BitDepth, alpha: bool, arguments: argparse.Namespace
 ) -> list[str]:
@@ -176,7 +181,10 @@ def _said_of_frames(
     if info.colour.hdr and codec in ("y4m", *IMAGE_ENCODERS):
         said.append(f"HDR: {codec} does not name its transfer function and primaries; pixels keep them")
     elif info.colour.hdr:
-        said.append("HDR: its transfer function and primaries are kept, mastering data is left out")
+        said.append("HDR: its transfer function and primaries are kept")
+    if info.colour.mastering or info.colour.light_level:
+        holds = holds_mastering(codec) and not arguments.lossless
+        said.append(f"HDR mastering data is {'kept' if holds else 'left out; --encoder h264, hevc and av1 keep it'}")
     if codec == "exr":
         said.append("EXR: pixels become linear light by the sRGB curve, in half floats")
     if info.colour.hdr and bit_depth == 8:

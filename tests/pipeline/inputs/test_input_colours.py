@@ -1,6 +1,7 @@
 """Colours of the output are those of the source, whatever its tags say or leave out."""
 
 import subprocess
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from common.video_probe import ffmpeg_binary
+from common.video_probe import ffmpeg_binary, probe
 from common.video_reader import EXACT, VideoReader, read_video
 
 #: bars of colours beside each other
@@ -128,6 +129,47 @@ def test_hdr_keeps_its_tags_and_ten_bits(make, upscale, tmp_path, name, transfer
     wanted = 64 + ((np.arange(768) + 0.5) / 4 - 0.5) * 876 / 192
     assert np.abs(luma[288] - wanted)[16:-16].max() < 6
     assert len(np.unique(luma[288])) > 500, "read as 8 bits"
+
+
+@pytest.fixture
+def graded(make):
+    """PQ that says which display it was graded on, in more frames than a part holds."""
+    display = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
+    return make(
+        "graded.mkv", "-f", "lavfi", "-i", "testsrc2=s=64x48:r=25:d=0.4",
+        "-vf", "format=yuv420p10le,setparams=colorspace=bt2020nc:color_primaries=bt2020:color_trc=smpte2084:range=tv",
+        "-c:v", "libx265", "-x265-params", f"log-level=error:master-display={display}:max-cll=1000,400",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--encoder", "hevc", "--encoder-options", "x265-params=log-level=error"),
+        ("--encoder", "h264"),
+        ("--encoder", "av1", "--encoder-options", "preset=12"),
+    ],
+)
+def test_mastering_data_is_kept(graded, upscale, tmp_path, name, options):
+    output = tmp_path / name
+    done = upscale(graded, output, "--bicubic", "--part-frames", 5, *options)
+    assert done.returncode == 0 and "mastering data is kept" in done.stderr, done.stderr
+    before, after = probe(graded).colour, probe(output).colour
+    assert before.light_level == after.light_level == (1000, 400)
+    for place, wanted in {
+        "red": (0.68, 0.32), "green": (0.265, 0.69), "blue": (0.15, 0.06), "white": (0.3127, 0.329),
+    }.items():  # fmt: skip
+        for colour in (before, after):
+            assert np.allclose([float(value) for value in getattr(colour.mastering, place)], wanted, atol=2e-5)
+    darkest, brightest = after.mastering.luminance
+    assert brightest == 1000 and abs(darkest - Fraction(5, 1000)) < Fraction(1, 16384)
+
+
+def test_mastering_data_is_said_to_be_left_out(graded, upscale, tmp_path):
+    done = upscale(graded, tmp_path / "out.mov", "--bicubic", "--encoder", "prores")
+    assert done.returncode == 0 and "mastering data is left out; --encoder h264, hevc and av1" in done.stderr
+    assert probe(tmp_path / "out.mov").colour.mastering is None
 
 
 def test_transparency_and_depth_are_said_to_be_left_out(make, upscale, tmp_path):
