@@ -51,6 +51,8 @@ MATROSKA_SUBTITLES = frozenset(
 TEXT_SUBTITLES = frozenset({"subrip", "srt", "ass", "ssa", "mov_text", "webvtt", "text"})
 #: what text subtitles become, where a container does not take each as it is
 NEW_SUBTITLES = {".mp4": "mov_text", ".m4v": "mov_text", ".mov": "mov_text", ".webm": "webvtt"}
+#: containers that say at which time code they start: a track in MP4 and MOV, a tag in Matroska
+TIMECODE_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 #: time stamps that go back by more than this start anew, seconds
 RESTART_S = 1
 #: times that are so close to a constant rate have it: Matroska rounds to milliseconds
@@ -74,10 +76,15 @@ class TrackPlan:
     kept: tuple[Track, ...] = ()
     #: one line for each track that the output lacks
     dropped: tuple[str, ...] = ()
+    #: the source's time code is among `dropped`
+    without_timecode: bool = False
 
 
-def plan_tracks(source: Path, suffix: str) -> TrackPlan:
+def plan_tracks(source: Path, suffix: str, frame_rate: Fraction | None = None) -> TrackPlan:
     """Sound, subtitles and attachments of `source` in a container of this suffix.
+
+    Args:
+        frame_rate: of the output; None: the source's.
 
     Raises:
         UserError: the file is not readable.
@@ -87,11 +94,19 @@ def plan_tracks(source: Path, suffix: str) -> TrackPlan:
     try:
         with av.open(url(source)) as container:
             chosen = first_video(container)
+            if _timecode(container, chosen):
+                if suffix not in TIMECODE_SUFFIXES:
+                    dropped.append(f"its time code is left out: {suffix} does not take it")
+                elif frame_rate not in (None, chosen.average_rate):
+                    dropped.append("its time code is left out: it counts frames of the source's rate")
+            without_timecode = bool(dropped)
             for stream in container.streams:
                 if stream.type == "video" and stream.index == chosen.index:
                     continue
                 if stream.type == "data" and container.chapters():
                     continue  # they are kept as chapters
+                if stream.type == "data" and "timecode" in stream.metadata:
+                    continue  # it is kept as the video's tag
                 name = stream.codec_context.name if stream.codec_context else None
                 codec = _kept_as(stream, name, suffix)
                 if codec is not None:
@@ -103,7 +118,13 @@ def plan_tracks(source: Path, suffix: str) -> TrackPlan:
                 dropped.append(f"track {stream.index} ({stream.type}, {known}) is left out: {reason}")
     except FFmpegError as error:
         raise UserError(f"{source} is not a readable video ({error})") from None
-    return TrackPlan(tuple(kept), tuple(dropped))
+    return TrackPlan(tuple(kept), tuple(dropped), without_timecode)
+
+
+def _timecode(container: Any, video: Any) -> str | None:
+    """Of the first frame, hours:minutes:seconds:frames, before the frames `;` where numbers are dropped."""
+    tags = {name.lower(): value for name, value in (container.metadata | video.metadata).items()}
+    return tags.get("timecode")
 
 
 def _kept_as(stream: Any, codec: str | None, suffix: str) -> str | None:
@@ -267,6 +288,7 @@ def write_output(
         # Shifted together at the end: FFmpeg 5 forgets an -itsoffset of MPEG-TS whose first stream is not mapped.
         command += ["-i", url(source)]
         maps += ["-map_metadata", "1", "-map_chapters", "1", "-map_metadata:s:v:0", f"1:s:{index}"]
+        maps += ["-metadata", "timecode=", "-metadata:s:v:0", "timecode="] if tracks.without_timecode else []
         maps += ["-output_ts_offset", f"{-start_s:.6f}"] if absolute else []
         counts: dict[str, int] = {}
         for track in tracks.kept:

@@ -115,7 +115,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     said = source.said()
     tracks = TrackPlan()
     if source.file and codec not in ("y4m", *IMAGE_ENCODERS):
-        tracks = plan_tracks(source.file, output.suffix.lower())
+        new_rate = info.frame_rate if arguments.deinterlace == "detelecine" else arguments.fps
+        tracks = plan_tracks(source.file, output.suffix.lower(), new_rate)
         said += tracks.dropped
     elif info.audio_codecs:
         said.append(f"sound is left out: {codec} holds images alone")

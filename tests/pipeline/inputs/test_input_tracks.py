@@ -91,6 +91,46 @@ def test_a_second_picture_is_named_and_the_first_keeps_its_tags(make, upscale, t
         assert container.streams.video[0].metadata["language"] == "jpn"
 
 
+@pytest.mark.parametrize(
+    ("source", "rate", "code"),
+    [("in.mov", "25", "01:02:03:04"), ("in.mp4", "30000/1001", "01:02:03;04"), ("in.mxf", "25", "01:02:03:04")],
+)
+@pytest.mark.parametrize("suffix", ["mov", "mp4", "mkv", "webm"])
+def test_a_time_code_is_kept(make, upscale, tmp_path, source, rate, code, suffix):
+    codec = "mpeg2video" if source.endswith("mxf") else "libx264"
+    path = make(
+        source, "-f", "lavfi", "-i", f"testsrc2=s=64x48:r={rate}:d=0.2", "-c:v", codec, "-timecode", code,
+    )  # fmt: skip
+    output = tmp_path / f"out.{suffix}"
+    done = upscale(path, output, "--bicubic")
+    assert done.returncode == 0 and "left out" not in done.stderr
+    with av.open(str(output)) as container:
+        tags = [container.metadata, *(stream.metadata for stream in container.streams)]
+        codes = [value for held in tags for name, value in held.items() if name.lower() == "timecode"]
+        has_track = any(stream.type == "data" for stream in container.streams)
+    assert codes and set(codes) == {code} and has_track == (suffix in ("mov", "mp4"))
+
+
+@pytest.mark.parametrize("suffix", ["m4v", "avi"])
+def test_a_time_code_is_said_to_be_left_out(make, upscale, tmp_path, suffix):
+    source = make("in.mov", *picture(0.2), "-c:v", "libx264", "-timecode", "01:02:03:04")
+    done = upscale(source, tmp_path / f"out.{suffix}", "--bicubic")
+    assert done.returncode == 0 and f"its time code is left out: .{suffix} does not take it" in done.stderr
+    assert tracks(tmp_path / f"out.{suffix}") == [("video", "h264")]
+
+
+def test_a_time_code_of_another_rate_is_left_out(make, upscale, tmp_path):
+    """Numbers are dropped at 29.97 frames/s alone: FFmpeg refuses to write such a code at 25."""
+    source = make(
+        "in.mp4", "-f", "lavfi", "-i", "testsrc2=s=64x48:r=30000/1001:d=0.2", "-c:v", "libx264",
+        "-timecode", "01:02:03;04",
+    )  # fmt: skip
+    done = upscale(source, tmp_path / "out.mp4", "--bicubic", "--fps", 25)
+    assert done.returncode == 0, done.stderr
+    assert "its time code is left out: it counts frames of the source's rate" in done.stderr
+    assert tracks(tmp_path / "out.mp4") == [("video", "h264")]
+
+
 def test_a_track_that_nothing_decodes_is_named(make, upscale, tmp_path):
     plain = make(
         "sp.mov", *picture(1), *tone(1), *tone(1), "-map", "0", "-map", "1", "-map", "2", "-c:v", "libx264",
