@@ -95,7 +95,8 @@ def steps(name: str, seed: int, base: Path, arguments: argparse.Namespace) -> li
     teacher = []
     if row.teacher is not None:
         teacher = ["--teacher", base if row.teacher == "base" else folder / row.teacher / "teacher"]
-    settings = [word for value in (*row.settings, f"trainer.seed={seed}") for word in ("--set", value)]
+    values = (*row.settings, f"trainer.seed={seed}", "trainer.compile_blocks=true")
+    settings = [word for value in values for word in ("--set", value)]
     command = (
         sys.executable, "trainer/run.py", "--config", CONFIG, "--stage", row.stage, "--data", data, "--init", model,
         *teacher, "--output", folder / name, *settings, *_validation(row, arguments),
