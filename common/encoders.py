@@ -29,7 +29,7 @@ class Encoder:
     name: str
     #: containers that take it
     suffixes: tuple[str, ...]
-    #: that is hard to tell from the source; None: the encoder has no such number
+    #: that is hard to tell from the source, of `quality_option`; None: the encoder has no such number
     crf: float | None
     #: for 8 bits and for more: 10 in videos, 16 in images
     pixel_formats: tuple[str, str] = ("yuv420p", "yuv420p10le")
@@ -40,6 +40,8 @@ class Encoder:
     alpha_options: dict[str, Any] = field(default_factory=dict)
     #: the option in which it takes mastering data, and the value; None: it takes none
     mastering: tuple[str, Callable[[Colour], str]] | None = None
+    #: FFmpeg's name of `crf`
+    quality_option: str = "crf"
 
 
 def _display(display: MasteringDisplay, chromaticity: int, luminance: int) -> str:
@@ -84,7 +86,20 @@ ENCODERS: dict[str, Encoder] = {
         "prores_ks", (".mov",), None, ("yuv422p10le", "yuv422p10le"), {"profile:v": "hq", "vendor": "apl0"},
         ("yuva444p10le", "yuva444p10le"), {"profile:v": "4444"},
     ),
+    **{
+        f"{codec}_nvenc": Encoder(
+            f"{codec}_nvenc", suffixes, cq, ("yuv420p", "p010le"), {"preset": "p5", "rc": "vbr", "b:v": "0"} | tag,
+            quality_option="cq",
+        )
+        for codec, suffixes, cq, tag in (
+            ("h264", (".mp4", ".mkv", ".mov", ".m4v", ".avi"), 19, {}),
+            ("hevc", (".mp4", ".mkv", ".mov", ".m4v"), 21, {"tag:v": "hvc1"}),
+            ("av1", (".mp4", ".mkv", ".webm"), 27, {}),
+        )
+    },
 }  # fmt: skip
+#: those that a GPU runs
+NVENC = tuple(name for name in ENCODERS if name.endswith("_nvenc"))
 #: images: each packet of a part is a whole file; JPEG holds 8 bits
 IMAGE_ENCODERS: dict[str, Encoder] = {
     "png": Encoder("png", (".png",), None, ("rgb24", "rgb48be"), alpha_formats=("rgba", "rgba64be")),
@@ -145,7 +160,7 @@ def encoding(
             source = _linear(source)
         return source.filter("format", pixels), options
     if encoder.crf is not None:
-        options["crf"] = encoder.crf if crf is None else crf
+        options[encoder.quality_option] = encoder.crf if crf is None else crf
     if colour is not None and (colour.mastering or colour.light_level) and encoder.mastering:
         name, parameters = encoder.mastering
         options[name] = ":".join(filter(None, (parameters(colour), options.get(name))))  # what the user says wins

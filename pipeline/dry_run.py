@@ -103,7 +103,9 @@ def _disk(job: Job, arguments: argparse.Namespace, frames: int | None) -> list[s
         return ["disk    nothing: standard output"]
     width, height = job.size.output
     bits = (
-        LOSSLESS_BITS_PER_PIXEL if arguments.lossless else BITS_PER_PIXEL[job.codec] * (2 if job.bit_depth == 16 else 1)
+        LOSSLESS_BITS_PER_PIXEL
+        if arguments.lossless
+        else BITS_PER_PIXEL[job.codec.removesuffix("_nvenc")] * (2 if job.bit_depth == 16 else 1)
     )
     place = job.output.absolute().parent
     while not place.exists():

@@ -11,6 +11,7 @@ import av
 import numpy as np
 
 from common.atomic import fsync, write_atomic
+from common.encoders import NVENC
 from common.errors import UserError
 from common.video_probe import VideoInfo, url
 from common.video_writer import VideoWriter
@@ -25,6 +26,7 @@ def rehearse(
     tracks: TrackPlan,
     open_writer: Callable[[Path], VideoWriter],
     black: np.ndarray,
+    codec: str,
 ) -> None:
     """Write an output of one black frame and a moment of the other tracks, and delete it.
 
@@ -42,6 +44,8 @@ def rehearse(
         write_output(joined, named, source, tracks, Fraction(0), Fraction(25), limit_s=0.2)
     except UserError as error:
         reason = str(error).split(": ", 1)[-1]
+        if codec in NVENC:
+            reason = f"{codec} needs a GPU and a driver that encode so; leave out --encoder {codec} ({reason})"
         raise UserError(f"cannot write {parts.output}: {reason}") from None
     finally:
         for path in (frame, joined, named):

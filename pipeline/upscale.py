@@ -170,7 +170,7 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
                 black = np.zeros(
                     (1, *(side * SCALE for side in reversed(job.size.model_input)), 4 if job.alpha else 3), np.uint8
                 )
-                rehearse(parts, tracks_from, job.tracks, writer_of(job, arguments), black)
+                rehearse(parts, tracks_from, job.tracks, writer_of(job, arguments), black, job.codec)
             upscale_parts(parts, job, arguments, statistics, watch)
             times, last_s = finish(parts, tracks_from, job.tracks, job.info, job.frame_rate)
             done = True

@@ -31,7 +31,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: options of the model, which `--bicubic` does without
 _OF_THE_MODEL = ("vae_dtype", "offload", "compile")
 #: FFmpeg options that upscale itself sets
-_OWN_OPTIONS = frozenset({"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "qp", "s", "bf", "frames"})
+_OWN_OPTIONS = frozenset(
+    {"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "cq", "qp", "s", "bf", "frames"}
+)
 #: what is used without --model: a small model, trained on a CPU (docs/small.md)
 DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "assets" / "small"
 #: its DiT tile: attention over all places of a frame would take a CPU minutes, and it was trained on clips of 128 px
@@ -188,7 +190,9 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error", choices=("warn", "keep", "stop"), default="warn",
         help="a damaged input: write what can be read and end with status 3 (warn) or 0 (keep), or stop",
     )  # fmt: skip
-    parser.add_argument("--encoder", choices=tuple(ENCODERS), help="of the file; default: vp9 for .webm, else h264")
+    parser.add_argument(
+        "--encoder", choices=tuple(ENCODERS), help="of the file; *_nvenc: on the GPU; default: vp9 for .webm, else h264"
+    )
     parser.add_argument("--crf", type=float, help="quality; default: the encoder's own, hard to tell from the source")
     parser.add_argument(
         "--encoder-options", type=_encoder_options, default={}, metavar="NAME=VALUE,…", help="as preset=slow"

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import av
 import pytest
+import torch
 
 from common.errors import UserError
 from common.video_probe import probe
@@ -238,6 +239,17 @@ def test_what_an_encoder_refuses_is_known_before_the_first_frame(base, upscale, 
     for options in (("--encoder-options", "r=10"), ("--encoder-options", "x"), ("--size", "7")):
         done = upscale(base, tmp_path / "out.mp4", "--bicubic", *options)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may encode so")
+@pytest.mark.parametrize("encoder", ["h264_nvenc", "hevc_nvenc", "av1_nvenc"])
+def test_an_encoder_without_its_gpu_is_one_line(base, upscale, tmp_path, encoder):
+    assert upscale(base, tmp_path / "out.mp4", "--bicubic", "--encoder", encoder, "--dry-run").returncode == 0
+    done = upscale(base, tmp_path / "out.mp4", "--bicubic", "--encoder", encoder)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and f"{encoder} needs a GPU and a driver that encode so; leave out" in line
+    assert "libcuda" in line or "Unknown encoder" in line, "FFmpeg's own reason"
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_job_killed_after_its_output_has_its_name_is_done(base, upscale, tmp_path, monkeypatch):
