@@ -22,9 +22,15 @@ import numpy as np
 from common.bit_depth import pipe_format
 from common.errors import UserError
 from common.piped_video import PipedVideo
-from common.video_probe import BT709, UNSPECIFIED, ffmpeg_binary, probe, untagged_matrix, url
+from common.video_probe import BT709, UNSPECIFIED, Colour, ffmpeg_binary, probe, untagged_matrix, url
 
 Deinterlace = Literal["auto", "bwdif", "off", "detelecine"]
+ToneMap = Literal["hable", "mobius", "reinhard"]
+
+#: SDR white, cd/m², from which FFmpeg's tone curves count
+SDR_WHITE = 100
+#: brightest pixel of HDR that does not say it, cd/m² (the usual mastering display)
+USUAL_PEAK = 1000
 
 #: seconds before a mark to which FFmpeg seeks: a filter that looks at the frames before has them [ours]
 SEEK_MARGIN_S = 1
@@ -74,6 +80,7 @@ class VideoReader:
         piped: PipedVideo | None = None,
         mark: Mark | None = None,
         alpha: bool = False,
+        tone_map: ToneMap | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +95,7 @@ class VideoReader:
             mark: the first frame as an earlier reader saw it; FFmpeg seeks to it. Where it does not come out the same,
                 or the file is damaged before it, all is decoded from the beginning.
             alpha: frames are (H, W, 4) RGBA.
+            tone_map: HDR becomes BT.709 by this curve; other videos stay as they are.
         """
         self.path, self._start, self._limit = path, start, frames
         self._kind: type = np.uint8 if bits == 8 else np.uint16
@@ -96,6 +104,7 @@ class VideoReader:
         self._piped = piped
         self.info = piped.info if piped else probe(path)
         self.width, self.height = size or (self.info.width, self.info.height)
+        self._tone_map = tone_map if self.info.colour.hdr else None
         #: seconds of one unit of `pts`
         self.time_base = Fraction(1)
         #: time stamp of each frame that was given out, as in the file
@@ -190,6 +199,8 @@ class VideoReader:
         if self._limit is not None:
             stream = stream.filter("trim", end_frame=self._limit)
         stream = stream.filter("showinfo", checksum=0)
+        if self._tone_map:
+            stream = _mapped(stream, self._tone_map, self.info.colour)
         resized = (self.width, self.height) != (self.info.width, self.info.height)
         flags = f"{'area' if resized else 'bicubic'}+{EXACT}"
         stream = stream.filter("scale", self.width, self.height, flags=flags, **self._matrix())
@@ -203,7 +214,7 @@ class VideoReader:
 
     def _matrix(self) -> dict[str, str]:
         """What an untagged video is decoded with; a tagged one says it itself."""
-        if self.info.colour.matrix != UNSPECIFIED:
+        if self._tone_map or self.info.colour.matrix != UNSPECIFIED:
             return {}
         matrix = untagged_matrix(self.info.width, self.info.height)
         return {"in_color_matrix": "bt709" if matrix == BT709 else "smpte170m"}
@@ -218,6 +229,30 @@ class VideoReader:
             elif (error := _ERROR.search(line)) and not _OURS.search(line):
                 self.errors.append(error[1].decode(errors="replace").strip()[:300])
         log.seek(-len(line), 1)  # FFmpeg is in the middle of this one
+
+
+def check_tone_map(tone_map: ToneMap) -> None:
+    """
+    Raises:
+        UserError: the FFmpeg program lacks a filter for it.
+    """
+    filters = subprocess.run([ffmpeg_binary(), "-hide_banner", "-filters"], capture_output=True, text=True, check=False)
+    words = filters.stdout.split()
+    if missing := [name for name in ("zscale", "tonemap") if name not in words]:
+        raise UserError(
+            f"--tone-map {tone_map}: this FFmpeg has no {' and no '.join(missing)} filter; the bundled one has"
+        )
+
+
+def _mapped(stream: Any, curve: ToneMap, colour: Colour) -> Any:
+    """HDR frames as BT.709, RGB of 16 bits."""
+    display_peak = float(colour.mastering.luminance[1]) if colour.mastering else USUAL_PEAK
+    peak = (colour.light_level and colour.light_level[0]) or display_peak  # 0 stands for unknown
+    untagged = {"matrixin": "2020_ncl"} if colour.matrix == UNSPECIFIED else {}
+    untagged |= {"primariesin": "2020"} if colour.primaries == UNSPECIFIED else {}
+    stream = stream.filter("zscale", transfer="linear", npl=SDR_WHITE, **untagged).filter("format", "gbrpf32le")
+    stream = stream.filter("zscale", primaries="709").filter("tonemap", curve, desat=0, peak=peak / SDR_WHITE)
+    return stream.filter("zscale", transfer="709", matrix="gbr", range="full").filter("format", "gbrp16le")
 
 
 def read_frames(

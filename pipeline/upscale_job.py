@@ -13,7 +13,8 @@ from typing import Any
 from common.bit_depth import BitDepth
 from common.encoders import ENCODERS, IMAGE_ENCODERS, IMAGE_OUTPUT_SUFFIXES, OUTPUT_SUFFIXES
 from common.errors import UserError
-from common.video_probe import VideoInfo
+from common.video_probe import Colour, VideoInfo
+from common.video_reader import check_tone_map
 from pipeline.container import TrackPlan, plan_tracks
 from pipeline.image_output import ImageOutput, image_output
 from pipeline.output_size import OutputSize, choose_size
@@ -90,6 +91,10 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     )
     if arguments.deinterlace == "detelecine":
         source = without_pulldown(source)
+    hdr = source.info.colour.hdr
+    if arguments.tone_map and hdr:
+        check_tone_map(arguments.tone_map)
+        source = replace(source, info=replace(source.info, colour=Colour()))
     info = source.info
     images = None if output == PIPE else image_output(output, source, arguments.start, arguments.frames)
     codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.encoder)
@@ -113,6 +118,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
         max_size=arguments.max_size,
     )
     said = source.said()
+    if arguments.tone_map:
+        said.append(f"HDR becomes BT.709 by the curve {arguments.tone_map}" if hdr else "no HDR; nothing is mapped")
     tracks = TrackPlan()
     if source.file and codec not in ("y4m", *IMAGE_ENCODERS):
         new_rate = info.frame_rate if arguments.deinterlace == "detelecine" else arguments.fps
@@ -124,7 +131,9 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps
     if codec == "exr" and info.colour.hdr:
-        raise UserError(f"cannot write {output}: EXR holds linear light, and PQ or HLG is not undone here; choose .png")
+        raise UserError(
+            f"cannot write {output}: EXR holds linear light, and PQ or HLG is not undone; choose .png or --tone-map"
+        )
     bit_depth = choose_bit_depth(info, codec, arguments)
     alpha = info.alpha_is_read and holds_alpha(codec) and not arguments.lossless
     said += _said_of_frames(info, codec, bit_depth, alpha, arguments)

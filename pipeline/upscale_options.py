@@ -13,6 +13,7 @@ import torch
 
 from common.encoders import ENCODERS
 from common.errors import UserError
+from common.video_reader import ToneMap
 from pipeline.colour_fix import ColourFix
 from pipeline.latent_codec import CodecName
 from pipeline.model.config import Attention
@@ -186,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--detelecine", dest="deinterlace", action="store_const", const="detelecine",
         help="a film at 30 frames/s by 3:2 pulldown: back to its 24",
     )  # fmt: skip
+    parser.add_argument("--tone-map", choices=get_args(ToneMap), help="HDR becomes BT.709; default: it stays HDR")
     parser.add_argument(
         "--on-error", choices=("warn", "keep", "stop"), default="warn",
         help="a damaged input: write what can be read and end with status 3 (warn) or 0 (keep), or stop",

@@ -195,6 +195,7 @@ def open_reader(job: Job, arguments: argparse.Namespace, place: Place, mark: Mar
         bits=16 if job.bit_depth > 8 and job.info.bits > 8 else 8,
         mark=mark,
         alpha=job.alpha,
+        tone_map=arguments.tone_map,
     )
 
 

@@ -17,7 +17,7 @@ from common.image_files import find_images, is_pattern, missing_numbers
 from common.image_reader import ImageReader, Images
 from common.piped_video import PipedVideo
 from common.video_probe import VideoInfo, probe
-from common.video_reader import Deinterlace, Mark, VideoReader
+from common.video_reader import Deinterlace, Mark, ToneMap, VideoReader
 
 #: names standard input and standard output
 PIPE = Path("-")
@@ -105,13 +105,14 @@ class Source:
         bits: Literal[8, 16],
         mark: Mark | None = None,
         alpha: bool = False,
+        tone_map: ToneMap | None = None,
     ) -> FrameReader:
         """Frames from `start` on; arguments as for `VideoReader`."""
         if self.images:
             return ImageReader(self.images, start, frames, size=size, frame_rate=frame_rate, bits=bits, alpha=alpha)
         return VideoReader(
             self.path, start, frames, size=size, frame_rate=frame_rate, deinterlace=deinterlace, bits=bits,
-            piped=self.piped, mark=mark, alpha=alpha,
+            piped=self.piped, mark=mark, alpha=alpha, tone_map=tone_map,
         )  # fmt: skip
 
 

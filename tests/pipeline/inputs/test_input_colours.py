@@ -9,7 +9,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from common.video_probe import ffmpeg_binary, probe
+from common.video_probe import Colour, ffmpeg_binary, probe
 from common.video_reader import EXACT, VideoReader, read_video
 
 #: bars of colours beside each other
@@ -170,6 +170,69 @@ def test_mastering_data_is_said_to_be_left_out(graded, upscale, tmp_path):
     done = upscale(graded, tmp_path / "out.mov", "--bicubic", "--encoder", "prores")
     assert done.returncode == 0 and "mastering data is left out; --encoder h264, hevc and av1" in done.stderr
     assert probe(tmp_path / "out.mov").colour.mastering is None
+
+
+#: linear light of BT.709's primaries in units of 100 cd/m²
+LIGHT = np.array([(0.2, 0.2, 0.2), (1, 1, 1), (6, 6, 6), (2.0, 0.5, 0.2)])
+BT709_TO_BT2020 = np.array([(0.6274, 0.3293, 0.0433), (0.0691, 0.9195, 0.0114), (0.0164, 0.0880, 0.8956)])
+
+
+def pq(light: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084 of light in units of 100 cd/m²."""
+    power = (light / 100) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+
+
+def hable(light: np.ndarray) -> np.ndarray:
+    """Hable's filmic curve, before it is divided by its value at the peak."""
+    return (light * (0.15 * light + 0.05) + 0.004) / (light * (0.15 * light + 0.5) + 0.06) - 0.02 / 0.3
+
+
+@pytest.fixture
+def bars(make, tmp_path):
+    """LIGHT beside each other in PQ and BT.2020."""
+    codes = np.rint(pq(LIGHT @ BT709_TO_BT2020.T) * 1023).astype("<u2")
+    frame = np.broadcast_to(np.repeat(codes, 24, axis=0), (48, 96, 3))
+    (tmp_path / "raw").write_bytes(frame[..., [1, 2, 0]].transpose(2, 0, 1).tobytes())  # planes G, B, R
+    tags = "color_primaries=bt2020:color_trc=smpte2084"
+    return make(
+        "bars.mkv", "-f", "rawvideo", "-pix_fmt", "gbrp10le", "-s", "96x48", "-r", "25", "-i", "raw",
+        "-vf", f"setparams=colorspace=gbr:range=pc:{tags},zscale=matrix=2020_ncl:range=limited,format=yuv444p10le",
+        "-c:v", "ffv1",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("light_level", "peak"), [(None, 1000), (250, 250)])
+def test_hdr_becomes_sdr_by_the_curve(bars, upscale, tmp_path, light_level, peak):
+    """Up to the brightest pixel that the file names; what is brighter is white."""
+    source, output = bars, tmp_path / "out.mp4"
+    if light_level:
+        source = tmp_path / "named.mkv"
+        named = f"log-level=error:lossless=1:max-cll={light_level},100"
+        recode = [ffmpeg_binary(), "-v", "error", "-i", bars, "-c:v", "libx265", "-x265-params", named, source]
+        subprocess.run(recode, check=True)
+    done = upscale(source, output, "--bicubic", "--tone-map", "hable", "--crf", 1)
+    assert done.returncode == 0 and "HDR becomes BT.709 by the curve hable" in done.stderr, done.stderr
+    assert probe(output).colour == Colour(1, 1, 1) and probe(output).bits == 8
+    brightest = LIGHT.max(axis=1, keepdims=True)
+    mapped = LIGHT * hable(brightest) / brightest / hable(np.float64(peak / 100))
+    wanted = 255 * np.minimum(mapped, 1) ** (1 / 2.4)
+    seen = read_video(output)[0, 96, 48::96]
+    assert np.abs(seen - wanted).max() <= 3, (seen, wanted)
+
+
+def test_sdr_is_not_mapped_and_an_ffmpeg_without_the_filter_is_one_line(base, bars, upscale, tmp_path, monkeypatch):
+    for name, options in (("plain", ()), ("asked", ("--tone-map", "hable"))):
+        done = upscale(base, tmp_path / f"{name}.mp4", "--bicubic", *options)
+    assert done.returncode == 0 and "no HDR; nothing is mapped" in done.stderr
+    assert np.array_equal(read_video(tmp_path / "plain.mp4"), read_video(tmp_path / "asked.mp4"))
+    lean = tmp_path / "ffmpeg"
+    lean.write_text(f'#!/bin/sh\n{ffmpeg_binary()} "$@" | sed /zscale/d\n')
+    lean.chmod(0o755)
+    monkeypatch.setenv("DUO_VSR_FFMPEG", str(lean))
+    done = upscale(bars, tmp_path / "out.mp4", "--bicubic", "--tone-map", "hable")
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "--tone-map hable: this FFmpeg has no zscale filter" in line
 
 
 def test_transparency_and_depth_are_said_to_be_left_out(make, upscale, tmp_path):
