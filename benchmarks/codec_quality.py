@@ -48,8 +48,9 @@ def rows(model: Path, clips: Path | None, seeds: Sequence[int]) -> dict[str, dic
                 for what, z in latents.items()
                 for name in codecs
             }
-            z_fast = _student(pipeline, z_lr["fast"], seed)
-            decoded["fast encoder and decoder, student"] = codecs["fast"].decode(z_fast, inputs["fast"])
+            if pipeline.lr_encoder is not None:
+                z_fast = _student(pipeline, z_lr["fast"], seed)
+                decoded["fast encoder and decoder, student"] = codecs["fast"].decode(z_fast, inputs["fast"])
             for row, video in decoded.items():
                 psnr = psnr_db((video - pixels).square().mean().item(), peak=2.0)
                 frames = to_tensor(to_frames(video[0]).numpy())

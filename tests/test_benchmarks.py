@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.dual_stream_step import SHAPES, count_flops
-from benchmarks.effect.train import CONFIG, ROWS, chain
+from benchmarks.effect.train import CONFIG, ROWS, chain, parse_arguments, plan
 from benchmarks.inference import STEPS, time_command, time_model
 from benchmarks.read_ahead import waited, write_dataset
 from benchmarks.upscale import moving
 from benchmarks.validation_cost import shares
 from common.config import load_section
 from common.errors import UserError
+from demo.steps import StepRunner
 from pipeline.model.transformer import tapped_layers
 from pipeline.upscale_options import DEFAULT_MODEL
 from tests.commands import run
+from tests.trainer.presets import write_preset
 from trainer.config import config_class
 from trainer.stages import find_stage
 
@@ -86,6 +88,32 @@ def test_every_row_of_the_ablations_is_a_valid_configuration(name: str) -> None:
         != load_section(FOLDER.parent / CONFIG, "trainer", config_class(stage), []).section_of(stage)
         or not row.settings
     )
+
+
+def test_every_row_is_planned_once_after_what_it_needs(tmp_path: Path) -> None:
+    planned = plan(parse_arguments(["--data", "shards", "--output", str(tmp_path), "--seeds", "0,1"]))
+    StepRunner(tmp_path / "steps", planned)
+    names = [step.name for step in planned]
+    # two rows of Stage III share the pairs of Stage II's student, one has those of Stage I's
+    assert len(names) == len(set(names)) == 1 + 2 * (len(ROWS) + 2)
+    made = {str(tmp_path / "base" / "model")}
+    for step in planned:
+        words = step.command
+        given = [words[words.index(option) + 1] for option in ("--init", "--teacher", "--model") if option in words]
+        assert all(folder.removesuffix("/teacher").removesuffix("/model") in made or folder in made for folder in given)
+        made.add(words[words.index("--output") + 1])
+
+
+def test_a_row_trains_and_is_not_trained_again(tmp_path: Path) -> None:
+    config = write_preset(tmp_path)
+    line = ["--config", config, "--data", tmp_path / "clips", "--output", tmp_path / "rows", "--rows", "progressive"]
+    script = FOLDER / "effect/train.py"
+    first = run(script, *line, "--seeds", "3")
+    assert first.returncode == 0, first.stdout + first.stderr
+    model = tmp_path / "rows/seed-3/progressive/model/transformer/diffusion_pytorch_model.safetensors"
+    made = model.stat().st_mtime_ns
+    again = run(script, *line, "--seeds", "3")
+    assert again.returncode == 0 and model.stat().st_mtime_ns == made
 
 
 def test_rows_come_after_the_rows_they_start_from() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from common.errors import UserError, run_command
 from demo.steps import Step, StepFailed, StepRunner, python
 
 CONFIG = "configs/small.yaml"
+#: of one CPU core, for the estimate of what is left [ours]
+SECONDS = {"base": 1900, "progressive": 160, "dual_stream": 130, "pairs": 170, "preference": 110}
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,22 @@ def steps(name: str, seed: int, base: Path, arguments: argparse.Namespace) -> li
     if row.stage == "preference":
         data = folder / f"pairs-{row.init}"
         build = python(
-            "preference.build", "--config", CONFIG, "--model", model, "--data", arguments.data, "--output", data,
-            "--metrics", arguments.metrics,
+            "preference.build", "--config", arguments.config, "--model", model, "--data", arguments.data,
+            "--output", data, "--metrics", arguments.metrics,
         )  # fmt: skip
-        before.append(Step(f"pairs-{row.init}-{seed}", f"preference pairs of {row.init}, seed {seed}", build))
+        before.append(
+            Step(f"pairs-{row.init}-{seed}", f"preference pairs of {row.init}, seed {seed}", build, SECONDS["pairs"])
+        )
     teacher = []
     if row.teacher is not None:
         teacher = ["--teacher", base if row.teacher == "base" else folder / row.teacher / "teacher"]
     values = (*row.settings, f"trainer.seed={seed}", "trainer.compile_blocks=true")
     settings = [word for value in values for word in ("--set", value)]
     command = (
-        sys.executable, "trainer/run.py", "--config", CONFIG, "--stage", row.stage, "--data", data, "--init", model,
-        *teacher, "--output", folder / name, *settings, *_validation(row, arguments),
+        sys.executable, "trainer/run.py", "--config", arguments.config, "--stage", row.stage, "--data", data,
+        "--init", model, *teacher, "--output", folder / name, *settings, *_validation(row, arguments),
     )  # fmt: skip
-    return [*before, Step(f"{name}-{seed}", f"{name}, seed {seed}", tuple(map(str, command)))]
+    return [*before, Step(f"{name}-{seed}", f"{name}, seed {seed}", tuple(map(str, command)), SECONDS[row.stage])]
 
 
 def _validation(row: Row, arguments: argparse.Namespace) -> list[object]:
@@ -111,29 +116,41 @@ def _validation(row: Row, arguments: argparse.Namespace) -> list[object]:
     return ["--validation-data", arguments.validation_data]
 
 
-def main() -> None:
+def plan(arguments: argparse.Namespace) -> list[Step]:
+    """Every command once, each after those it needs."""
+    base = arguments.base or arguments.output / "base" / "model"
+    planned: list[Step] = []
+    if arguments.base is None:
+        command = [sys.executable, "trainer/run.py", "--config", arguments.config, "--stage", "base"]
+        command += ["--data", arguments.data, "--output", arguments.output / "base"]
+        command += _validation(Row("base", "base"), arguments)
+        planned.append(Step("base", "base, seed 0", tuple(map(str, command)), SECONDS["base"]))
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in chain(arguments.rows.split(",")):
+            planned += steps(name, seed, base, arguments)
+    return list({step.name: step for step in planned}.values())
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; `words` in place of the process's own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="shards of configs/small.yaml")
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--data", type=Path, required=True, help="shards of that preset")
     parser.add_argument("--validation-data", type=Path, help="shards of held-out clips")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--base", type=Path, help="a trained base model's folder; default: train one with seed 0")
     parser.add_argument("--metrics", default="weight-free", help="judges of the preference pairs")
-    arguments = parser.parse_args()
-    base = arguments.base or arguments.output / "base" / "model"
-    planned: list[Step] = []
-    if arguments.base is None:
-        command = [sys.executable, "trainer/run.py", "--config", CONFIG, "--stage", "base", "--data", arguments.data]
-        command += ["--output", arguments.output / "base", *_validation(Row("base", "base"), arguments)]
-        planned.append(Step("base", "base, seed 0", tuple(map(str, command))))
-    for seed in map(int, arguments.seeds.split(",")):
-        for name in chain(arguments.rows.split(",")):
-            planned += steps(name, seed, base, arguments)
-    unique = {step.name: step for step in planned}
-    runner = StepRunner(arguments.output / "steps", len(unique))
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    planned = plan(arguments)
+    runner = StepRunner(arguments.output / "steps", planned)
     try:
-        for step in unique.values():
+        for step in planned:
             runner.run(step)
     except StepFailed as error:
         raise UserError(str(error)) from None
