@@ -20,7 +20,6 @@ from demo.steps import StepRunner
 from pipeline.model.transformer import tapped_layers
 from pipeline.upscale_options import DEFAULT_MODEL
 from tests.commands import run
-from tests.trainer.presets import write_preset
 from trainer.config import config_class
 from trainer.stages import find_stage
 
@@ -102,18 +101,6 @@ def test_every_row_is_planned_once_after_what_it_needs(tmp_path: Path) -> None:
         given = [words[words.index(option) + 1] for option in ("--init", "--teacher", "--model") if option in words]
         assert all(folder.removesuffix("/teacher").removesuffix("/model") in made or folder in made for folder in given)
         made.add(words[words.index("--output") + 1])
-
-
-def test_a_row_trains_and_is_not_trained_again(tmp_path: Path) -> None:
-    config = write_preset(tmp_path)
-    line = ["--config", config, "--data", tmp_path / "clips", "--output", tmp_path / "rows", "--rows", "progressive"]
-    script = FOLDER / "effect/train.py"
-    first = run(script, *line, "--seeds", "3")
-    assert first.returncode == 0, first.stdout + first.stderr
-    model = tmp_path / "rows/seed-3/progressive/model/transformer/diffusion_pytorch_model.safetensors"
-    made = model.stat().st_mtime_ns
-    again = run(script, *line, "--seeds", "3")
-    assert again.returncode == 0 and model.stat().st_mtime_ns == made
 
 
 def test_rows_come_after_the_rows_they_start_from() -> None:
