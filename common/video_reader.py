@@ -249,9 +249,14 @@ def _mapped(stream: Any, curve: ToneMap, colour: Colour) -> Any:
     display_peak = float(colour.mastering.luminance[1]) if colour.mastering else USUAL_PEAK
     peak = (colour.light_level and colour.light_level[0]) or display_peak  # 0 stands for unknown
     untagged = {"matrixin": "2020_ncl"} if colour.matrix == UNSPECIFIED else {}
-    untagged |= {"primariesin": "2020"} if colour.primaries == UNSPECIFIED else {}
-    stream = stream.filter("zscale", transfer="linear", npl=SDR_WHITE, **untagged).filter("format", "gbrpf32le")
-    stream = stream.filter("zscale", primaries="709").filter("tonemap", curve, desat=0, peak=peak / SDR_WHITE)
+    untagged |= {"primariesin": "2020", "primaries": "2020"} if colour.primaries == UNSPECIFIED else {}
+    # Without agamma=0, HLG's system gamma goes to each component instead of their luminance, and colours change.
+    stream = stream.filter("zscale", transfer="linear", npl=SDR_WHITE, agamma=0, **untagged)
+    stream = (
+        stream.filter("format", "gbrpf32le")
+        .filter("zscale", primaries="709")
+        .filter("tonemap", curve, desat=0, peak=peak / SDR_WHITE)
+    )
     return stream.filter("zscale", transfer="709", matrix="gbr", range="full").filter("format", "gbrp16le")
 
 

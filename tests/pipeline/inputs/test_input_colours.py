@@ -183,18 +183,26 @@ def pq(light: np.ndarray) -> np.ndarray:
     return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
 
 
+def hlg(light: np.ndarray) -> np.ndarray:
+    """ARIB STD-B67 of light in units of 100 cd/m² on a display of 1000 cd/m²: the system gamma is 1.2 (BT.2100)."""
+    luminance = light @ (0.2627, 0.6780, 0.0593) / 10
+    scene = light / 10 * luminance[:, None] ** (1 / 1.2 - 1)
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(12 * scene - 0.28466892) + 0.55991073)
+
+
 def hable(light: np.ndarray) -> np.ndarray:
     """Hable's filmic curve, before it is divided by its value at the peak."""
     return (light * (0.15 * light + 0.05) + 0.004) / (light * (0.15 * light + 0.5) + 0.06) - 0.02 / 0.3
 
 
-@pytest.fixture
-def bars(make, tmp_path):
-    """LIGHT beside each other in PQ and BT.2020."""
-    codes = np.rint(pq(LIGHT @ BT709_TO_BT2020.T) * 1023).astype("<u2")
+@pytest.fixture(params=["smpte2084", "arib-std-b67"])
+def bars(make, tmp_path, request):
+    """LIGHT beside each other in PQ or HLG, and BT.2020."""
+    curve = pq if request.param == "smpte2084" else hlg
+    codes = np.rint(curve(LIGHT @ BT709_TO_BT2020.T) * 1023).astype("<u2")
     frame = np.broadcast_to(np.repeat(codes, 24, axis=0), (48, 96, 3))
     (tmp_path / "raw").write_bytes(frame[..., [1, 2, 0]].transpose(2, 0, 1).tobytes())  # planes G, B, R
-    tags = "color_primaries=bt2020:color_trc=smpte2084"
+    tags = f"color_primaries=bt2020:color_trc={request.param}"
     return make(
         "bars.mkv", "-f", "rawvideo", "-pix_fmt", "gbrp10le", "-s", "96x48", "-r", "25", "-i", "raw",
         "-vf", f"setparams=colorspace=gbr:range=pc:{tags},zscale=matrix=2020_ncl:range=limited,format=yuv444p10le",
@@ -219,6 +227,14 @@ def test_hdr_becomes_sdr_by_the_curve(bars, upscale, tmp_path, light_level, peak
     wanted = 255 * np.minimum(mapped, 1) ** (1 / 2.4)
     seen = read_video(output)[0, 96, 48::96]
     assert np.abs(seen - wanted).max() <= 3, (seen, wanted)
+
+
+def test_hdr_that_names_its_curve_alone_is_taken_for_bt2020(make, bars, upscale, tmp_path):
+    bare = make("bare.mkv", "-i", bars, "-vf", "setparams=colorspace=unknown:color_primaries=unknown", "-c:v", "ffv1")
+    assert probe(bare).colour.primaries == probe(bare).colour.matrix == 2 and probe(bare).colour.hdr
+    for source in (bars, bare):
+        assert upscale(source, tmp_path / f"{source.stem}.mp4", "--bicubic", "--tone-map", "hable").returncode == 0
+    assert np.array_equal(read_video(tmp_path / "bars.mp4"), read_video(tmp_path / "bare.mp4"))
 
 
 def test_sdr_is_not_mapped_and_an_ffmpeg_without_the_filter_is_one_line(base, bars, upscale, tmp_path, monkeypatch):
