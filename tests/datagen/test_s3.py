@@ -170,7 +170,7 @@ def test_what_a_killed_writer_left_on_this_machine_goes_after_a_day(
     server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = s3(server, "locked")
+    folder = s3(server, "left")
     old, new = folder.temporary("shards/old.tar"), folder.temporary("shards/new.tar")
     for path in (old, new):
         path.write_bytes(b"begun")

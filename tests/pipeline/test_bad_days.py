@@ -71,7 +71,8 @@ def test_killed_whenever_a_file_appears(video, tmp_path):
         process.wait(60)
         kills += 1
     _, errors = process.communicate(60)
-    assert process.returncode == 0, errors
+    # The last kill may have come when all was done, and only the process itself was left.
+    assert process.returncode == 0 or "it exists; choose another name" in errors, errors
     assert kills >= 10, seen
     assert any("joined" in name or "output" in name for name in seen), "none while it was joined"
     assert os.listdir(folder) == ["out.mp4"] and output.read_bytes() == whole.read_bytes()

@@ -210,7 +210,7 @@ def test_a_killed_job_goes_on_where_it_was(upscale, model_folder, tmp_path, numb
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(60) != 0
+    assert process.wait(60) != 0, process.communicate()
     if number == signal.SIGINT:
         lines = process.communicate()[1].splitlines()
         assert process.returncode == 130 and "the same command resumes" in lines[-1]
