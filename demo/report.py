@@ -40,9 +40,9 @@ SUMMARY = (
     "What this is: the full system at small size, each part the real one (Ray Data, DeepSpeed, the three-engine step "
     "of stage II, preference pairs). What it is not: the paper's model. The model has 4.7 million parameters instead "
     "of 1.3 billion, and its base was pre-trained on photographs for hours of one CPU core. This run trains each "
-    "stage for a minute or two; the shipped model is what longer training gave (docs/small.md). Both are sharper than "
-    "bicubic mostly by the convolutional prediction that is part of the model; the stages add little to it yet "
-    "(docs/effect.md).",
+    "stage for a minute or two; the shipped model is what longer training gave, with a decoder that sees the LR clip "
+    "(docs/small.md). Both are sharper than bicubic mostly by the convolutional prediction that is part of the model; "
+    "the stages add little to it yet (docs/effect.md).",
 )
 #: columns of the README's image
 SHOWN_METHODS = ("bicubic", "shipped")
