@@ -233,8 +233,8 @@ def parts_folder(output: Path) -> Path:
 
 
 def delete_parts(output: Path) -> None:
-    """All but the lock."""
-    for path in parts_folder(output).glob("*"):
+    """All but the lock; last the mark by which a run that is killed meanwhile is known to have finished."""
+    for path in sorted(parts_folder(output).glob("*"), key=lambda path: path.name == FINISHED):
         if not path.name.startswith(LOCK_NAME):
             path.unlink()
 
@@ -244,18 +244,24 @@ def was_finished(output: Path, job: dict[str, Any]) -> bool:
     folder = parts_folder(output)
     if not (output.is_file() and (folder / FINISHED).exists()) or (folder / f"output{output.suffix}").exists():
         return False
-    return _same_job(folder, job)
+    return _same_job(folder / FINISHED, job)
+
+
+def only_lock_left(output: Path) -> bool:
+    """Whether a finished run was killed between the last file that it deleted and its folder."""
+    folder = parts_folder(output)
+    return output.is_file() and folder.is_dir() and all(path.name.startswith(LOCK_NAME) for path in folder.iterdir())
 
 
 def naming_began(output: Path, job: dict[str, Any]) -> bool:
     """Whether a run of this job was killed while its images got their names."""
     folder = parts_folder(output)
-    return (folder / FINISHED).exists() and _same_job(folder, job)
+    return _same_job(folder / FINISHED, job)
 
 
-def _same_job(folder: Path, job: dict[str, Any]) -> bool:
+def _same_job(file: Path, job: dict[str, Any]) -> bool:
     try:
-        before = json.loads((folder / "job.json").read_text())
+        before = json.loads(file.read_text())
     except (OSError, ValueError):
         return False
     return all(before.get(name) == value for name, value in job.items())

@@ -33,7 +33,7 @@ from common.video_probe import VIDEO_SUFFIXES, named_like_a_video
 from pipeline.dry_run import report
 from pipeline.finish_output import finish, rehearse
 from pipeline.image_output import stills_of
-from pipeline.resumable_video import VideoParts, delete_parts, only_job, was_finished
+from pipeline.resumable_video import VideoParts, delete_parts, only_job, only_lock_left, was_finished
 from pipeline.sound_check import sound_damage
 from pipeline.upscale_job import Job, job_identity, plan
 from pipeline.upscale_options import parse_arguments
@@ -211,6 +211,9 @@ def only_video_on_stdout() -> Iterator[int]:
 
 def _was_complete(source: Source, output: Path, arguments: argparse.Namespace) -> bool:
     """Whether this job was killed between its last act and its clean-up, which is done now."""
+    if only_lock_left(output):
+        with only_job(output):  # takes the folder away
+            pass
     if arguments.overwrite or arguments.restart or not was_finished(output, job_identity(arguments, source)):
         return False
     with only_job(output):

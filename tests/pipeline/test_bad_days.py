@@ -78,6 +78,26 @@ def test_killed_whenever_a_file_appears(video, tmp_path):
     assert os.listdir(folder) == ["out.mp4"] and output.read_bytes() == whole.read_bytes()
 
 
+def test_killed_while_it_tidied_up_it_was_complete_already(video, tmp_path):
+    """The mark of the finished run goes last; then a folder with nothing but its lock."""
+    folder = tmp_path / "out"
+    parts, line = folder / ".out.mp4.parts", ("-m", "pipeline.upscale", video, folder / "out.mp4", *OPTIONS)
+    process, job = start(*line), ""
+    while process.poll() is None and not job:
+        job = (parts / "job.json").read_text() if (parts / "job.json").exists() else ""
+    assert process.wait(120) == 0 and os.listdir(folder) == ["out.mp4"]
+    parts.mkdir()
+    (parts / "finished").write_text(job)
+    again = run(*line)
+    assert again.returncode == 0 and "was complete already" in again.stderr
+    assert os.listdir(folder) == ["out.mp4"]
+    parts.mkdir()
+    (parts / ".lock").touch()
+    again = run(*line)
+    assert again.returncode == 2 and "it exists" in again.stderr
+    assert os.listdir(folder) == ["out.mp4"]
+
+
 def test_of_two_at_once_one_writes_and_one_says_so(video, tmp_path):
     folder = tmp_path / "out"
     line = ("-m", "pipeline.upscale", video, folder / "out.mp4", *OPTIONS)
