@@ -17,7 +17,7 @@ from common.video_probe import VideoInfo, url
 from common.video_writer import VideoWriter
 from pipeline.container import TrackPlan, frame_times, join, times_restart, write_output
 from pipeline.image_output import ImageOutput
-from pipeline.resumable_video import FINISHED, VideoParts
+from pipeline.resumable_video import VideoParts
 
 
 def rehearse(
@@ -86,7 +86,7 @@ def finish(
     parts.delete_videos()
     offset = times[0] if source else Fraction(0)
     write_output(parts.joined, named, source, tracks, offset, rate, restarts=restarts)
-    write_atomic(parts.folder / FINISHED, (parts.folder / "job.json").read_text())
+    parts.mark_finished()
     os.replace(named, parts.output)
     fsync(parts.output.parent)
     return times, last_s
@@ -94,7 +94,7 @@ def finish(
 
 def _write_images(parts: VideoParts, images: ImageOutput) -> None:
     """Each packet of a part is a file. What is there is replaced: it is this job's, or may be overwritten."""
-    write_atomic(parts.folder / FINISHED, (parts.folder / "job.json").read_text())
+    parts.mark_finished()
     number = 0
     for part in parts.videos:
         with av.open(url(part)) as container:

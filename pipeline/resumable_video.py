@@ -185,6 +185,10 @@ class VideoParts:
         if done or not self.complete:
             delete_parts(self.output)
 
+    def mark_finished(self) -> None:
+        """From here on the output only has to get its name; the mark says of which job."""
+        write_atomic(self.folder / FINISHED, (self.folder / "job.json").read_text())
+
     def delete_videos(self) -> None:
         """Once the joined file holds them; what is recorded of them stays."""
         for path in self.videos:
