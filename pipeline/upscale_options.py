@@ -79,8 +79,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name in _OF_THE_MODEL:
         if arguments.bicubic and getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} means nothing with --bicubic; leave one of them out")
-    if arguments.codec == "fast" and arguments.vae_dtype:
-        raise UserError("--vae-dtype means nothing with --codec fast, which has no VAE; leave one of them out")
     for device in arguments.devices or (arguments.device,):
         try:
             kind = torch.device(device).type
@@ -96,7 +94,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
             arguments.tile = DEFAULT_MODEL_TILE_PX
     if arguments.codec is None:
         trained = arguments.model is not None and (arguments.model / "fast_decoder").is_dir()
-        arguments.codec = "fast" if trained and not arguments.vae_dtype else "full"
+        arguments.codec = "fast" if trained else "full"
+    if arguments.codec == "fast" and arguments.vae_dtype and (arguments.model / "lr_encoder").is_dir():
+        raise UserError(f"--vae-dtype: the fast codec of {arguments.model} needs no VAE; leave it out, or --codec full")
     return arguments
 
 

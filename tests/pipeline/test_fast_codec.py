@@ -164,9 +164,12 @@ def test_the_command_takes_it_where_it_is(fast_folder: Path, model_folder: Path)
         (fast_folder, (), "fast"),
         (model_folder, (), "full"),
         (fast_folder, ("--codec", "full"), "full"),
-        (fast_folder, ("--vae-dtype", "bf16"), "full"),
+        (fast_folder, ("--codec", "full", "--vae-dtype", "bf16"), "full"),
     ):
         assert parse_arguments(["in.mp4", "out.mp4", "--model", str(folder), *options]).codec == codec
+    assert parse_arguments(["in.mp4", "out.mp4", "--vae-dtype", "bf16"]).codec == "fast", "its VAE encodes"
+    with pytest.raises(UserError, match=r"--vae-dtype: the fast codec of .* needs no VAE"):
+        parse_arguments(["in.mp4", "out.mp4", "--model", str(fast_folder), "--vae-dtype", "bf16"])
 
 
 def test_a_model_without_it_says_so(model_folder: Path, upscale, tmp_path: Path) -> None:

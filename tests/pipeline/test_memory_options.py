@@ -81,7 +81,6 @@ def test_offload_needs_a_gpu_and_excludes_compiling(video, upscale, tmp_path):
         (("--offload", "--compile", "--device", "cpu"), "not allowed with argument"),
         (("--bicubic", "--compile"), "--compile means nothing with --bicubic"),
         (("--bicubic", "--vae-dtype", "bf16"), "--vae-dtype means nothing with --bicubic"),
-        (("--codec", "fast", "--vae-dtype", "bf16"), "--vae-dtype means nothing with --codec fast"),
     ):
         done = upscale(video, tmp_path / "out.mkv", *options)
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
