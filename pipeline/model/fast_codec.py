@@ -153,12 +153,12 @@ class FastDecoder(ModelMixin, ConfigMixin):
             nn.init.zeros_(self.enlarge[-1].bias)
             return
         stem, *layers = vae.decoder
+        blocks, rest = layers[: len(self.trunk.blocks)], layers[len(self.trunk.blocks) :]
         _widen(self.trunk.stem, stem)
-        for block, like in zip(self.trunk.blocks, layers, strict=False):
+        for block, like in zip(self.trunk.blocks, blocks, strict=True):
             _widen(block.first, like.first)
             block.second.load_state_dict(like.second.state_dict())
-        rest = nn.Sequential(*layers[len(self.trunk.blocks) :])
-        self.enlarge.load_state_dict(rest.state_dict())
+        self.enlarge.load_state_dict(nn.Sequential(*rest).state_dict())
 
 
 def _widen(layer: nn.Conv2d, like: nn.Conv2d) -> None:
