@@ -33,6 +33,7 @@ from pipeline.model.config import ModelConfig
 from tests.datagen.conftest import VARIANTS, build_here, contents, moving_picture, one_line, refused, said_here
 from tests.datagen.test_clip import plans_of
 from tests.datagen.trouble import entry
+from tests.small_disk import mounted
 
 FEW_ATTEMPTS = ("--set", "storage.attempts=2")
 
@@ -66,12 +67,8 @@ def test_a_wrong_threshold_and_unmounted_inputs_cost_nothing(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB, which the survey fits in and a few shards."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted(tmp_path / "disk", "2m") as place:
+        yield place
 
 
 @pytest.mark.distributed

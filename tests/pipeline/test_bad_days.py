@@ -9,6 +9,7 @@ import pytest
 
 from common.video_probe import ffmpeg_binary
 from tests.commands import run, start
+from tests.small_disk import mounted
 
 #: two parts
 OPTIONS = ("--bicubic", "--part-frames", 16)
@@ -38,13 +39,8 @@ def video(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a file system of its own, of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", "512k") as folder:
+        yield folder
 
 
 def test_killed_whenever_a_file_appears(video, tmp_path):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.locking import only_writer
+from tests.small_disk import mounted
 from tests.trainer.presets import (
     losses,
     run_command,
@@ -282,13 +283,8 @@ def test_term_to_the_process_group_saves_although_wandb_dies_with_it(preset: Pat
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted(tmp_path / "disk", "16m") as disk:
+        yield disk
 
 
 def fill(ballast: Path) -> None:
