@@ -1,4 +1,4 @@
-"""What the command lines share: `--config`, `--set`, `--print-config`, and the exit on signals.
+"""What the command lines share: `--config`, `--set`, `--print-config`, and the exit on SIGTERM.
 
 parser = argparse.ArgumentParser(...)
 add_config_options(parser)
@@ -51,28 +51,6 @@ def load_sections(arguments: argparse.Namespace, **schemas: type[Section]) -> li
     return list(sections.values())
 
 
-#: the signal that this process was to end by
-_received: int | None = None
-
-
-def exit_on_signals() -> None:
-    """SIGTERM raises SystemExit and Ctrl-C KeyboardInterrupt in the main thread: `finally` blocks run, temporary files
-    are removed. Python drops an exception that comes within a destructor or a callback of C; a loop that asks
-    `raise_if_signalled` ends nevertheless."""
-    signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
-        signal.signal(signal.SIGINT, _end)
-
-
-def raise_if_signalled() -> None:
-    """Raise once more what `exit_on_signals` raised."""
-    if _received is not None:
-        _end(_received)
-
-
-def _end(number: int, *_: object) -> None:
-    global _received
-    _received = number
-    if number == signal.SIGTERM:
-        sys.exit(EXIT_SIGTERM)
-    raise KeyboardInterrupt
+def exit_on_sigterm() -> None:
+    """SIGTERM raises SystemExit in the main thread, so that `finally` blocks run and temporary files are removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))

@@ -12,7 +12,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.command_line import add_config_options, exit_on_signals, load_sections
+from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
 from common.storage import StorageConfig, open_folder
 from datagen.config import DatagenConfig
@@ -36,7 +36,7 @@ from pipeline.model.config import ModelConfig
 def main() -> None:
     arguments = _arguments()
     config, model, storage = load_sections(arguments, datagen=DatagenConfig, model=ModelConfig, storage=StorageConfig)
-    exit_on_signals()  # temporary files are removed, committed shards stay
+    exit_on_sigterm()  # temporary files are removed, committed shards stay
     manifest = build(
         config,
         storage,

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from common.atomic import write_atomic
-from common.command_line import exit_on_signals
+from common.command_line import exit_on_sigterm
 from common.encoders import IMAGE_OUTPUT_SUFFIXES, OUTPUT_SUFFIXES
 from common.errors import UserError, run_command
 from common.image_files import holds_a_sequence, images_in
@@ -45,7 +45,7 @@ EXIT_DAMAGED = 3
 
 
 def main() -> None:
-    exit_on_signals()  # the partial file is removed
+    exit_on_sigterm()  # the partial file is removed
     arguments = parse_arguments()
     folder = arguments.input.is_dir()
     if arguments.stills and not folder:

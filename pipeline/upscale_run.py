@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from common.bit_depth import BitDepth
-from common.command_line import raise_if_signalled
 from common.errors import UserError
 from common.prefetch import prefetch
 from common.progress import progress
@@ -147,7 +146,6 @@ def write_parts(
     with progress(total, "upscaling", "frame", start=parts.frames) as bar:
 
         def advance(count: int) -> None:
-            raise_if_signalled()
             bar.advance(count)
             if watch is not None:
                 watch(bar.done, total)
@@ -170,7 +168,6 @@ def write_to_pipe(job: Job, arguments: argparse.Namespace, statistics: dict[str,
         writer_of(job, arguments)(job.output, pipe=pipe) as writer,
     ):
         for frames, _ in upscaled(reader, Place(), job, arguments, job.tiling, statistics):
-            raise_if_signalled()
             writer.write(frames)
             bar.advance(len(frames))
     return reader
