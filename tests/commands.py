@@ -143,6 +143,7 @@ def launch(ranks: int, *line: object, **options: Any) -> Command:
 
 def _new_interpreter(task: dict[str, Any], files: tuple[int, int, int]) -> subprocess.Popen[bytes]:
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in tests/warm_server.py
         if task["largest_file"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest_file"],) * 2)
 

@@ -108,6 +108,8 @@ def serve(address: str) -> dict[str, Any]:
 def become(task: dict[str, Any], own: dict[str, str], path: list[str]) -> None:
     """Run a command line as the interpreter does, in what serve() has returned."""
     wanted: dict[str, str] = task["environment"]
+    # Ctrl-C has its effect, also where the tests run in the background of a shell, which ignores it for them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, file in enumerate(task["files"]):
         os.dup2(file, number)
         os.close(file)
