@@ -246,7 +246,7 @@ def has_best(checkpoints: Path) -> bool:
 
 
 def load_best(checkpoints: Path, stage: TrainingStage) -> dict[str, float]:
-    """Give the exported network the weights of the best checkpoint; returns its validation metrics. Collective.
+    """Give the networks that are exported the weights of the best checkpoint; returns its metrics. Collective.
 
     Raises:
         UserError: there is none: every validation's number was not finite.
@@ -261,6 +261,7 @@ def load_best(checkpoints: Path, stage: TrainingStage) -> dict[str, float]:
     checkpoint = checkpoint_of(checkpoints, step)
     if (fault := damage(checkpoint)) is not None:
         raise UserError(f"--export best: {fault}; --export last exports the last weights")
-    (name,) = [name for name, network in stage.networks.items() if network is stage.exported]
-    stage.exported.load(checkpoint / name)
+    for name, network in stage.networks.items():
+        if network.ema is not None:
+            network.load(checkpoint / name)
     return dict(read_state(checkpoint)["metrics"])

@@ -182,7 +182,8 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _engines_fit_together(self) -> TrainerConfig:
         for spec in self.specs.values():
-            trained = [network for network in spec.networks if network.optimizer is not None]
+            section = self.section_of(spec)
+            trained = [network for network in spec.networks if network.optimizer_of(section) is not None]
             for network in trained:
                 engine = self.engine_of(network.name)
                 if network.copies is not None:

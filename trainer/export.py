@@ -76,14 +76,15 @@ def export_folder(folder: Path, write: Callable[[Path], None], card: dict[str, A
         (partial / "README.md").write_text(f"{text}```json\n{json.dumps(card, indent=2, default=str)}\n```\n")
 
 
-def add_component(folder: Path, model: Path, name: str, network: ModelMixin) -> None:
-    """Write a model folder: the components of `model` as they are, and `network` as the one called `name`."""
+def add_components(folder: Path, model: Path, components: dict[str, ModelMixin]) -> None:
+    """Write a model folder: the components of `model` as they are, those of `components` added or in their place."""
     index = json.loads((model / "model_index.json").read_text())
     for part, kind in index.items():
-        if isinstance(kind, list) and kind[0] is not None and part != name:
+        if isinstance(kind, list) and kind[0] is not None and part not in components:
             shutil.copytree(model / part, folder / part)
-    network.save_pretrained(folder / name, safe_serialization=True)
-    index[name] = [type(network).__module__, type(network).__name__]
+    for name, network in components.items():
+        network.save_pretrained(folder / name, safe_serialization=True)
+        index[name] = [type(network).__module__, type(network).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 

@@ -149,12 +149,14 @@ def _train(job: TrainingJob, world: World) -> bool:
         return False
     if job.export == "best":
         run.metrics = load_best(run.checkpoints, stage)
-    state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
     if job.stage.export is not None:
+        averaged = {name: network for name, network in stage.networks.items() if network.ema is not None}
+        trained = {name: (network.module, network.full_state_dict(ema=True)) for name, network in averaged.items()}
         if world.rank == 0:
-            write = partial(job.stage.export, module=stage.exported.module, state=state, init=job.init)
+            write = partial(job.stage.export, trained=trained, init=job.init)
             export_folder(job.output / "model", write, {**settings, "metrics": run.metrics})
     else:
+        state = stage.exported.full_state_dict(ema=stage.exported.ema is not None)
         exporter.export("model", state, job.stage.exported_steps(job.model), run.metrics)
     if world.rank == 0:
         print(f"model: {job.output / 'model'}", flush=True)

@@ -121,7 +121,7 @@ def test_only_a_small_vae_is_taken_and_given(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="TinyVideoVAE"):
         load_codec(Path("assets/tiny/vae"), model, 0)
     made = vae()
-    export_codec(tmp_path, made, {name: p.detach() for name, p in made.named_parameters()})
+    export_codec(tmp_path, {"codec": (made, {name: p.detach() for name, p in made.named_parameters()})})
     assert json.loads((tmp_path / "config.json").read_text())["z_dim"] == 6
     loaded = load_vae(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), made.parameters(), strict=True))

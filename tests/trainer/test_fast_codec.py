@@ -31,6 +31,7 @@ from trainer.stages.fast_codec.config import FastDecoderConfig, LrEncoderConfig
 from trainer.stages.fast_codec.decoder import FastDecoderStage
 from trainer.stages.fast_codec.encoder import LrEncoderStage
 from trainer.stages.fast_codec.spec import FAST_DECODER, LR_ENCODER
+from trainer.stages.losses import multiscale_gradient_loss
 from trainer.stages.stage import NetworkSpec, StageSetup
 
 MODEL = ModelConfig(transformer=TRANSFORMER, vae="none", prompts="none")
@@ -49,7 +50,7 @@ def batch(keys: list[str]) -> Batch:
     return Batch(keys, tensors, [{"caption": ""} for _ in keys])
 
 
-def decoder_stage(**changes: Any) -> FastDecoderStage:
+def decoder_stage(accumulation: int = 1, **changes: Any) -> FastDecoderStage:
     config = FastDecoderConfig(**(SMALL | changes))
 
     def transformer_of(network: NetworkSpec) -> Any:
@@ -60,11 +61,12 @@ def decoder_stage(**changes: Any) -> FastDecoderStage:
             return network.load(None, MODEL, config, 7)
         return VSRTransformer(**TRANSFORMER)
 
-    return FastDecoderStage(setup(FAST_DECODER, config, FAST_DECODER.modules(config, transformer_of, 0)))
+    modules = FAST_DECODER.modules(config, transformer_of, 0)
+    return FastDecoderStage(setup(FAST_DECODER, config, modules, accumulation))
 
 
-def setup(spec: Any, config: Any, modules: dict[str, Any]) -> StageSetup:
-    engine = DeepSpeedConfig(zero_stage=1, precision="fp32")
+def setup(spec: Any, config: Any, modules: dict[str, Any], accumulation: int = 1) -> StageSetup:
+    engine = DeepSpeedConfig(zero_stage=1, precision="fp32", gradient_accumulation=accumulation)
     return StageSetup(spec, config, modules, lambda name: engine, lambda c: torch.zeros(len(c), 4, 8), seed=5)
 
 
@@ -96,11 +98,40 @@ def test_a_decoder_step_is_the_written_loss(world: World, step: int) -> None:
     assert values["loss_discriminator"] == pytest.approx(hinge.item(), rel=1e-4)
 
 
+def test_a_trained_student_descends_the_same_loss(world: World) -> None:
+    """Two micro-batches; the gradients of both networks beside one autograd graph of a float64 copy."""
+    parts = [batch(["a", "b"]), batch(["c", "d"])]
+    stage = decoder_stage(student_fraction=0.7, student_optimizer=ADAM, accumulation=2)
+    torch.manual_seed(3)
+    for network in stage.networks.values():  # as it begins, the student's last layer is zero, and all before it
+        network._set_masters([m + 0.05 * torch.randn_like(m) for m in (f.master for f in network.fragments)])
+    plain = {name: copy.deepcopy(network.module).double() for name, network in stage.networks.items()}
+    for module in plain.values():
+        module.requires_grad_(True)
+    for clips in parts:
+        draws = stage.draws(3, clips)
+        noise, z_lr = draws.noise("generator", clips.tensors["z_hr"]).double(), clips.tensors["z_lr"].double()
+        ones, prompt = torch.ones(2, dtype=torch.float64), torch.zeros(2, 4, 8, dtype=torch.float64)
+        z0 = noise - plain["student"](noise, ones, z_lr, prompt).velocity
+        taken = (draws.uniform("student") < 0.7).view(-1, 1, 1, 1, 1)
+        crop = stage._crop(clips, torch.where(taken, z0, clips.tensors["z_hr"].double()), 3)
+        y, x = plain["fast_decoder"](crop.z, crop.low_resolution.double()), crop.hr.double()
+        (loss := reconstruction(y, x) + 0.05 * multiscale_gradient_loss(y, x, 3))
+        (loss / 2).backward()
+    values = stage.train_step(3, parts)
+    for name, module in plain.items():
+        norm = torch.stack([p.grad.square().sum() for p in module.parameters() if p.grad is not None]).sum().sqrt()
+        assert norm > 1e-4
+        assert values[f"gradient_norm_{name}"] == pytest.approx(norm.item(), rel=1e-3)
+    with pytest.raises(ValueError, match="no student is decoded"):
+        FastDecoderConfig(student_fraction=0, student_optimizer=ADAM)
+
+
 def test_the_student_is_decoded_in_its_share_of_the_samples(world: World) -> None:
     clips = batch([str(number) for number in range(40)])
     stage = decoder_stage(student_fraction=0.5)
     assert set(stage.networks) == {"fast_decoder", "student"}
-    z, own = stage._latents(0, clips), stage._student_latents(0, clips)
+    z, own = stage._latents(0, clips), stage._student_latents(0, clips, stage.student.frozen)  # type: ignore[union-attr]
     taken = [torch.equal(a, b) for a, b in zip(z, own, strict=True)]
     kept = [torch.equal(a, b) for a, b in zip(z, clips.tensors["z_hr"], strict=True)]
     assert all(a != b for a, b in zip(taken, kept, strict=True)) and 10 < sum(taken) < 30
@@ -193,11 +224,17 @@ def test_each_adds_its_network_to_the_model_folder(tmp_path: Path) -> None:
     decoder_config = FastDecoderConfig(**SMALL)
     decoder = networks.load_fast_decoder(tmp_path / "model", MODEL, decoder_config, 0)
     encoder = networks.load_lr_encoder(None, MODEL, LrEncoderConfig(shape={"dim": 8, "blocks": 1}), 0)
-    for name, network, init, write in (
-        ("one", decoder, "model", networks.export_fast_decoder),
-        ("two", encoder, "one", networks.export_lr_encoder),
+    for folder, name, network, init in (
+        ("one", "fast_decoder", decoder, "model"),
+        ("two", "lr_encoder", encoder, "one"),
     ):
-        write(tmp_path / name, module=network, state=network.state_dict(), init=tmp_path / init)
+        networks.export(tmp_path / folder, {name: (network, network.state_dict())}, tmp_path / init)
+    student = VSRTransformer(**TRANSFORMER)
+    state = {name: torch.full_like(value, 0.5) for name, value in student.state_dict().items()}
+    trained = {"fast_decoder": (decoder, decoder.state_dict()), "student": (student, state)}
+    networks.export(tmp_path / "three", trained, tmp_path / "two")
+    three = open_pipeline(tmp_path / "three")
+    assert three.lr_encoder is not None and all((p == 0.5).all() for p in three.transformer.parameters())
     opened = open_pipeline(tmp_path / "two").codec("fast")
     assert isinstance(opened, FastCodec)
     assert all(torch.equal(a, b) for a, b in zip(opened.decoder.parameters(), decoder.parameters(), strict=True))

@@ -51,7 +51,7 @@ class Validation:
         Every rank returns the same.
         """
         sums: dict[str, float] = {}
-        with stage.exported.averaged():
+        with stage.averaged():
             previews = [stage.previews(clip) for clip in self._clips]
         self._decode_constants(stage)
         for index, shown in enumerate(previews):

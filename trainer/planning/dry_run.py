@@ -35,7 +35,7 @@ def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: 
     trained = {
         name: count_parameters(network, trained=True)
         for name, network in networks.items()
-        if stage.network(name).optimizer
+        if stage.network(name).optimizer_of(config.section_of(stage))
     }
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
@@ -49,8 +49,7 @@ def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: 
     lines += memory_table(stage, model, config, counts, gpus, trained)
     lines += ["", "# DeepSpeed configuration"]
     for name in counts:
-        field = stage.network(name).optimizer
-        optimizer = getattr(config.section_of(stage), field) if field else None
+        optimizer = stage.network(name).optimizer_of(config.section_of(stage))
         lines += [f"{name}: {json.dumps(deepspeed_config(config.engine_of(name), optimizer), indent=2)}"]
     return "\n".join(lines)
 

@@ -55,21 +55,21 @@ def stage_memory(
         counts: parameters of each network.
         trained: how many of them are trained, of the networks that have an optimizer.
     """
-    networks, buffers = {}, 0.0
+    networks, buffers, section = {}, 0.0, config.section_of(stage)
     for name, count in counts.items():
         network, engine = stage.network(name), config.engine_of(name)
+        learns = network.optimizer_of(section) is not None
         networks[name] = network_memory(
             count,
             engine,
             gpus,
-            trained=network.optimizer is not None,
+            trained=learns,
             ema=network.ema,
             trained_parameters=trained.get(name),
             moments=network.moments,
         )
-        buffers += buffer_memory(count, engine, gpus, trained=network.optimizer is not None)
+        buffers += buffer_memory(count, engine, gpus, trained=learns)
     sizes = ActivationSizes.of(model.transformer, config.engine_of("student"), latent, batch, config.sequence_parallel)
-    section = config.section_of(stage)
     latents = stage.latents_per_sample(section)
     activations = sizes.update(latents)
     if stage.activation_bytes is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ from trainer.stages.crops import CropFrames, crop_starts, require_room
 from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
 from trainer.stages.parameter_groups import linear_apart
 from trainer.stages.random_draws import Draws
-from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, TrainingStage
+from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, Trained, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
@@ -148,10 +148,11 @@ def load_codec(folder: Path | None, model: ModelConfig, seed: int) -> SmallVideo
     return vae.requires_grad_(True).train()
 
 
-def export_codec(folder: Path, module: Any, state: dict[str, Tensor], init: Path | None = None) -> None:
+def export_codec(folder: Path, trained: Trained, init: Path | None = None) -> None:
     """Write a VAE folder with the trained weights."""
     from pipeline.model.small_vae import SmallVideoVAE
 
+    module, state = trained["codec"]
     vae = SmallVideoVAE.from_config(module.config)
     vae.load_state_dict(state, strict=True)
     vae.register_to_config(_name_or_path="")  # diffusers notes the folder it was loaded from

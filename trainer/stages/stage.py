@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from common.config import Section
 from pipeline.model.config import ModelConfig
 from pipeline.model.low_resolution_skip import LowResolutionPredictor
-from trainer.engine.config import DeepSpeedConfig
+from trainer.engine.config import DeepSpeedConfig, OptimizerConfig
 from trainer.stages.random_draws import Draws
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class NetworkSpec:
     name: str
     #: the option whose model folder holds its first weights
     weights: Literal["init", "teacher"] = "init"
-    #: field of the stage's configuration with its `OptimizerConfig`; None: it is frozen
+    #: field of the stage's configuration with its `OptimizerConfig`; where there is none, or None stands in it, the
+    #: network is frozen
     optimizer: str | None = None
     #: False for a network that is only overwritten by another's masters: its optimizer never steps
     moments: bool = True
@@ -81,9 +83,17 @@ class NetworkSpec:
         """Whether there is one with these settings of the stage."""
         return self.needed is None or bool(getattr(config, self.needed))
 
+    def optimizer_of(self, config: Any) -> OptimizerConfig | None:
+        """How it is trained with these settings of the stage; None: it is frozen."""
+        return getattr(config, self.optimizer) if self.optimizer else None
+
 
 #: a student with an EMA, trained with the stage's `optimizer`, with an adapter where `trainer.lora.student` is given
 STUDENT = NetworkSpec("student", optimizer="optimizer", ema=True, lora="student")
+
+
+#: module and weights (float32, on the CPU) of trained networks, by name
+Trained = dict[str, tuple[nn.Module, dict[str, Tensor]]]
 
 
 def _same_modules(config: Any, transformers: dict[str, nn.Module], shape: Any, seed: int) -> dict[str, nn.Module]:
@@ -120,8 +130,8 @@ class StageSpec:
     pixels: bool = False
     #: reads the folder of `--init` or `--teacher`: (folder or None, model, seed) -> module; None: a transformer
     load: Callable[[Path | None, ModelConfig, int], nn.Module] | None = None
-    #: writes what the stage makes: (folder, module=, state=, init=) of the exported network and the folder of `--init`;
-    #: None: a model folder around a transformer
+    #: writes what the stage makes: (folder, trained, init), with `trained` the module and the weights of each network
+    #: that has an EMA, by name, and the folder of `--init`; None: a model folder around a transformer
     export: Callable[..., None] | None = None
     #: Euler steps that the exported model is meant for
     exported_steps: Callable[[ModelConfig], int] = lambda model: 1
@@ -197,7 +207,7 @@ class StageSetup:
             name,
             module,
             deepspeed=self.engine_of(name),
-            optimizer=getattr(self.config, network.optimizer) if network.optimizer else None,
+            optimizer=network.optimizer_of(self.config),
             parameter_groups=parameter_groups,
             ema_decay=self.config.ema_decay if network.ema else None,
         )
@@ -221,6 +231,14 @@ class TrainingStage(ABC):
         self.name = setup.spec.name
         self.shift = getattr(setup.config, "time_shift", None) or setup.model_shift
         self._embed, self._seed, self._device = setup.embed, setup.seed, torch.device(setup.device)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Every network's EMA in place of its weights, for previews. Collective."""
+        with ExitStack() as stack:
+            for network in self.networks.values():
+                stack.enter_context(network.averaged())
+            yield
 
     @property
     def batches_per_step(self) -> int:

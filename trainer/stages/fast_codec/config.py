@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.config import Section
 from trainer.engine.config import OptimizerConfig
@@ -60,10 +60,19 @@ class FastDecoderConfig(Section):
     discriminator: HeadConfig = HeadConfig(hidden_channels=64)  # [ours]
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, betas=(0.0, 0.99))  # [ours]
     optimizer: OptimizerConfig = OPTIMIZER  # [ours]
+    #: of the student where it descends L along with the decoder, for a few hundred steps (SwiftVR's last stage); null:
+    #: it is frozen
+    student_optimizer: OptimizerConfig | None = None
     #: peak learning rate of the linear path: hundreds of its weights move one value together [ours]
     linear_learning_rate: float = Field(default=5e-5, gt=0)
     #: decay per update of the exported weights' EMA [ours]
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _a_trained_student_is_decoded(self) -> FastDecoderConfig:
+        if self.student_optimizer is not None and not self.with_student:
+            raise ValueError("student_optimizer is given and student_fraction is 0: no student is decoded; raise it")
+        return self
 
     @property
     def with_student(self) -> bool:

@@ -5,13 +5,17 @@
 x is a crop of the HR clip; y is decoded from the crop of a latent and of the LR clip, y_full from the same latent by
 the VAE. The latent is z^HR or, in a share of the samples, the student's ẑ0: what will be decoded, and where LR says
 most that the latent does not.
+
+With `student_optimizer` the student descends L, too: ẑ0 is cut off into a leaf, the decoder's backward leaves ∂L/∂ẑ0
+there, and the student's engine is given (ẑ0·∂L/∂ẑ0).sum(), as in Stage II.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ from trainer.stages.stage import Meter, StageSetup, TrainingStage
 
 if TYPE_CHECKING:
     from datagen.dataset.loader import Batch
+    from trainer.engine.network import Network
     from trainer.planning.memory import ActivationSizes
 
 
@@ -54,15 +59,23 @@ class FastDecoderStage(TrainingStage):
         self.preview_names = ("fast_decoder", *(["fast_decoder_of_student"] if self.student else []))
 
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
-        """The decoder descends L, then the discriminator L_D on what was decoded."""
-        pairs = []
-        with self.fast_decoder.updating():
+        """Decoder and trained student descend L, then the discriminator L_D on what was decoded."""
+        pairs, student = [], self._trained_student
+        with self.fast_decoder.updating(), nullcontext() if student is None else student.updating():
             for batch in batches:
-                crop = self._crop(batch, self._latents(step, batch), step)
+                z0 = self._latents(step, batch)
+                leaf = z0.detach().requires_grad_(student is not None)
+                crop = self._crop(batch, leaf, step)
                 decoded = self.fast_decoder(crop.z, crop.low_resolution).float()
                 self.fast_decoder.backward(self._loss(step, crop, decoded, meter))
                 pairs.append((crop.hr, decoded.detach()))
+                if student is not None and leaf.grad is not None:
+                    # Both engines divide by it, and the leaf's gradient has been divided once.
+                    gradient = leaf.grad * self.fast_decoder.config.gradient_accumulation
+                    student.backward((z0 * gradient).sum())
             meter.add(gradient_norm_fast_decoder=self.fast_decoder.step())
+            if student is not None:
+                meter.add(gradient_norm_student=student.step())
         if self.discriminator is None:
             return
         with self.discriminator.updating():
@@ -94,6 +107,11 @@ class FastDecoderStage(TrainingStage):
         meter.add(loss=loss)
         return loss
 
+    @property
+    def _trained_student(self) -> Network | None:
+        """The student where it descends L, too."""
+        return None if self.config.student_optimizer is None else self.student
+
     def objective(self, step: int) -> str:
         """With the adversarial term or without."""
         adversarial = self.discriminator is not None and step >= self.config.adversarial_from_step
@@ -104,7 +122,7 @@ class FastDecoderStage(TrainingStage):
         """Crops decoded from z^HR and from the student's latent; pixels (B, 3, F, H, W)."""
         latents = {"fast_decoder": self.latents(batch, "z_hr")}
         if self.student is not None:
-            latents["fast_decoder_of_student"] = self._student_latents(-1, batch)
+            latents["fast_decoder_of_student"] = self._student_latents(-1, batch, self.student.frozen)
         crops = {name: self._crop(batch, z, None) for name, z in latents.items()}
         return {name: self.fast_decoder.frozen(crop.z, crop.low_resolution).float() for name, crop in crops.items()}
 
@@ -129,14 +147,15 @@ class FastDecoderStage(TrainingStage):
             return z_hr
         # Computed for all: every rank makes the same calls.
         from_student = self.draws(step, batch).uniform("student") < self.config.student_fraction
-        return torch.where(from_student.view(-1, 1, 1, 1, 1), self._student_latents(step, batch), z_hr)
+        trained = self._trained_student
+        with torch.set_grad_enabled(trained is not None):
+            z0 = self._student_latents(step, batch, trained or self.student.frozen)
+        return torch.where(from_student.view(-1, 1, 1, 1, 1), z0, z_hr)
 
-    @torch.no_grad()
-    def _student_latents(self, step: int, batch: Batch) -> Tensor:
-        assert self.student is not None
-        student, z_lr = self.student, self.latents(batch, "z_lr")
+    def _student_latents(self, step: int, batch: Batch, student: Callable[..., Any]) -> Tensor:
+        z_lr = self.latents(batch, "z_lr")
         noise = self.draws(step, batch).noise("generator", z_lr)
-        return one_step(lambda *x: student.frozen(*x).velocity, noise, z_lr, self.prompts(batch))
+        return one_step(lambda *x: student(*x).velocity, noise, z_lr, self.prompts(batch))
 
     def _crop(self, batch: Batch, z: Tensor, step: int | None) -> Crop:
         """The first frames of each sample, at places that `step` draws; None: in the middle."""
@@ -161,10 +180,11 @@ class FastDecoderStage(TrainingStage):
 
 
 def activation_bytes(sizes: ActivationSizes, config: FastDecoderConfig) -> float:
-    """Of one crop: the decoder never sees a clip in full."""
+    """Of one crop: the decoder never sees a clip in full. A student that is trained does."""
     place = config.side // SPATIAL_FACTOR
     with torch.device("meta"):
         decoder = FastDecoder(sizes.latent_channels, **config.shape.model_dump())
         z = torch.empty(1, sizes.latent_channels, (config.frames - 1) // 4 + 1, place, place)
         low_resolution = torch.empty(1, 3, config.frames, LR_PIXELS * place, LR_PIXELS * place)
-    return saved_bytes(decoder, z, low_resolution) * sizes.width / 4
+    student = sizes.update() if config.student_optimizer is not None else 0.0
+    return saved_bytes(decoder, z, low_resolution) * sizes.width / 4 + student

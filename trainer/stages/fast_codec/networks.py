@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from common.errors import UserError
 from pipeline.model.config import ModelConfig
 from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
+from pipeline.model.load_weights import load_transformer, saved_config
 from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.vae import VAE, decode_latents, load_vae, vae_class
-from trainer.export import add_component
+from trainer.export import add_components
 from trainer.stages.dual_stream.auxiliary_networks import Head
 from trainer.stages.dual_stream.config import HeadConfig
 from trainer.stages.fast_codec.config import FastDecoderConfig, LrEncoderConfig
+from trainer.stages.stage import Trained
 
 #: pixels along a side of what the discriminator takes as one position
 PATCH_PX = 4
@@ -167,19 +169,16 @@ def assemble(config: FastDecoderConfig, networks: dict[str, nn.Module], shape: A
     return networks
 
 
-def export_fast_decoder(folder: Path, module: Any, state: dict[str, Tensor], init: Path | None) -> None:
-    """The model folder of `--init` with the trained decoder."""
-    _export("fast_decoder", folder, module, state, init)
-
-
-def export_lr_encoder(folder: Path, module: Any, state: dict[str, Tensor], init: Path | None) -> None:
-    """The model folder of `--init` with the trained encoder."""
-    _export("lr_encoder", folder, module, state, init)
-
-
-def _export(name: str, folder: Path, module: Any, state: dict[str, Tensor], init: Path | None) -> None:
+def export(folder: Path, trained: Trained, init: Path | None) -> None:
+    """The model folder of `--init` with what was trained: the decoder, its student where that was, or the encoder."""
     assert init is not None
-    network = type(module).from_config(module.config)
-    network.load_state_dict(state, strict=True)
-    network.register_to_config(_name_or_path="")  # diffusers notes the folder it was loaded from
-    add_component(folder, init, name, network)
+    components: dict[str, Any] = {}
+    for name, (module, state) in trained.items():
+        network: Any = type(module).from_config(module.config)  # type: ignore[attr-defined]
+        network.load_state_dict(state, strict=True)
+        network.register_to_config(_name_or_path="")  # diffusers notes the folder it was loaded from
+        if name == "student":
+            saved = next(load_transformer(init, saved_config(init), dtype=None).parameters()).dtype
+            name, network = "transformer", network.to(saved)
+        components[name] = network
+    add_components(folder, init, components)

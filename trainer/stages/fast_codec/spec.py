@@ -25,7 +25,7 @@ FAST_DECODER = StageSpec(
     config=FastDecoderConfig,
     networks=(
         NetworkSpec("fast_decoder", optimizer="optimizer", ema=True, load=_later("networks", "load_fast_decoder")),
-        NetworkSpec("student", needed="with_student"),
+        NetworkSpec("student", optimizer="student_optimizer", ema=True, trains_predictor=True, needed="with_student"),
         NetworkSpec("full_decoder", needed="with_full_decoder", load=_later("networks", "load_full_decoder")),
         NetworkSpec("perceptual", needed="with_lpips", load=_later("networks", "load_perceptual")),
         NetworkSpec(
@@ -41,7 +41,7 @@ FAST_DECODER = StageSpec(
     members=("latents", "lr", "hr"),
     pixels=True,
     assemble=_later("networks", "assemble"),
-    export=_later("networks", "export_fast_decoder"),
+    export=_later("networks", "export"),
     activation_bytes=_later("decoder", "activation_bytes"),
 )
 
@@ -55,6 +55,6 @@ LR_ENCODER = StageSpec(
     init="the model folder that it is added to",
     members=("latents", "lr"),
     target="z_lr",
-    export=_later("networks", "export_lr_encoder"),
+    export=_later("networks", "export"),
     activation_bytes=_later("encoder", "activation_bytes"),
 )
