@@ -251,7 +251,7 @@ def build_stage(
         torch._functorch.config.donated_buffer = False
         for trained in stage.networks.values():
             blocks: Any = getattr(trained.module, "transformer", trained.module)
-            if getattr(blocks, "_repeated_blocks", None):
+            if isinstance(blocks, VSRTransformer):  # inductor fails on the backward of a codec's replicated borders
                 blocks.compile_repeated_blocks()
     return stage
 
