@@ -21,8 +21,9 @@ from tests.trainer.reference import PlainDualStream
 from trainer.engine.process_group import World, start_distributed
 
 ROUNDS = 5
-#: that are compared in bfloat16; in later ones rounding has moved what the hinge loss leaves open (see the page)
-BF16_ROUNDS = 3
+#: that the test suite runs, and that are compared in bfloat16; in later ones rounding has moved what the hinge loss
+#: leaves open (see the page)
+FEW_ROUNDS = 3
 GLOBAL_BATCH = 4
 LOSSES = ("loss_diffusion", "loss_discriminator", "loss_dmd", "loss_generator", "loss_feature_matching")
 NORMS = ("gradient_norm_critic", "gradient_norm_student")
@@ -47,7 +48,7 @@ class Row:
 
     @property
     def compared_rounds(self) -> int:
-        return ROUNDS if self.precision == "fp32" else BF16_ROUNDS
+        return ROUNDS if self.precision == "fp32" else FEW_ROUNDS
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -88,23 +89,23 @@ TESTED = [
 Logs = list[dict[str, float]]
 
 
-def plain_logs() -> Logs:
+def plain_logs(rounds: int = ROUNDS) -> Logs:
     """The yardstick."""
     stage = toys.dual_stream(toys.configuration())
     modules = (stage.student.module, stage.critic.module, stage.real_score.module)
     plain = PlainDualStream(stage.config, *modules, seed=7)
     return [
         plain.round(step, toys.local_batches(toys.global_batches(step, 4, GLOBAL_BATCH), 0, 1, 1))
-        for step in range(ROUNDS)
+        for step in range(rounds)
     ]
 
 
-def run(world: World, rows: list[Row]) -> dict[Row, Logs]:
+def run(world: World, rows: list[Row], rounds: int = ROUNDS) -> dict[Row, Logs]:
     """Logs of every row: rows of one rank in this process, those of two in one start of two ranks."""
     ways = {ranks: [row.arguments for row in rows if row.ranks == ranks] for ranks in (1, 2)}
     found = {
-        1: scenarios.parity(world, rows=ways[1], count=ROUNDS),
-        2: run_on_ranks("tests.trainer.scenarios:parity", 2, rows=ways[2], count=ROUNDS)[0],
+        1: scenarios.parity(world, rows=ways[1], count=rounds),
+        2: run_on_ranks("tests.trainer.scenarios:parity", 2, rows=ways[2], count=rounds)[0],
     }
     queues = {ranks: iter(result["rows"]) for ranks, result in found.items()}
     return {row: next(queues[row.ranks])["logs"] for row in rows}
@@ -158,7 +159,7 @@ nearly zero; a wrong gradient shows as 1e-2 and more (see the table of calls in
 half of its tokens (`trainer.sequence_parallel`).
 
 The bf16 rows compute in bfloat16 with float32 masters and are shown for scale; "worst" is of their first
-{BF16_ROUNDS} rounds. As long as no margin of the hinge loss is reached, raising all outputs of the discriminator alike
+{FEW_ROUNDS} rounds. As long as no margin of the hinge loss is reached, raising all outputs of the discriminator alike
 changes nothing, so rounding alone decides where Adam moves them, and L_G with them.
 
 {table(results, yardstick)}
