@@ -277,6 +277,17 @@ def test_schedules_decide_the_terms_of_the_students_loss(world: World) -> None:
     assert [sequential.weights(step) for step in (4, 5)] == [(1.0, 0.0, 0.0), (0.0, 0.1, 0.05)]
 
 
+def test_without_dmd_the_student_waits_for_the_heads(world: World) -> None:
+    stage = toys.dual_stream(toys.configuration(dmd_weight=0.0, heads_warmup_steps=1))
+    before = [fragment.master.clone() for fragment in stage.student.fragments]
+    first = stage.train_step(0, _batches(0))
+    assert all(torch.equal(f.master, value) for f, value in zip(stage.student.fragments, before, strict=True))
+    assert first["gradient_norm_critic"] > 0 and "gradient_norm_student" not in first
+    assert stage.objective(0) == "heads alone" and stage.objective(1) == "GAN + FM"
+    second = stage.train_step(1, _batches(1))
+    assert second["gradient_norm_student"] > 0 and stage.student.updates == 1
+
+
 def test_guided_real_score_uses_one_plus_w(world: World) -> None:
     """v_cfg = (1 + w)·v(c) − w·v(∅)."""
     stage = toys.dual_stream(toys.configuration(real_score_guidance=3.0))

@@ -91,12 +91,13 @@ class DualStream(TrainingStage):
         queue = [batches[i : i + self._accumulation] for i in range(0, len(batches), self._accumulation)]
         for update, micro_batches in enumerate(queue[:-1]):  # line 2
             self.auxiliary_update(step, update, micro_batches, meter)
-        self.student_update(step, queue[-1], meter)
+        if any(self.weights(step)):  # without DMD, nothing teaches the student while the heads warm up
+            self.student_update(step, queue[-1], meter)
 
     def objective(self, step: int) -> str:
         """The terms of L_S with a weight at `step`."""
         terms = zip(("DMD", "GAN", "FM", "DF"), (*self.weights(step), float(self.forces_data(step))), strict=True)
-        return " + ".join(name for name, weight in terms if weight > 0)
+        return " + ".join(name for name, weight in terms if weight > 0) or "heads alone"
 
     def auxiliary_update(self, step: int, update: int, batches: Sequence[Batch], meter: Meter) -> None:
         """Lines 3-15: θ_F descends L_Diff, φ descends L_D."""

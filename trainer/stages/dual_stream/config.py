@@ -44,7 +44,8 @@ class DualStreamConfig(Section):
     schedule: Literal["joint", "sequential"] = "joint"
     #: steps of DMD alone, only for schedule: sequential
     sequential_dmd_steps: int = Field(default=0, ge=0)
-    #: first steps in which the heads are updated but the student does not use them yet (λ_GAN = λ_FM = 0) [ours]
+    #: first steps in which the heads are updated but the student does not use them yet (λ_GAN = λ_FM = 0); without DMD
+    #: it waits for them [ours]
     heads_warmup_steps: int = Field(default=0, ge=0)
 
     #: hinge, the default [paper]; softplus: non-saturating logistic as in DMD2; relativistic: paired as in R3GAN
