@@ -4,10 +4,10 @@
 
 Each clip of held_out.py is degraded by the recipe `light` with every seed, upscaled by every method, and scored:
 bicubic, three controls (a sharpened bicubic; assets/small without its DiT; with its VAE to decode), Real-ESRGAN's two
-networks and the models given. `scores.json` holds `methods.<name>.<metric>`, the mean over clips and seeds;
-`intervals`, its 95 % interval; `differences` between methods; `per_clip`. `effect.md` holds the table, `<clip>.png`
-the frames at 1:1. Scores are kept per method, clip and seed, so a killed run resumes and a new method costs only
-itself.
+networks, the models given, and the truth itself: what NIQE and the temporal error are where all is right. `scores.json`
+holds `methods.<name>.<metric>`, the mean over clips and seeds; `intervals`, its 95 % interval; `differences` between
+methods; `per_clip`. `effect.md` holds the table, `<clip>.png` the frames at 1:1. Scores are kept per method, clip and
+seed, so a killed run resumes and a new method costs only itself.
 
 Intervals are percentile bootstraps over clips, each clip being the mean of its seeds; differences are paired by clip.
 """
@@ -109,8 +109,14 @@ def parse_models(values: Iterable[str]) -> dict[str, tuple[Path, int | None]]:
     return models
 
 
-def run_method(name: str, upscaler: Callable[[], Upscaler], version: str, output: Path, clips: Path | None) -> Any:
-    """Scores of one method by clip and seed; what is in `output/cache` is not computed again."""
+def run_method(
+    name: str, upscaler: Callable[[], Upscaler] | None, version: str, output: Path, clips: Path | None
+) -> Any:
+    """Scores of one method by clip and seed; what is in `output/cache` is not computed again.
+
+    Args:
+        upscaler: None: the truth.
+    """
     file = output / "cache" / f"{name}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     version += f", degradation {DEGRADATION_REVISION}"
@@ -123,9 +129,9 @@ def run_method(name: str, upscaler: Callable[[], Upscaler], version: str, output
                 found = known["scores"].setdefault(clip.name, {}).get(str(seed), {})
                 image = output / "frames" / f"{clip.name}-{name}.png"
                 if set(METRICS) - set(found) or (seed == SEEDS[0] and not image.is_file()):
-                    upscale, metrics = upscale or upscaler(), metrics or create_all(METRICS)
+                    upscale, metrics = upscale or (upscaler and upscaler()), metrics or create_all(METRICS)
                     high = clip.frames(clips)
-                    frames = upscale(degrade_clip(high, RECIPE, seed)[0])
+                    frames = upscale(degrade_clip(high, RECIPE, seed)[0]) if upscale else high
                     if seed == SEEDS[0]:
                         save_image(Image.fromarray(frames[SHOWN]), image)
                     video, reference = to_tensor(frames), to_tensor(high)
@@ -178,10 +184,9 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, "PNG")
 
 
-def contact_sheet(clip: HeldOutClip, methods: Iterable[str], output: Path, clips: Path | None) -> None:
-    """The same frame of every method and of the truth at 1:1, three in a row."""
+def contact_sheet(clip: HeldOutClip, methods: Iterable[str], output: Path) -> None:
+    """The same frame of every method at 1:1, three in a row."""
     images = {name: Image.open(output / "frames" / f"{clip.name}-{name}.png") for name in methods}
-    images["truth"] = Image.fromarray(clip.frames(clips)[SHOWN])
     save_image(labelled_grid(list(images.items()), columns=3), output / f"{clip.name}.png")
 
 
@@ -198,7 +203,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     own = files_fingerprint(sorted(SMALL.glob("*/*.safetensors")), SMALL)
-    methods: dict[str, tuple[Callable[[], Upscaler], str]] = {
+    methods: dict[str, tuple[Callable[[], Upscaler] | None, str]] = {
         "bicubic": (lambda: bicubic, "1"),
         "bicubic-sharpened": (lambda: bicubic_sharpened, "1"),
         "prediction": (lambda: prediction(SMALL), own),
@@ -209,6 +214,7 @@ def main() -> None:
     for name, (folder, steps) in parse_models(arguments.model or SHIPPED).items():
         version = f"{files_fingerprint(sorted(folder.rglob('*.safetensors')), folder)} {steps}"
         methods[name] = (lambda folder=folder, steps=steps: model_upscaler(folder, steps), version)  # type: ignore[misc]
+    methods["truth"] = (None, "1")
     scores: Scores = {
         name: run_method(name, upscaler, version, arguments.output, arguments.clips)
         for name, (upscaler, version) in methods.items()
@@ -217,7 +223,7 @@ def main() -> None:
     write_atomic(arguments.output / "scores.json", json.dumps(result, indent=1))
     write_atomic(arguments.output / "effect.md", table(result))
     for clip in CLIPS:
-        contact_sheet(clip, methods, arguments.output, arguments.clips)
+        contact_sheet(clip, methods, arguments.output)
     print(table(result))
 
 
