@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.dual_stream_step import SHAPES, count_flops
+from benchmarks.effect.ablations import Order, judged
+from benchmarks.effect.held_out import CLIPS
 from benchmarks.effect.train import CONFIG, ROWS, chain, parse_arguments, plan
 from benchmarks.inference import STEPS, time_command, time_model
 from benchmarks.read_ahead import waited, write_dataset
@@ -124,3 +126,26 @@ def test_read_ahead_waits_once_a_step(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), None)
     arguments = argparse.Namespace(batches=3, steps=2, compute=0.0)
     assert len(waited(str(tmp_path), None, 4, arguments)) == 2
+
+
+def test_an_order_holds_where_clips_and_training_seeds_agree() -> None:
+    """Differences by clip that lie between 0.5 and 1; in the third row the second training seed disagrees."""
+    steps = [0.5 + 0.1 * number for number in range(len(CLIPS))]
+
+    def row(*factors: float) -> dict[int, dict[str, dict[str, float]]]:
+        values = {clip.name: step for clip, step in zip(CLIPS, steps, strict=True)}
+        return {
+            seed: {name: {"niqe": 5 - factor * step, "psnr": 20 + factor * step} for name, step in values.items()}
+            for seed, factor in enumerate(factors)
+        }
+
+    values = {"low": row(0, 0), "high": row(1, 2), "unsteady": row(3, -0.1), "once": row(0)}
+    order = Order("", "high", "low", "")
+    mean = 1.5 * sum(steps) / len(steps)
+    for metric, sign in (("niqe", "-"), ("psnr", "")):
+        verdict, shown = judged(values, order, metric) or ("", "")
+        assert verdict == "holds" and shown.startswith(f"{sign}{mean:.2f}"), shown
+        assert (judged(values, order._replace(better="low", worse="high"), metric) or "")[0] == "is refuted"
+        assert (judged(values, order._replace(better="unsteady"), metric) or "")[0] == "undecided"
+        assert (judged(values, order._replace(worse="once"), metric) or "")[0] == "holds"
+    assert judged(values, order._replace(worse="missing"), "psnr") is None

@@ -110,12 +110,18 @@ def parse_models(values: Iterable[str]) -> dict[str, tuple[Path, int | None]]:
 
 
 def run_method(
-    name: str, upscaler: Callable[[], Upscaler] | None, version: str, output: Path, clips: Path | None
+    name: str,
+    upscaler: Callable[[], Upscaler] | None,
+    version: str,
+    output: Path,
+    clips: Path | None,
+    seeds: tuple[int, ...] = SEEDS,
 ) -> Any:
     """Scores of one method by clip and seed; what is in `output/cache` is not computed again.
 
     Args:
         upscaler: None: the truth.
+        seeds: of the degradation.
     """
     file = output / "cache" / f"{name}.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
@@ -123,16 +129,16 @@ def run_method(
     if known.get("version") != version:
         known = {"version": version, "scores": {}}
     metrics, upscale = None, None
-    with progress(len(CLIPS) * len(SEEDS), name, "clips") as counter:
+    with progress(len(CLIPS) * len(seeds), name, "clips") as counter:
         for clip in CLIPS:
-            for seed in SEEDS:
+            for seed in seeds:
                 found = known["scores"].setdefault(clip.name, {}).get(str(seed), {})
                 image = output / "frames" / f"{clip.name}-{name}.png"
-                if set(METRICS) - set(found) or (seed == SEEDS[0] and not image.is_file()):
+                if set(METRICS) - set(found) or (seed == seeds[0] and not image.is_file()):
                     upscale, metrics = upscale or (upscaler and upscaler()), metrics or create_all(METRICS)
                     high = clip.frames(clips)
                     frames = upscale(degrade_clip(high, RECIPE, seed)[0]) if upscale else high
-                    if seed == SEEDS[0]:
+                    if seed == seeds[0]:
                         save_image(Image.fromarray(frames[SHOWN]), image)
                     video, reference = to_tensor(frames), to_tensor(high)
                     known["scores"][clip.name][str(seed)] = {
