@@ -228,9 +228,12 @@ def read_committed(folder: Folder, shard: str) -> CommittedShard:
 def _read_sidecar(folder: Folder, shard: str, kind: type[Committed]) -> Committed:
     name = sidecar_name(shard)
     try:
-        return kind.model_validate_json(folder.read(name))
+        sidecar = kind.model_validate_json(folder.read(name))
     except ValidationError as error:
         raise DamagedShard(f"{folder.url}/{name} is damaged: {error.errors()[0]['msg']}") from None
+    if sidecar.name != shard:
+        raise DamagedShard(f"{folder.url}/{name} is the sidecar of {sidecar.name}: shards cannot be renamed")
+    return sidecar
 
 
 def read_manifest(folder: Folder) -> Manifest:

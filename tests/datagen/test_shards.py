@@ -14,7 +14,7 @@ import webdataset
 
 from common.errors import UserError
 from common.storage import LocalFolder, open_folder
-from datagen.dataset.shard_format import Sample, read_manifest, read_sidecar, shard_name, write_shard
+from datagen.dataset.shard_format import DamagedShard, Sample, read_manifest, read_sidecar, shard_name, write_shard
 from tests.datagen.conftest import SHARD_SIZES, write_numbered
 
 TAR_SHA256 = "6592c5b99fc87160980af83587f818850db62c0540d610543f7bf5df32e4b8bb"
@@ -40,6 +40,15 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     for path in sorted(first.rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
+
+
+def test_a_renamed_shard_is_refused(dataset: Path) -> None:
+    """Its members would be looked for in another tar."""
+    renamed = shard_name(7)
+    for suffix in (".tar", ".json"):
+        (dataset / shard_name(2)).with_suffix(suffix).rename((dataset / renamed).with_suffix(suffix))
+    with pytest.raises(DamagedShard, match=r"shard-000007\.json is the sidecar of shards/shard-000002\.tar"):
+        read_sidecar(open_folder(dataset), renamed)
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
