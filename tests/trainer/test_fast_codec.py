@@ -88,7 +88,7 @@ def test_a_decoder_step_is_the_written_loss(world: World, step: int) -> None:
         terms += [small.diff(dim=-1).abs().mean(), small.diff(dim=-2).abs().mean()]
     full = plain["full_decoder"].vae.decode(z).sample.clamp(-1, 1)
     expected = reconstruction(y, x) + 0.05 * torch.stack(terms).mean() + 0.5 * reconstruction(y, full)
-    d_hr, d_s = plain["discriminator"](x), plain["discriminator"](y)
+    d_hr, d_s = plain["discriminator"](x, low), plain["discriminator"](y, low)
     if step >= 2:
         expected = expected - 0.2 * d_s.mean()
     values = stage.train_step(step, [clips])
@@ -125,6 +125,16 @@ def test_a_trained_student_descends_the_same_loss(world: World) -> None:
         assert values[f"gradient_norm_{name}"] == pytest.approx(norm.item(), rel=1e-3)
     with pytest.raises(ValueError, match="no student is decoded"):
         FastDecoderConfig(student_fraction=0, student_optimizer=ADAM)
+
+
+def test_the_discriminator_sees_what_lr_lacks() -> None:
+    discriminator, low = networks.PixelDiscriminator(8).double(), seeded_noise((1, 3, 2, 4, 5), "low").double()
+    x = seeded_noise((1, 3, 2, 16, 20), "x").double()
+    logits = discriminator(x, low)
+    assert logits.shape == (1, 1, 2, 4, 5)
+    torch.testing.assert_close(discriminator(x + 0.5, low + 0.5), logits)
+    frames = [F.interpolate(low[:, :, frame], scale_factor=4, mode="bicubic") for frame in range(2)]
+    torch.testing.assert_close(discriminator(x + torch.stack(frames, 2), 2 * low), discriminator(x, low))
 
 
 def test_the_student_is_decoded_in_its_share_of_the_samples(world: World) -> None:

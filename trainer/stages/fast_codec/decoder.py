@@ -68,7 +68,7 @@ class FastDecoderStage(TrainingStage):
                 crop = self._crop(batch, leaf, step)
                 decoded = self.fast_decoder(crop.z, crop.low_resolution).float()
                 self.fast_decoder.backward(self._loss(step, crop, decoded, meter))
-                pairs.append((crop.hr, decoded.detach()))
+                pairs.append((crop, decoded.detach()))
                 if student is not None and leaf.grad is not None:
                     # Both engines divide by it, and the leaf's gradient has been divided once.
                     gradient = leaf.grad * self.fast_decoder.config.gradient_accumulation
@@ -79,8 +79,9 @@ class FastDecoderStage(TrainingStage):
         if self.discriminator is None:
             return
         with self.discriminator.updating():
-            for hr, decoded in pairs:
-                d_hr, d_s = self.discriminator(torch.cat([hr, decoded])).float().chunk(2)
+            for crop, decoded in pairs:
+                both = torch.cat([crop.hr, decoded]), crop.low_resolution.repeat(2, 1, 1, 1, 1)
+                d_hr, d_s = self.discriminator(*both).float().chunk(2)
                 loss = discriminator_loss([d_hr], [d_s])
                 self.discriminator.backward(loss)
                 meter.add(loss_discriminator=loss, d_hr=d_hr.mean(), d_s=d_s.mean())
@@ -101,7 +102,7 @@ class FastDecoderStage(TrainingStage):
             loss = loss + config.full_decoder_weight * loss_full
             meter.add(loss_full_decoder=loss_full)
         if self.discriminator is not None and step >= config.adversarial_from_step:
-            loss_adversarial = generator_loss([self.discriminator.frozen(decoded).float()])
+            loss_adversarial = generator_loss([self.discriminator.frozen(decoded, crop.low_resolution).float()])
             loss = loss + config.adversarial_weight * loss_adversarial
             meter.add(loss_adversarial=loss_adversarial)
         meter.add(loss=loss)

@@ -25,6 +25,8 @@ from trainer.stages.stage import Trained
 
 #: pixels along a side of what the discriminator takes as one position
 PATCH_PX = 4
+#: what the discriminator sees has a deviation of about its inverse [ours]
+GAIN = 8.0
 
 
 class FullDecoder(nn.Module):
@@ -40,7 +42,10 @@ class FullDecoder(nn.Module):
 
 
 class PixelDiscriminator(ModelMixin, ConfigMixin):
-    """A head of Stage II on patches of 4 x 4 pixels."""
+    """A head of Stage II on patches of 4 x 4 pixels of what a clip has beyond its LR clip.
+
+    On pixels as they are, it learns brightness and colour for hundreds of updates, and of detail nothing.
+    """
 
     @register_to_config
     def __init__(
@@ -50,9 +55,11 @@ class PixelDiscriminator(ModelMixin, ConfigMixin):
         config = HeadConfig(hidden_channels=hidden_channels, kernel_size=tuple(kernel_size), layers=layers)  # type: ignore[arg-type]
         self.head = Head(3 * PATCH_PX**2, config)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) to logits (B, 1, F, H/4, W/4)."""
-        frames = pixels.to(self.dtype).transpose(1, 2)
+    def forward(self, pixels: Tensor, low_resolution: Tensor) -> Tensor:
+        """(B, 3, F, H, W) and (B, 3, F, H/4, W/4) to logits (B, 1, F, H/4, W/4)."""
+        low = low_resolution.transpose(1, 2).flatten(0, 1)
+        enlarged = F.interpolate(low, size=pixels.shape[3:], mode="bicubic").unflatten(0, (len(pixels), -1))
+        frames = (GAIN * (pixels.transpose(1, 2) - enlarged)).to(self.dtype)
         patches = F.pixel_unshuffle(frames.flatten(0, 1), PATCH_PX).unflatten(0, frames.shape[:2])
         return self.head(patches.transpose(1, 2))
 
