@@ -36,6 +36,9 @@ from pipeline.model.config import ModelConfig
 def main() -> None:
     arguments = _arguments()
     config, model, storage = load_sections(arguments, datagen=DatagenConfig, model=ModelConfig, storage=StorageConfig)
+    if arguments.check:
+        print(f"{len(find_sources(arguments.input, storage))} sources")
+        return
     exit_on_sigterm()  # temporary files are removed, committed shards stay
     manifest = build(
         config,
@@ -128,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder or s3:// prefix of the dataset")
     parser.add_argument("--address", help="Ray cluster to run on, for instance auto; default: this machine")
     parser.add_argument("--workers", type=int, help="clips in the making at once; default: one per CPU")
+    parser.add_argument("--check", action="store_true", help="only read the configuration and look for the sources")
     parser.add_argument(
         "--retry-failed", action="store_true", help="make shards anew that lack samples that failed (quarantine.jsonl)"
     )

@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 
 from demo.report import describe, kind_of
-from demo.steps import Step, StepFailed, StepRunner, python
+from launchers.chain import chain, here
+from launchers.steps import Step, StepFailed, StepRunner, python
 
 CONFIG = "configs/demo.yaml"
 #: real clips inside installed wheels, whose code is never imported: name -> package
@@ -38,6 +39,8 @@ SECONDS = {
     "shards": 46, "niqe": 8, "base": 32, "progressive": 44, "dual_stream": 103, "pairs": 52, "preference": 32,
     "degrade": 2, "upscale": 23, "evaluate": 8, "report": 5,
 }  # fmt: skip
+#: of steps that train nothing
+DESCRIPTIONS = {"shards": "videos to shards", "pairs": "preference pairs"}
 #: method -> (folder of the model, number of Euler steps); bicubic has no model, shipped is the repository's own
 MODELS = {
     "base": ("base/model", BASE_STEPS),
@@ -157,43 +160,22 @@ def _installed_file(package: str, name: str) -> Path:
 
 
 def training_steps(output: Path, config: str) -> list[Step]:
-    """From clips to the four models."""
-    shards, pairs = output / "shards", output / "pairs"
-    built = python("datagen.build_shards", "--config", config, "--input", output / "clips/train", "--output", shards)
+    """From clips to the four models: the chain, with the NIQE model that they are scored by after its shards."""
+    links = chain(config, str(output / "clips/train"), output)
+    steps = [
+        step(link.name, DESCRIPTIONS.get(link.name, f"training: {link.name}"), command)
+        for link, command in zip(links, here(links), strict=True)
+    ]
     fit_niqe = python(
         "metrics.fit_niqe", "--input", output / "clips/train", "--output", output / "niqe.safetensors",
         "--block", 32, "--frame-step", 8,
     )  # fmt: skip
-    paired = python(
-        "preference.build", "--config", config, "--model", output / "dual_stream/model", "--data", shards,
-        "--output", pairs, "--metrics", "weight-free",
-    )  # fmt: skip
-    return [
-        step("shards", "videos to shards", built),
-        step("niqe", "NIQE model of the training clips", fit_niqe),
-        train(output, config, "base", shards),
-        train(output, config, "progressive", shards, "--init", output / "base/model"),
-        train(
-            output, config, "dual_stream", shards,
-            "--init", output / "progressive/model", "--teacher", output / "progressive/teacher",
-        ),
-        step("pairs", "preference pairs", paired),
-        train(output, config, "preference", pairs, "--init", output / "dual_stream/model"),
-    ]  # fmt: skip
+    return [steps[0], step("niqe", "NIQE model of the training clips", fit_niqe), *steps[1:]]
 
 
 def step(name: str, description: str, command: tuple[str, ...]) -> Step:
     """A step that is expected to take as long as its kind does, whatever its method and seed."""
     return Step(name, description, command, SECONDS[kind_of(name)])
-
-
-def train(output: Path, config: str, stage: str, data: Path, *models: object) -> Step:
-    """One stage in one process; on several GPUs `deepspeed` stands for `python`."""
-    command = (
-        sys.executable, "trainer/run.py", "--config", config, "--stage", stage, "--data", data,
-        "--output", output / stage, *models,
-    )  # fmt: skip
-    return step(stage, f"training: {stage}", tuple(map(str, command)))
 
 
 def result_steps(output: Path, held_out: HeldOut) -> list[Step]:

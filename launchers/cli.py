@@ -12,6 +12,7 @@ from pathlib import Path
 
 #: command -> (module, what it does), in the order of use
 COMMANDS = {
+    "chain": ("launchers.chain", "all steps, from videos to the model of Stage III, here or on SLURM"),
     "build-shards": ("datagen.build_shards", "raw videos to shards"),
     "verify": ("datagen.dataset.verify", "check a dataset against its manifest"),
     "inspect": ("datagen.dataset.show_samples", "look into a dataset"),

@@ -51,6 +51,7 @@ from preference.clips import ClipFolder
 from preference.config import PreferenceConfig
 from preference.pair_maker import CLOSE, PairJob
 from preference.planning import estimate
+from preference.ranking_metrics import open_metrics
 
 #: fields that decide how fast pairs come, not which
 SPEED_ONLY = ("candidates_per_forward", "frames_per_forward", "actors", "cpus")
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder searched first for weight files")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--address", help="of a Ray cluster, auto for the one of this machine; default: no cluster")
+    parser.add_argument("--check", action="store_true", help="only read the configuration and open the judges")
     parser.add_argument("--dry-run", action="store_true", help="make one pair for its time; print hours and storage")
     parser.add_argument("--part", default="0/1", help="i/n: make only every n-th shard, from i")
     arguments = parser.parse_args()
@@ -199,6 +201,9 @@ def main() -> None:
     job = PairJob(
         config, arguments.model, arguments.data, arguments.output, arguments.weights, arguments.device, storage
     )
+    if arguments.check:
+        open_metrics(config, job.weights, job.device)
+        return
     if arguments.dry_run:
         print(estimate(job, actor_count(config, job.device)))
         return

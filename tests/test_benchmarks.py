@@ -18,7 +18,7 @@ from benchmarks.upscale import moving
 from benchmarks.validation_cost import shares
 from common.config import load_section
 from common.errors import UserError
-from demo.steps import StepRunner
+from launchers.steps import StepRunner
 from pipeline.model.transformer import tapped_layers
 from pipeline.upscale_options import DEFAULT_MODEL
 from tests.commands import run

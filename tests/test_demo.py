@@ -7,7 +7,7 @@ import pytest
 
 from common.config import load_section
 from demo.run import keep_config
-from demo.steps import Step, StepFailed, StepRunner
+from launchers.steps import Step, StepFailed, StepRunner
 from trainer.config import TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # started as a file, from anywhere
 
 from common.errors import UserError, run_command
-from demo.steps import Step, StepFailed, StepRunner, python
+from launchers.steps import Step, StepFailed, StepRunner, python
 
 CONFIG = "configs/small.yaml"
 #: of one CPU core, for the estimate of what is left [ours]

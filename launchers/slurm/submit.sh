@@ -25,16 +25,23 @@ while (($#)) && [ "$1" != -- ]; do
 done
 shift || true # the --
 
-tasks=1 gpus=$GPUS_PER_NODE
+count=${GPUS_PER_NODE##*:} type=
+[[ $GPUS_PER_NODE != *:* ]] || type=${GPUS_PER_NODE%:*}: # h100:8
+[[ $count =~ ^[0-9]+$ ]] || {
+  echo "error: GPUS_PER_NODE=$GPUS_PER_NODE: give a number, or a type and a number as h100:8" >&2
+  exit 2
+}
+tasks=1 gpus=$count
 case $command in
-  train) tasks=$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1)) ;;
-  upscale | build_preference | evaluate) gpus=$((GPUS_PER_NODE > 0 ? 1 : 0)) ;; # one GPU for each job of an array
+  train | preflight) tasks=$((count > 0 ? count : 1)) ;;
+  upscale | build_preference | evaluate) gpus=$((count > 0 ? 1 : 0)) ;; # one GPU for each job of an array
 esac
 cpus=$((CPUS_PER_GPU * (gpus > 0 ? gpus : 1) / tasks))
-options=(--time="$TIME_LIMIT" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --output="$LOGS/%x-%A_%a.log")
+options=(--time="$TIME_LIMIT" --signal="B:USR1@$LEAD_TIME" --ntasks-per-node="$tasks" --cpus-per-task="$cpus")
+options+=(--output="$LOGS/%x-%A_%a.log")
 [ -z "$PARTITION" ] || options+=(--partition="$PARTITION")
 [ -z "$ACCOUNT" ] || options+=(--account="$ACCOUNT")
-((gpus == 0)) || options+=(--gpus-per-node="$gpus")
+((gpus == 0)) || options+=(--gpus-per-node="$type$gpus")
 
 mkdir -p "$LOGS"
 exec sbatch --parsable --chdir="$PWD" "${options[@]}" "${chosen[@]}" "$script" "$@"

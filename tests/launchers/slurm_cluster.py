@@ -1,4 +1,7 @@
-"""A real SLURM on this machine alone: munged, slurmctld and two slurmd, in a folder of their own."""
+"""A real SLURM on this machine alone: munged, slurmctld and two slurmd, in a folder of their own.
+
+Its GPUs exist in its configuration only.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,9 @@ MpiDefault=none
 ReturnToService=2
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
-NodeName=one NodeHostname={host} NodeAddr={address} Port={first_port} CPUs=2 State=UNKNOWN
-NodeName=two NodeHostname={host} NodeAddr={address} Port={second_port} CPUs=2 State=UNKNOWN
+GresTypes=gpu
+NodeName=one NodeHostname={host} NodeAddr={address} Port={first_port} CPUs=2 Gres=gpu:h100:2 State=UNKNOWN
+NodeName=two NodeHostname={host} NodeAddr={address} Port={second_port} CPUs=2 Gres=gpu:h100:2 State=UNKNOWN
 PartitionName=tests Nodes=ALL Default=YES State=UP
 """
 
@@ -74,7 +78,7 @@ class SlurmCluster:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -123,6 +127,10 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     host, user = _output("hostname", "-s"), _output("id", "-un")
     text = CONFIGURATION.format(folder=folder, host=host, user=user, address=cluster.address, **ports)
     configuration.write_text(text)
+    # GPUs that can be asked for and counted, which nobody has
+    for number in range(2):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Type=h100 File={folder}/gpu[0-1]\n")
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)

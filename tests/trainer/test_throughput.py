@@ -11,12 +11,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.config import load_section
+from pipeline.model.config import ModelConfig
 from tests.trainer.presets import LATENT, TRAINER, write_preset
 from tests.trainer.stages import make_run
 from trainer.engine.process_group import World
 from trainer.loop import Run, train_loop
 from trainer.monitoring.throughput import Throughput, peak_flops
 from trainer.planning.flops import UntrackedModules, flops_per_sample
+from trainer.planning.memory import GIB
+from trainer.planning.plan import plan_stage
+from trainer.stages import STAGES
 from trainer.stages.stage import Meter
 
 
@@ -114,3 +119,22 @@ def test_a_run_logs_its_rates(preset: Path, tmp_path: Path, world: World) -> Non
 )
 def test_peaks_by_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("stage", ["progressive", "dual_stream"])
+def test_the_plan_is_what_the_run_does_and_keeps(stage: str, preset: Path, tmp_path: Path, world: World) -> None:
+    """Operations of all its steps, and the bytes of its checkpoints; Stage I's phases need different ones."""
+    run = make_run(preset, stage, tmp_path, world)
+    model = load_section(preset, "model", ModelConfig)
+    planned = plan_stage(STAGES[stage], model, run.config, LATENT[1:], 1, rate=1e9)
+    assert planned.steps == run.steps and planned.batch == 4
+    batch = next(iter(run.reader))
+    operations = sum(flops_per_sample(run.stage, step, batch) for step in range(run.steps)) * planned.batch
+    assert planned.petaflop * planned.steps * 1e15 == pytest.approx(operations)
+    assert planned.hours == pytest.approx(operations / 1e9 / 3600)
+    assert train_loop(run)
+    written = sorted((tmp_path / "checkpoints").glob("step-*"))[-1].rglob("*.safetensors")
+    checkpoint = sum(file.stat().st_size for file in written)
+    parameters = sum(parameter.numel() for parameter in run.stage.exported.module.parameters())
+    models = 4 * parameters * (2 if stage == "progressive" else 1)
+    assert planned.storage_gib * GIB == pytest.approx(checkpoint * (run.config.keep_checkpoints + 1) + models, rel=0.02)

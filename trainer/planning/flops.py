@@ -65,7 +65,10 @@ class BareNetwork:
         self.config = DeepSpeedConfig()
         named = module.named_parameters()
         self.group_norms: dict[str, float] = {}
-        self._trained = [parameter for name, parameter in named if trained is None or name in trained]
+        kept = {name: parameter for name, parameter in named if trained is None or name in trained}
+        #: names of the parameters that are trained
+        self.trained = frozenset(kept)
+        self._trained = list(kept.values())
         self._optimizer = optimizer
 
     @contextmanager

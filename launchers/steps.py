@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
 
 #: lines of the log shown when a step fails
 TAIL_LINES = 25
@@ -27,8 +30,8 @@ class Step:
     #: what is printed while it runs
     description: str
     command: tuple[str, ...]
-    #: as measured elsewhere; only their ratios count once a step is done
-    expected_seconds: float
+    #: as measured elsewhere; only their ratios count once a step is done. 0: not known
+    expected_seconds: float = 0
 
 
 class StepFailed(Exception):
@@ -65,10 +68,10 @@ class StepRunner:
         identity = hashlib.sha256(line.encode()).hexdigest()
         seconds = _finished(stamp, identity)
         if seconds is None:
-            self._say(step, f"… ({self._left(step)})")
+            self._say(step, f"… ({self._left(step)})" if step.expected_seconds else "…")
             began = time.monotonic()
             with log.open("wb") as file:
-                status = subprocess.run(step.command, stdout=file, stderr=subprocess.STDOUT).returncode
+                status = _run(step.command, file)
             if status != 0:
                 raise StepFailed(_failure(step, line, log, status))
             seconds = time.monotonic() - began
@@ -95,6 +98,25 @@ class StepRunner:
 def python(module: str, *arguments: object) -> tuple[str, ...]:
     """`python -m module …` with this interpreter."""
     return (sys.executable, "-m", module, *map(str, arguments))
+
+
+def _run(command: tuple[str, ...], log: BinaryIO) -> int:
+    """Exit status. SIGTERM is passed on, so that a trainer saves, and ends this process when the command has ended."""
+    with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as child:
+        asked: list[int] = []
+
+        def stop(number: int, _: FrameType | None) -> None:
+            asked.append(number)
+            child.send_signal(number)
+
+        previous = signal.signal(signal.SIGTERM, stop)
+        try:
+            status = child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    if asked:
+        raise SystemExit(128 + signal.SIGTERM)
+    return status
 
 
 def _finished(stamp: Path, identity: str) -> float | None:
