@@ -1,9 +1,9 @@
 """DOVER, a video's technical and aesthetic quality fused (Wu et al., "Exploring Video Quality Assessment on
 User Generated Contents from Aesthetic and Technical Perspectives", 2023).
 
-The authors' code is for non-commercial use and is not part of this repository. Their own export to ONNX holds
-the whole network; the two views it looks at and the fusion of its two heads are made here. The views hold 32 and 96
-frames of 224×224, however long the clip is.
+An ONNX file holds the whole network (python -m metrics.convert_dover, or the authors' own export); the two views it
+looks at and the fusion of its two heads are made here. The views hold 32 and 96 frames of 224×224, however long the
+clip is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Dover(WeightedMetric):
     package, module = "onnxruntime", "onnxruntime"
     antialias: ClassVar[bool] = False
     file = "onnx_dover.onnx"
-    source = "convert_to_onnx.py of https://github.com/VQAssessment/DOVER, run on its DOVER.pth"
+    source = "python -m metrics.convert_dover DOVER.pth, with the file of https://github.com/VQAssessment/DOVER"
 
     def load(self, module: Any, path: Path) -> None:
         wanted = ["CUDAExecutionProvider"] if self.settings.device.startswith("cuda") else []
