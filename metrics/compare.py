@@ -5,7 +5,7 @@
 
 A method's clips lie in FOLDER/SET/, or in FOLDER where there is one set; they are paired with the HR clips by name
 (metrics/clips.py). A set without HR clips is named alone, and only no-reference metrics are computed on it. Beside a
-method's folder, FOLDER.method.yaml may hold `seconds` and `parameters_b`.
+method's folder, FOLDER.method.yaml may hold `seconds` and `parameters_b`. Any FOLDER may be an s3:// prefix.
 
 Written are compare.md, .tex, .csv and .json. Scores are kept in --cache under what they depend on: a killed run goes on
 when the command is run again, and a new method, set or metric costs only itself.
@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.atomic import write_atomic
+from common.config import load_section
 from common.errors import UserError, run_command
 from common.progress import progress
+from common.storage import StorageConfig, local_copy
 from metrics.bootstrap import RESAMPLES
 from metrics.comparison.clip_sets import EXPECTED_CLIPS, ComparedSet, gather_sets, parse_methods
-from metrics.comparison.kept_scores import KeptScores
 from metrics.comparison.summary import Row
 from metrics.comparison.tables import Comparison, comma_separated, latex, markdown
 from metrics.frame_metric import Metric
+from metrics.kept_scores import KeptScores
 from metrics.registry import create_all, resolve_names
 from metrics.scoring import Score, protocol, versions
 from metrics.scoring_options import add_scoring_options, metric_settings
@@ -108,7 +110,7 @@ def document(comparison: Comparison, scores: dict[str, SetScores], metrics: list
         "reference_method": base,
         "resamples": RESAMPLES,
         "results": results,
-        "methods": {m.name: {"folder": str(m.folder), **m.facts.model_dump()} for m in comparison.methods},
+        "methods": {m.name: {"folder": m.address, **m.facts.model_dump()} for m in comparison.methods},
         "sets": {
             clip_set.name: {"clips": clip_set.clips, "expected": clip_set.expected, "missing": clip_set.missing}
             for clip_set in comparison.sets
@@ -140,6 +142,7 @@ def _arguments() -> argparse.Namespace:
     add_scoring_options(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--cache", type=Path, help="folder of kept scores; default: OUTPUT/cache")
+    parser.add_argument("--config", type=Path, help="preset whose section storage says how s3:// is reached")
     parser.add_argument("--reference-method", help="differences are to this method; default: the first")
     parser.add_argument("--allow-missing", action="store_true", help="compare only the clips that all methods have")
     return parser.parse_args()
@@ -147,16 +150,21 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = _arguments()
-    settings = metric_settings(arguments)
-    methods = parse_methods(arguments.method)
-    base = arguments.reference_method or methods[0].name
-    if base not in [method.name for method in methods]:
-        raise UserError(f"--reference-method {base}: choose {', '.join(method.name for method in methods)}")
-    sets = gather_sets(arguments.set, methods, allow_missing=arguments.allow_missing)
-    metrics = create_all(resolve_names(arguments.metrics), settings)
+    metrics = create_all(resolve_names(arguments.metrics), metric_settings(arguments))
     kept = KeptScores(arguments.cache or arguments.output / "cache", arguments.max_frames, arguments.crop_border)
-    scores = score_sets(sets, metrics, kept)
-    print(f"{kept.computed} scores computed, {kept.found} found in the cache", file=sys.stderr)
+    storage = load_section(arguments.config, "storage", StorageConfig)
+    with ExitStack() as stack:
+
+        def place(address: str) -> Path:
+            return stack.enter_context(local_copy(address, storage))
+
+        methods = parse_methods(arguments.method, place)
+        base = arguments.reference_method or methods[0].name
+        if base not in [method.name for method in methods]:
+            raise UserError(f"--reference-method {base}: choose {', '.join(method.name for method in methods)}")
+        sets = gather_sets(arguments.set, methods, place, allow_missing=arguments.allow_missing)
+        scores = score_sets(sets, metrics, kept)
+    kept.report()
 
     comparison = Comparison(methods, sets, rows(sets, metrics, scores), base)
     result = {

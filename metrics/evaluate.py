@@ -6,8 +6,9 @@
     python -m metrics.evaluate --video OUT --reference HR --output metrics.json --metrics psnr,my_package.vmaf:Vmaf
 
 OUT and HR are clips (metrics/clips.py) or folders of clips paired by name. Frames are streamed: a clip's length does
-not show in memory. metrics.json holds every clip's scores, their means, and what produced them. Several methods on
-several sets: metrics.compare.
+not show in memory. metrics.json holds every clip's scores, their means, and what produced them. Scores are kept in
+--cache under what they depend on: a killed run goes on when the command is run again. Several methods on several sets:
+metrics.compare.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from common.errors import UserError, run_command
 from common.progress import progress
 from common.storage import StorageConfig, local_copy
 from common.video_probe import VIDEO_SUFFIXES
-from metrics.clips import find_clips, open_clip
+from metrics.clips import find_clips
 from metrics.frame_metric import Metric
+from metrics.kept_scores import KeptScores
 from metrics.published import load_published
 from metrics.registry import METRICS, SETS, create_all, find_metric, resolve_names
-from metrics.scoring import Score, protocol, score_clip, versions
+from metrics.scoring import Score, protocol, versions
 from metrics.scoring_options import add_scoring_options, metric_settings
 
 #: columns of published tables that are no metric of ours
@@ -42,13 +44,9 @@ _OTHER_LABELS = {"seconds": "s", "parameters_b": "B"}
 
 
 def evaluate(
-    videos: dict[str, Path],
-    references: dict[str, Path] | None,
-    metrics: list[Metric],
-    max_frames: int | None = None,
-    crop_border: int = 0,
+    videos: dict[str, Path], references: dict[str, Path] | None, metrics: list[Metric], kept: KeptScores
 ) -> dict[str, dict[str, Score]]:
-    """Scores by clip name.
+    """Scores by clip name; see `KeptScores` for what is not computed again.
 
     Raises:
         UserError: a clip without its reference, or of another size than its reference.
@@ -56,8 +54,7 @@ def evaluate(
     scores = {}
     with progress(len(videos), "scoring", "clips") as bar:
         for name, path in videos.items():
-            reference = open_clip(references[name], max_frames) if references else None
-            scores[name] = score_clip(open_clip(path, max_frames), reference, metrics, crop_border)
+            scores[name] = kept.score(path, references[name] if references else None, metrics)
             bar.advance(1)
     return scores
 
@@ -134,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     add_scoring_options(parser)
     add_config_options(parser, required=False)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--cache", type=Path, help="folder of kept scores; default: OUTPUT with the suffix .cache")
     parser.add_argument("--published", action="store_true", help="also print the figures the authors published")
     return parser.parse_args()
 
@@ -150,6 +148,8 @@ def main() -> None:
     if needing and arguments.reference is None:
         raise UserError(f"{', '.join(needing)} compare with the HR clip: add --reference")
     metrics = create_all(names, settings)
+    cache = arguments.cache or arguments.output.with_suffix(".cache")
+    kept = KeptScores(cache, arguments.max_frames, arguments.crop_border)
     with ExitStack() as stack:
         local = [
             stack.enter_context(local_copy(address, storage)) if address else None
@@ -157,7 +157,8 @@ def main() -> None:
         ]
         assert local[0] is not None
         videos, references = pair_clips(local[0], local[1])
-        found = evaluate(videos, references, metrics, arguments.max_frames, arguments.crop_border)
+        found = evaluate(videos, references, metrics, kept)
+    kept.report()
     scores = {clip: {name: score.value for name, score in values.items()} for clip, values in found.items()}
     means = mean_scores(scores)
     left_out = {

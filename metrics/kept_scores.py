@@ -7,6 +7,7 @@ border left out and of the number of frames. A changed clip or weight file is an
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ class KeptScores:
             self.computed += len(new)
             scores |= new
         return {metric.name: scores[metric.name] for metric in metrics}
+
+    def report(self) -> None:
+        """Say on stderr what was computed."""
+        print(f"{self.computed} scores computed, {self.found} found in the cache", file=sys.stderr)
 
     def _key(self, metric: Metric, video: Path, reference: Path | None) -> str:
         return fingerprint({

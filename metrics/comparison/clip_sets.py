@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from common.config import Section
 from common.errors import UserError
 from metrics.clips import find_clips
 
+#: address of a folder or file -> where it lies on this machine
+Place = Callable[[str], Path]
 #: clips of the sets that the paper compares on; VideoLQ and AIGC60 have no HR clips
 EXPECTED_CLIPS = {"SPMCS": 30, "UDM10": 10, "YouHQ40": 40, "VideoLQ": 50, "AIGC60": 60}
 #: how the HR clips of a set are called beside the methods
@@ -31,10 +34,11 @@ class MethodFacts(Section):
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """A method: its name, the folder of its clips, and what is told about it."""
+    """A method: its name, the folder of its clips, where they come from, and what is told about it."""
 
     name: str
     folder: Path
+    address: str
     facts: MethodFacts
 
 
@@ -70,24 +74,30 @@ class ComparedSet:
         return found
 
 
-def parse_methods(values: list[str]) -> list[ComparedMethod]:
+def parse_methods(values: list[str], place: Place = Path) -> list[ComparedMethod]:
     """`NAME=FOLDER` of each.
+
+    Args:
+        place: gives the local folder of an address.
 
     Raises:
         UserError: another form, a name twice, no such folder, or facts that cannot be read.
     """
     methods: dict[str, ComparedMethod] = {}
     for value in values:
-        name, _, folder = value.partition("=")
-        if not name or not folder or name in methods or name == HR:
+        name, _, address = value.partition("=")
+        if not name or not address or name in methods or name == HR:
             raise UserError(f"--method {value}: give NAME=FOLDER, every name once, none called {HR}")
-        if not Path(folder).is_dir():
-            raise UserError(f"--method {value}: no folder {folder}")
-        methods[name] = ComparedMethod(name, Path(folder), _facts(Path(folder)))
+        folder = place(address)
+        if not folder.is_dir():
+            raise UserError(f"--method {value}: no folder {address}")
+        methods[name] = ComparedMethod(name, folder, address, _facts(address, place))
     return list(methods.values())
 
 
-def gather_sets(values: list[str], methods: list[ComparedMethod], *, allow_missing: bool) -> list[ComparedSet]:
+def gather_sets(
+    values: list[str], methods: list[ComparedMethod], place: Place = Path, *, allow_missing: bool
+) -> list[ComparedSet]:
     """The clips of every set (`NAME=HR_FOLDER`, or `NAME` for one without HR clips) by every method.
 
     A method's clips lie in FOLDER/NAME, or in FOLDER itself where there is one set.
@@ -100,7 +110,7 @@ def gather_sets(values: list[str], methods: list[ComparedMethod], *, allow_missi
         name, equals, folder = value.partition("=")
         if not name or name in parsed or bool(equals) != bool(folder):
             raise UserError(f"--set {value}: give NAME=HR_FOLDER, or NAME where there are no HR clips; every name once")
-        parsed[name] = Path(folder) if folder else None
+        parsed[name] = place(folder) if folder else None
     sets = [_gather(name, reference, methods, alone=len(parsed) == 1) for name, reference in parsed.items()]
     faults = [
         f"{who} lacks {len(names)} of the clips of {clip_set.name} ({_some(names)})"
@@ -132,9 +142,12 @@ def _set_folder(method: ComparedMethod, name: str, *, alone: bool) -> Path:
     return method.folder
 
 
-def _facts(folder: Path) -> MethodFacts:
+def _facts(address: str, place: Place) -> MethodFacts:
     for suffix in ("yaml", "yml", "json"):
-        file = folder.with_name(f"{folder.name}.method.{suffix}")
+        try:
+            file = place(f"{address.rstrip('/')}.method.{suffix}")
+        except UserError:  # an s3:// address without a file
+            continue
         if file.is_file():
             try:
                 return MethodFacts.model_validate(yaml.safe_load(file.read_text()))

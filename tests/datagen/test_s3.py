@@ -32,7 +32,7 @@ from datagen.job_folder import writing
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
 from datagen.sources import Source
-from metrics import evaluate
+from metrics import compare, evaluate
 from pipeline.model.config import ModelConfig
 from tests.commands import python
 from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
@@ -279,8 +279,17 @@ def test_metrics_of_clips_in_s3(server: FaultyServer, tmp_path: Path, monkeypatc
         upload(server, tmp_path / name, name)
     scores = []
     for root in (str(tmp_path), "s3://bucket"):
-        line = ["--video", f"{root}/out", "--reference", f"{root}/hr", "--output", str(tmp_path / "m.json")]
+        output = tmp_path / f"{len(scores)}.json"
+        line = ["--video", f"{root}/out", "--reference", f"{root}/hr", "--output", str(output)]
         monkeypatch.setattr("sys.argv", ["evaluate", *line, "--set", f"storage.endpoint_url={server.url}"])
         evaluate.main()
-        scores.append(json.loads((tmp_path / "m.json").read_text())["clips"])
+        scores.append(json.loads(output.read_text())["clips"])
     assert scores[0] == scores[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    s3(server).write("out.method.yaml", b"seconds: 2.5\n")
+    line = ["--method", "ours=s3://bucket/out", "--set", "one=s3://bucket/hr", "--output", str(tmp_path / "compared")]
+    monkeypatch.setattr("sys.argv", ["compare", *line])
+    compare.main()
+    result = json.loads((tmp_path / "compared/compare.json").read_text())
+    assert result["per_clip"]["one"]["ours"] == scores[0]
+    assert result["methods"]["ours"] == {"folder": "s3://bucket/out", "seconds": 2.5, "parameters_b": None}

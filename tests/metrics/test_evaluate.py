@@ -60,6 +60,17 @@ def test_folders_are_paired_scored_and_averaged(
     printed = capsys.readouterr().out
     assert "PSNR ↑" in printed
     assert "not measured here" in printed
+    run(
+        monkeypatch, evaluate, "--video", folders / "out", "--reference", folders / "hr", "--output", output,
+        "--metrics", "psnr,gmsd,ssim",
+    )  # fmt: skip
+    assert "2 scores computed, 4 found in the cache" in capsys.readouterr().err
+    again = json.loads(output.read_text())
+    assert all(
+        again["clips"][clip][name] == result["clips"][clip][name]
+        for clip in again["clips"]
+        for name in ("psnr", "gmsd")
+    )
 
 
 def test_one_clip_pairs_with_one_reference_of_another_name(folders: Path) -> None:
