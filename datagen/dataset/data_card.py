@@ -16,6 +16,7 @@ import yaml
 from common.storage import Folder
 from datagen.dataset.dataset import ShardDataset
 from datagen.dataset.shard_format import Manifest
+from datagen.dataset.shard_statistics import most_common
 from datagen.degradation.registry import describe
 
 REPORT = "report.html"
@@ -109,7 +110,7 @@ FILTERS = {
 
 def left_out(quarantine: list[dict[str, Any]]) -> dict[str, int]:
     """How many lines of quarantine.jsonl give each reason, the most frequent first."""
-    return dict(Counter(map(_reason, quarantine)).most_common())
+    return most_common(Counter(map(_reason, quarantine)))
 
 
 def _reason(line: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def summed(records: list[dict[str, Any]]) -> dict[str, Any]:
         spread = np.sqrt(np.maximum(np.sum([part["squares"] for part in parts], 0) / values - mean**2, 0))
         latents[name] = {"mean": mean.round(4).tolist(), "std": spread.round(4).tolist()}
     return {
-        "counts": {group: dict(table.most_common()) for group, table in sorted(counts.items()) if group != "source"},
+        "counts": {group: most_common(table) for group, table in sorted(counts.items()) if group != "source"},
         "sources": len(counts.get("source", ())),
         "lr_psnr_db": {"quantiles": quantiles, "histogram": histogram.tolist(), "edges": edges.round(2).tolist()},
         "latents": latents,
@@ -80,3 +80,8 @@ def _count(counts: dict[str, dict[str, int]], group: str, name: str) -> None:
 
 def _added(total: list[float] | None, values: list[float]) -> list[float]:
     return values if total is None else [a + b for a, b in zip(total, values, strict=True)]
+
+
+def most_common(counts: Counter[str]) -> dict[str, int]:
+    """The most frequent first, equal ones by name: the order in which a job counted does not show."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

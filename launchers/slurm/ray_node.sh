@@ -17,6 +17,6 @@ until [ -e "$RAY_END" ]; do
   kill -0 "$ray" 2>/dev/null || exit 1
   sleep 1
 done
-((SLURM_PROCID == 0)) && sleep 3 # the others say goodbye to the head
+((SLURM_PROCID > 0)) || sleep 3 # the others say goodbye to the head
 kill "$ray"
 wait "$ray" || true

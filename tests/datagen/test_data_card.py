@@ -39,3 +39,11 @@ def test_reasons_are_counted_without_their_particulars() -> None:
     lines += [{"kind": "unreadable", "reason": "resolution.mp4: not a video"}]
     counted = {"black": 3, "duplicate": 2, "copy of a held-out source": 1, "too short": 1, "unreadable": 1}
     assert left_out(lines) == counted and list(left_out(lines))[:2] == ["black", "duplicate"]
+
+
+def test_the_order_of_counting_does_not_show() -> None:
+    one, other = (
+        [{"kind": "unreadable" if reason else "filtered", "reason": "black: 1"} for reason in reasons]
+        for reasons in ((0, 1), (1, 0))
+    )
+    assert list(left_out(one).items()) == list(left_out(other).items())
