@@ -1,6 +1,7 @@
 """Folders that are local directories or `s3://` prefixes, behind one small interface.
 
-Every write is atomic: locally a temporary name and a rename, on S3 one put. S3 goes through s3fs, which retries what a
+Every write is atomic: locally a temporary name and a rename, on S3 one put, or an upload in parts that is completed at
+last. S3 goes through s3fs, which retries what a
 network may cause; its listing cache is off, as it hides files that another process wrote a moment ago. The section
 `storage` of a preset says how S3 is reached; every command that opens s3:// addresses reads it.
 """
@@ -10,9 +11,8 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,8 @@ from pydantic import Field
 from common.config import Section
 from common.errors import StorageError, UserError
 
-#: s without a change after which a file in this machine's temporary folder has lost its writer [ours]
-LEFT_BEHIND_S = 86400.0
+#: bytes of one part of a file that is uploaded while it is written: S3 takes up to 10,000 of them [ours]
+PART_BYTES = 32 << 20
 
 
 class StorageConfig(Section):
@@ -37,6 +37,19 @@ class StorageConfig(Section):
     #: attempts per request, and per clip whose local file cannot be read, with longer and longer pauses between them
     #: [ours]
     attempts: int = Field(default=8, ge=1)
+
+
+class NewFile(Protocol):
+    """A large file in the making: nobody sees it before `commit`."""
+
+    def write(self, content: bytes) -> object:
+        """Append `content`."""
+
+    def commit(self) -> None:
+        """Give it its name, atomically."""
+
+    def discard(self) -> None:
+        """Leave nothing behind of it."""
 
 
 class Folder(Protocol):
@@ -53,11 +66,8 @@ class Folder(Protocol):
     def write(self, name: str, content: bytes) -> None:
         """Put `content` under `name`, atomically."""
 
-    def temporary(self, name: str) -> Path:
-        """A local path to write a large file to before `commit`."""
-
-    def commit(self, temporary: Path, name: str) -> None:
-        """Move the finished local file `temporary` to `name`, atomically."""
+    def new_file(self, name: str) -> NewFile:
+        """Begin a large file that is to be called `name`."""
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes of the files whose name starts with `prefix`, as of now, without temporary ones."""
@@ -105,19 +115,16 @@ class LocalFolder:
             os.close(descriptor)
 
     def write(self, name: str, content: bytes) -> None:
-        temporary = self.temporary(name)
-        temporary.write_bytes(content)
-        self.commit(temporary, name)
+        file = self.new_file(name)
+        try:
+            file.write(content)
+            file.commit()
+        except BaseException:
+            file.discard()
+            raise
 
-    def temporary(self, name: str) -> Path:
-        target = self._root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-
-    def commit(self, temporary: Path, name: str) -> None:
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self._root / name)
+    def new_file(self, name: str) -> NewFile:
+        return _NewLocalFile(self._root / name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found = {}
@@ -142,6 +149,30 @@ class LocalFolder:
         for directory, _, _ in os.walk(self._root, topdown=False):
             if directory != os.fspath(self._root) and not os.listdir(directory):
                 os.rmdir(directory)
+
+
+class _NewLocalFile:
+    """Written under a temporary name beside its own."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        self._file = self._temporary.open("wb")
+
+    def write(self, content: bytes) -> object:
+        return self._file.write(content)
+
+    def commit(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self._path)
+
+    def discard(self) -> None:
+        with suppress(OSError):  # what a full disk did not take
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 class S3Folder:
@@ -180,15 +211,8 @@ class S3Folder:
             found: datetime = system.info(self._path(name))["LastModified"]
             return found
 
-    def temporary(self, name: str) -> Path:
-        directory = self._temporary_files()
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory / f"{Path(name).name}.{os.getpid()}-{threading.get_ident()}.tmp"
-
-    def commit(self, temporary: Path, name: str) -> None:
-        with self._request() as system:
-            system.put_file(os.fspath(temporary), self._path(name))
-        temporary.unlink()
+    def new_file(self, name: str) -> NewFile:
+        return _NewS3File(self._path(name), self._request)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         base = self._path(prefix.rpartition("/")[0]) if "/" in prefix else self._root
@@ -202,15 +226,13 @@ class S3Folder:
             system.rm_file(self._path(name))
 
     def remove_temporary_files(self) -> None:
-        """What killed writers left on this machine: files that no job has written to for a day."""
-        for path in self._temporary_files().glob("*.tmp"):
-            with suppress(OSError):  # taken meanwhile, or another user's
-                if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
-                    path.unlink()
-
-    @staticmethod
-    def _temporary_files() -> Path:
-        return Path(tempfile.gettempdir()) / "duo-vsr"
+        """Uploads that killed writers left, while none writes; where they may not be listed, they stay."""
+        bucket, _, prefix = self._root.partition("/")
+        with suppress(StorageError), self._request() as system:
+            begun = system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+            for upload in begun.get("Uploads", ()):
+                with suppress(FileNotFoundError):
+                    system.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -219,6 +241,33 @@ class S3Folder:
     def _request(self) -> Iterator[Any]:
         with s3_errors(self.url, self._config):
             yield self._system
+
+
+class _NewS3File:
+    """Uploaded in parts while it is written."""
+
+    def __init__(self, path: str, request: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._request = request
+        with request() as system:
+            self._file = system.open(path, "wb", block_size=PART_BYTES, autocommit=False)
+
+    def write(self, content: bytes) -> object:
+        with self._request():
+            return self._file.write(content)
+
+    def commit(self) -> None:
+        with self._request() as system:
+            self._file.close()  # sends the last part
+            try:
+                self._file.commit()
+            except FileNotFoundError:  # of a second attempt, where the answer to the first was lost
+                if system.info(self._file.path)["size"] != self._file.tell():
+                    raise
+
+    def discard(self) -> None:
+        self._file.closed = True  # or it would send its last part when it is forgotten
+        with suppress(StorageError, FileNotFoundError), self._request():
+            self._file.discard()
 
 
 @lru_cache(maxsize=8)

@@ -16,14 +16,13 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from common.errors import UserError
-from common.storage import Folder, open_folder
+from common.storage import Folder, NewFile, open_folder
 
 #: of the folder's layout; a reader refuses a newer one
 SCHEMA_VERSION = 1
@@ -135,7 +134,7 @@ def sidecar_name(shard: str) -> str:
 
 
 class ShardFile:
-    """A shard in the making: a tar under a temporary name until `commit`.
+    """A shard in the making: a tar that nobody sees until `commit`.
 
     Samples are written as they come, so memory holds one sample, not a shard.
     """
@@ -143,8 +142,7 @@ class ShardFile:
     def __init__(self, folder: Folder, index: int) -> None:
         self._folder = folder
         self.name = shard_name(index)
-        self._temporary = folder.temporary(self.name)
-        self._file = self._temporary.open("wb")
+        self._file = folder.new_file(self.name)
         self._stream = _HashedFile(self._file)
         self._keys: list[str] = []
         self._members: list[dict[str, Span]] = []
@@ -166,8 +164,7 @@ class ShardFile:
         """Give the shard its name, then write its sidecar."""
         self._stream.write(bytes(2 * tarfile.BLOCKSIZE))
         self._stream.write(bytes(-self._stream.size % tarfile.RECORDSIZE))
-        self._file.close()
-        self._folder.commit(self._temporary, self.name)
+        self._file.commit()
         sidecar = Sidecar(
             name=self.name,
             samples=len(self._keys),
@@ -183,9 +180,7 @@ class ShardFile:
 
     def discard(self) -> None:
         """Leave nothing behind of a shard that is not committed."""
-        with suppress(OSError):  # what a full disk did not take
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._file.discard()
 
 
 def write_shard(
@@ -309,15 +304,15 @@ def _add(stream: _HashedFile, key: str, member: str, content: bytes) -> Span:
 class _HashedFile:
     """Counts and hashes what is written to a file."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: NewFile) -> None:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256()
 
-    def write(self, content: bytes) -> int:
+    def write(self, content: bytes) -> None:
         self.size += len(content)
         self.digest.update(content)
-        return self._file.write(content)
+        self._file.write(content)
 
 
 def _to_json(model: BaseModel, indent: int | None = None) -> bytes:

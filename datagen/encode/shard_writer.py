@@ -7,7 +7,6 @@ fails comes back as a `Refusal`: of an exception Ray passes on its own wrapping.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -18,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.errors import StorageError
-from common.storage import Folder, LocalFolder, S3Folder, StorageConfig, cannot_write, open_folder
+from common.storage import Folder, LocalFolder, StorageConfig, cannot_write, open_folder
 from datagen.dataset.shard_format import CommittedShard, ShardFile, Split
 from datagen.dataset.shard_statistics import ShardStatistics
 from datagen.encode.clip import Fault
@@ -107,13 +106,9 @@ class ShardActor:
     """`ShardWriter` over blocks of Arrow rows, in the order of the calls; `discard` comes before those that wait."""
 
     def __init__(self, url: str, storage: StorageConfig, plan: str, versions: dict[str, str]) -> None:
-        folder = open_folder(url, storage)
-        if isinstance(folder, S3Folder):
-            folder.remove_temporary_files()  # this node's
-        # an OSError, as S3's own are StorageErrors, comes of the disk that takes the shard first
-        self._disk = tempfile.gettempdir() if isinstance(folder, S3Folder) else url
+        self._url = url
         self._versions = versions
-        self._writer = ShardWriter(folder, plan)
+        self._writer = ShardWriter(open_folder(url, storage), plan)
         self._lock = Lock()
         self._discarded = False
 
@@ -137,7 +132,7 @@ class ShardActor:
             except StorageError as error:
                 return Refusal(str(error))
             except OSError as error:
-                return Refusal(str(cannot_write(self._disk, error)))
+                return Refusal(str(cannot_write(self._url, error)))
 
 
 class ShardWriters:
@@ -201,8 +196,7 @@ class ShardWriters:
             ray.wait(discarded, num_returns=len(discarded), timeout=DISCARD_WITHIN_S)
         for actor in self._actors.values():
             ray.kill(actor)
-        if isinstance(self._folder, LocalFolder):
-            self._folder.remove_temporary_files()  # of those whose process has ended
+        self._folder.remove_temporary_files()  # of those whose process has ended
 
     def _actor(self, index: int) -> Any:
         number = self._begun.setdefault(index, len(self._begun)) % self.count  # in turn, whichever shards are missing

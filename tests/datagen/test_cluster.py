@@ -7,7 +7,9 @@ import re
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,7 +17,7 @@ import pytest
 
 from common.errors import run_command
 from datagen.build_shards import main
-from tests.commands import run, start
+from tests.commands import Command, run, start
 from tests.datagen.conftest import VARIANTS, build_command, contents, one_line, run_build
 
 
@@ -29,30 +31,42 @@ def free_port() -> int:
 def cluster() -> Iterator[str]:
     """The address of a cluster of its own: `ray start --head`, in a folder whose sockets have short names."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus", "3"]
-        command += ["--port", str(free_port()), "--temp-dir", folder, "--include-dashboard", "false"]
-        command += ["--object-store-memory", "200000000"]
-        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-        output, written = os.pipe()
-        head = start("-u", *command, environment=environment, stdout=written, warm_children=True)
-        os.close(written)
-        try:
-            with os.fdopen(output) as lines:
-                said = ""
-                # it says how others join it, then that it runs
-                for line in lines:
-                    said += line
-                    if "--block" in line:
-                        break
-                found = re.search(r"--address='([^']+)'", said)
-                assert found, said
-                yield found[1]
-        finally:
-            processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-            for process in processes:
-                process.kill()
-            head.wait()
-            psutil.wait_procs(processes)
+        options = ("--head", "--port", free_port(), "--temp-dir", folder, "--include-dashboard", "false")
+        with ray_node(*options) as (_, said):
+            found = re.search(r"--address='([^']+)'", said)
+            assert found, said
+            yield found[1]
+
+
+@contextmanager
+def ray_node(*options: object) -> Iterator[tuple[Command, str]]:
+    """A node of three CPUs for the duration of the block, and what it said until it ran."""
+    command = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", "3", *options]
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500"}
+    output, written = os.pipe()
+    line = ("-u", *command, "--object-store-memory", "200000000")
+    node = start(*line, environment=environment, stdout=written, warm_children=True)
+    os.close(written)
+    try:
+        with os.fdopen(output) as lines:
+            said = ""
+            for text in lines:
+                said += text
+                if "--block" in text:  # it runs
+                    break
+            yield node, said
+    finally:
+        kill_all(node)
+
+
+def kill_all(node: Command) -> None:
+    """SIGKILL to all of a node's processes."""
+    if node.poll() is None:
+        processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
+        node.wait()
+        psutil.wait_procs(processes)
 
 
 @pytest.mark.distributed
@@ -62,6 +76,27 @@ def test_a_running_cluster_gives_the_same_bytes(
     output = tmp_path / "dataset"
     run_build(config_file, videos, output, *VARIANTS, "--address", cluster, "--workers", "2")
     assert contents(output) == contents(whole)
+
+
+@pytest.mark.distributed
+def test_a_node_that_dies_costs_nothing(
+    cluster: str, whole: Path, begun: Path, videos: Path, config_file: Path
+) -> None:
+    with ray_node("--address", cluster, "--node-ip-address", "127.0.0.2") as (node, _):
+        line = build_command(config_file, videos, begun, *VARIANTS, "--address", cluster)
+        process = start(*line, warm_children=True)
+        while not (begun / "shards/shard-000000.json").exists() or not works(node):
+            assert process.poll() is None, "the job ended before the node worked for it"
+            time.sleep(0.01)
+        kill_all(node)
+        _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert contents(begun) == contents(whole)
+
+
+def works(node: Command) -> bool:
+    """Whether a task or an actor of Ray Data's runs there."""
+    return any(child.name().startswith("ray::Map") for child in psutil.Process(node.pid).children(recursive=True))
 
 
 @pytest.mark.distributed

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from common.config import load_section
 from common.errors import UserError
 from common.lossless_clip import encode_bytes
 from common.s3_lock import LOCK_NAME
-from common.storage import S3Folder, StorageConfig, open_folder
+from common.storage import NewFile, S3Folder, StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.dataset.loader import ShardReader
 from datagen.dataset.shard_format import Sample
@@ -42,7 +41,7 @@ from tests.trainer import presets
 pytestmark = pytest.mark.distributed
 
 #: every n-th request meets a fault
-FAULT_EVERY = 7
+FAULT_EVERY = 10
 #: a long input, who works on it, and how far ahead
 CLIPS, WORKERS, CLIPS_AHEAD = 150, 2, 8
 
@@ -166,17 +165,28 @@ def test_an_output_in_s3_has_one_writer(server: FaultyServer) -> None:
     assert list(folder.sizes()) == [LOCK_NAME]
 
 
-def test_what_a_killed_writer_left_on_this_machine_goes_after_a_day(
-    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = s3(server, "left")
-    old, new = folder.temporary("shards/old.tar"), folder.temporary("shards/new.tar")
-    for path in (old, new):
-        path.write_bytes(b"begun")
-    os.utime(old, (time.time() - 90000,) * 2)
+def test_a_large_file_is_uploaded_while_it_is_written(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, of which nothing is seen before its commit and nothing is left of one that has lost its writer."""
+    monkeypatch.setattr("common.storage.PART_BYTES", 5 << 20)
+    folder, content = s3(server, "large"), os.urandom(12 << 20)
+    server.every = FAULT_EVERY
+
+    def begin(name: str) -> NewFile:
+        file = folder.new_file(name)
+        for first in range(0, len(content), 1 << 20):
+            file.write(content[first : first + (1 << 20)])
+        return file
+
+    def uploads() -> set[str]:
+        return {upload["Key"] for upload in folder._system.list_multipart_uploads("bucket")}
+
+    whole, discarded, _lost = begin("whole"), begin("discarded"), begin("lost")
+    assert uploads() == {"large/discarded", "large/lost", "large/whole"} and folder.sizes() == {}
+    whole.commit()
+    discarded.discard()
+    assert folder.sizes() == {"whole": len(content)} and folder.read("whole") == content
     with writing(folder):
-        assert new.exists() and not old.exists()
+        assert server.faults and uploads() == set()
 
 
 def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_path: Path) -> None:
@@ -210,7 +220,7 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
 ) -> None:
     upload(server, videos, "videos")
     upload(server, whole, "earlier")
-    server.every = 2 * FAULT_EVERY
+    server.every = FAULT_EVERY
     said = run_build(
         config_file,
         "s3://bucket/videos",
