@@ -5,8 +5,9 @@
 One build is left alone. In each of the others one process is killed once: the driver, the raylet, a worker that surveys
 or degrades, a writer, or the actor with the VAE, in turn, at a moment drawn by the seed: while sources are surveyed, or
 some time after a number of shards is committed. A command that ended with another status than 0 is run again, as a user
-would. Then every file of the two datasets is compared. A command that takes longer than --limit is a hang. The last
-line is JSON; the exit status is 1 where a run hung or differs.
+would. Then every file of the two datasets is compared. A command that takes longer than --limit is a hang. Commands
+start as the tests start them, with the libraries imported. The last line is JSON; the exit status is 1 where a run hung
+or differs.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,8 +30,8 @@ import psutil
 
 from common.errors import UserError, run_command
 from common.lossless_clip import write_lossless
+from tests.commands import Command, start
 
-ROOT = Path(__file__).resolve().parent.parent
 #: how the names of Ray's processes begin while they are what is to be killed
 TITLES = {"worker": "ray::MapBatches(", "writer": "ray::ShardActor", "actor": "ray::MapWorker"}
 VICTIMS = ("driver", "worker", "writer", "actor", "raylet")
@@ -40,7 +39,7 @@ VICTIMS = ("driver", "worker", "writer", "actor", "raylet")
 SURVEYING = 0.25
 #: a job that ends with status 2 so often does not go on
 MOST_TRIES = 4
-SOURCES, FRAMES, HEIGHT, WIDTH = 8, 81, 80, 96
+SOURCES, FRAMES, HEIGHT, WIDTH = 6, 63, 80, 96
 SETTINGS = {"clip.frames": 9, "clip.crop": "[64,64]", "variants": 3, "samples_per_shard": 8, "validation_share": 0}
 
 
@@ -87,29 +86,30 @@ def drifting(seed: int) -> np.ndarray:
     return np.stack([large[:, 2 * index : 2 * index + WIDTH] for index in range(FRAMES)])
 
 
-def build(videos: Path, output: Path) -> subprocess.Popen[str]:
+def build(videos: Path, output: Path) -> Command:
     """Start the command that makes or finishes `output`."""
-    command = [sys.executable, "-m", "datagen.build_shards", "--config", "configs/tiny.yaml", "--workers", "2"]
-    command += ["--input", str(videos), "--output", str(output)]
+    line = ["-m", "datagen.build_shards", "--config", "configs/tiny.yaml", "--workers", "2"]
+    line += ["--input", str(videos), "--output", str(output)]
     for field, value in SETTINGS.items():
-        command += ["--set", f"datagen.{field}={value}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        line += ["--set", f"datagen.{field}={value}"]
+    return start(*line, warm_children=True)
 
 
-def finish(process: subprocess.Popen[str], limit_s: float) -> int | str:
+def finish(process: Command, limit_s: float) -> int | str:
     """Its exit status, or that it hung.
 
     Raises:
         UserError: a status that no killed process explains.
     """
     try:
-        _, said = process.communicate(timeout=limit_s)
+        _, said = process.communicate(limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
         return "hung"
+    assert process.returncode is not None
     if process.returncode not in (0, 2, -signal.SIGKILL):
         raise UserError(f"the job ended with status {process.returncode}: {said}")
     return process.returncode
@@ -124,9 +124,11 @@ def disturbed(
     while True:
         begun = time.monotonic()
         process = build(videos, output)
-        while process.poll() is None and not (
-            list(victims(kind, process.pid)) if surveying else reached(output, committed)
-        ):
+
+        def ready(process: Command = process, committed: int = committed) -> bool:
+            return any(victims("worker", process.pid)) if surveying else reached(output, committed)
+
+        while process.poll() is None and not ready():
             time.sleep(0.005)
         time.sleep(pause_s)
         killed = kill_one(kind, process, rng)
@@ -147,7 +149,7 @@ def reached(output: Path, committed: int) -> bool:
     return shards(output) >= committed and (output / "plan.json").exists()
 
 
-def kill_one(kind: str, process: subprocess.Popen[str], rng: np.random.Generator) -> str | None:
+def kill_one(kind: str, process: Command, rng: np.random.Generator) -> str | None:
     """SIGKILL to one process of the job that is of this kind, once there is one; what it was, None if none came."""
     while process.poll() is None:
         found = list(victims(kind, process.pid))
@@ -164,14 +166,18 @@ def kill_one(kind: str, process: subprocess.Popen[str], rng: np.random.Generator
 def victims(kind: str, driver: int) -> Iterator[psutil.Process]:
     """Processes of the job that are of this kind now."""
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(driver)
         if kind == "driver":
-            yield process
-            return
-        for child in process.children(recursive=True):
+            yield psutil.Process(driver)
+        # workers are forks of the process that has the libraries
+        for child in psutil.Process(driver if kind == "raylet" else None).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if child.name() == "raylet" if kind == "raylet" else " ".join(child.cmdline()).startswith(TITLES[kind]):
+                if child.name() == "raylet" if kind == "raylet" else is_called(kind, child):
                     yield child
+
+
+def is_called(kind: str, process: psutil.Process) -> bool:
+    """Whether it is one of Ray's processes of this kind."""
+    return kind in TITLES and " ".join(process.cmdline()).startswith(TITLES[kind])
 
 
 def shards(output: Path) -> int:

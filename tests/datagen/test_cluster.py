@@ -39,13 +39,14 @@ def cluster() -> Iterator[str]:
 
 
 @contextmanager
-def ray_node(*options: object) -> Iterator[tuple[Command, str]]:
-    """A node of three CPUs for the duration of the block, and what it said until it ran."""
+def ray_node(*options: object, warm_workers: bool = True) -> Iterator[tuple[Command, str]]:
+    """A node of three CPUs for the duration of the block, and what it said until it ran. Warm workers are no children
+    of it."""
     command = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", "3", *options]
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500"}
     output, written = os.pipe()
     line = ("-u", *command, "--object-store-memory", "200000000")
-    node = start(*line, environment=environment, stdout=written, warm_children=True)
+    node = start(*line, environment=environment, stdout=written, warm_children=warm_workers)
     os.close(written)
     try:
         with os.fdopen(output) as lines:
@@ -82,7 +83,7 @@ def test_a_running_cluster_gives_the_same_bytes(
 def test_a_node_that_dies_costs_nothing(
     cluster: str, whole: Path, begun: Path, videos: Path, config_file: Path
 ) -> None:
-    with ray_node("--address", cluster, "--node-ip-address", "127.0.0.2") as (node, _):
+    with ray_node("--address", cluster, "--node-ip-address", "127.0.0.2", warm_workers=False) as (node, _):
         line = build_command(config_file, videos, begun, *VARIANTS, "--address", cluster)
         process = start(*line, warm_children=True)
         while not (begun / "shards/shard-000000.json").exists() or not works(node):
