@@ -156,7 +156,7 @@ def kill_one(kind: str, process: Command, rng: np.random.Generator) -> str | Non
         if found:
             victim = found[rng.integers(len(found))]
             with contextlib.suppress(psutil.Error):
-                title = " ".join(victim.cmdline()).partition(".")[0] if kind in TITLES else kind
+                title = " ".join(victim.cmdline()).partition(".")[0].strip() if kind in TITLES else kind
                 victim.kill()
                 return title
         time.sleep(0.005)

@@ -19,6 +19,8 @@ from common.errors import UserError
 
 #: s that the head of a cluster has to answer [ours]
 ANSWER_WITHIN_S = 5.0
+#: bytes of a folder below which Ray's sockets may lie: of the 107 that Linux takes, Ray appends up to 70
+LONGEST_FOLDER = 37
 #: whether Ray's processes ask each other for a token
 TOKEN_MODE = "RAY_AUTH_MODE"
 
@@ -40,7 +42,7 @@ def join_or_start(address: str | None, cpus: int) -> None:
     if address:
         check_answer(address)
     else:
-        start = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        start = {"address": "local", "num_cpus": cpus, "include_dashboard": False} | _short_folder()
     try:
         with _silent_stderr(), _same_token_mode():
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR, **start)
@@ -54,6 +56,13 @@ def join_or_start(address: str | None, cpus: int) -> None:
     if address:
         _check_token_mode(address)
     _watch_raylet()
+
+
+def _short_folder() -> dict[str, str]:
+    """Where Ray keeps its sockets, if the folder that it would take makes their paths too long."""
+    if "RAY_TMPDIR" in os.environ or len(os.fsencode(os.environ.get("TMPDIR", ""))) <= LONGEST_FOLDER:
+        return {}
+    return {"_temp_dir": "/tmp/ray"}
 
 
 def _watch_raylet() -> None:

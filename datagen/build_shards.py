@@ -3,18 +3,20 @@
     python -m datagen.build_shards --config configs/tiny.yaml --input DIR --output DIR
 
 survey (every source decoded once, small) -> plan (samples, their order, seeds, shards) -> encode -> write. Shards are
-written atomically. Run the command again to resume; it ends with the same bytes.
+written atomically. Run the command again to resume; it ends with the same bytes. With --survey-only it ends after the
+survey, which needs neither GPU nor VAE.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
-from common.storage import StorageConfig, open_folder
+from common.storage import Folder, StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.dataset.data_card import REPORT
 from datagen.dataset.shard_format import Manifest
@@ -27,9 +29,9 @@ from datagen.job_folder import begin, check_limit, committed_shards, finish, is_
 from datagen.plan import make_plan
 from datagen.ray_cluster import memory_ahead, ray_when_needed
 from datagen.shard_writing import write_shards
-from datagen.sources import find_sources
+from datagen.sources import Source, find_sources
 from datagen.survey.source_survey import SourceSurvey, Unreadable
-from datagen.survey.survey_cache import survey_all
+from datagen.survey.survey_cache import Survey, survey_all
 from pipeline.model.config import ModelConfig
 
 
@@ -40,6 +42,18 @@ def main() -> None:
         print(f"{len(find_sources(arguments.input, storage))} sources")
         return
     exit_on_sigterm()  # temporary files are removed, committed shards stay
+    if arguments.survey_only:
+        surveys = survey(
+            config,
+            storage,
+            inputs=arguments.input,
+            output=arguments.output,
+            address=arguments.address,
+            workers=arguments.workers,
+        )
+        unreadable = sum(isinstance(found, Unreadable) for found in surveys)
+        print(f"{arguments.output}: {len(surveys)} sources surveyed, {unreadable} of them unreadable")
+        return
     manifest = build(
         config,
         storage,
@@ -56,6 +70,30 @@ def main() -> None:
     print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards{also}")
     if left_out := ", ".join(f"{count} {reason}" for reason, count in manifest.extra["left_out"].items()):
         print(f"left out: {left_out}; {REPORT} there shows an example of each, quarantine.jsonl lists all")
+
+
+def survey(
+    config: DatagenConfig,
+    storage: StorageConfig,
+    *,
+    inputs: list[str],
+    output: str,
+    address: str | None = None,
+    workers: int | None = None,
+) -> list[Survey]:
+    """Do or finish the survey of the dataset at `output`, from which `build` goes on; takes and raises the same."""
+    sources, folder = find_sources(inputs, storage), open_folder(output, storage)
+    with writing(folder), ray_when_needed(address, workers, config) as start_ray:
+        return _surveyed(folder, sources, config, storage, start_ray)
+
+
+def _surveyed(
+    folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig, start_ray: Callable[[], None]
+) -> list[Survey]:
+    check = partial(check_limit, sources=len(sources), config=config)
+    surveys = survey_all(folder, sources, config, storage, start_ray, look_again=not is_begun(folder), check=check)
+    check([found for found in surveys if isinstance(found, Unreadable)])
+    return surveys
 
 
 def build(
@@ -90,10 +128,8 @@ def build(
     folder = open_folder(output, storage)
     with writing(folder):
         with ray_when_needed(address, workers, config) as start_ray:
-            surveys = survey_all(folder, sources, config, storage, start_ray, look_again=not is_begun(folder))
+            surveys = _surveyed(folder, sources, config, storage, start_ray)
             unreadable = [found for found in surveys if isinstance(found, Unreadable)]
-            check_limit(unreadable, len(sources), config)
-
             readable = [found for found in surveys if isinstance(found, SourceSurvey)]
             plan = make_plan(readable, config, versions)
             begin(folder, plan, unreadable, config, versions)
@@ -132,6 +168,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--address", help="Ray cluster to run on, for instance auto; default: this machine")
     parser.add_argument("--workers", type=int, help="clips in the making at once; default: one per CPU")
     parser.add_argument("--check", action="store_true", help="only read the configuration and look for the sources")
+    parser.add_argument(
+        "--survey-only",
+        action="store_true",
+        help="end after the survey: on nodes without GPU, before the same command without it on those with",
+    )
     parser.add_argument(
         "--retry-failed", action="store_true", help="make shards anew that lack samples that failed (quarantine.jsonl)"
     )

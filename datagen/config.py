@@ -52,6 +52,12 @@ class FilterConfig(Section):
     min_height: int = Field(default=0, ge=0)
     #: sources of a smaller width are rejected, px; the crop's width is always a lower bound
     min_width: int = Field(default=0, ge=0)
+    #: keep sources in PQ or HLG, whose brightness is not converted: their pixels are taken as if they were BT.709's
+    hdr: bool = False
+    #: part of a source's frames that may be marked as interlaced: the targets would show two moments in one frame
+    max_interlaced: float = Field(default=0.05, ge=0, le=1)
+    #: part of a source's height or width that may lie in black bars, as of letterboxed films
+    max_bars: float = Field(default=0.04, ge=0, le=1)
     #: mean luma, 0...255, below which a window is black
     min_luma: float = Field(default=4.0, ge=0)
     #: standard deviation of luma, 0...255, below which it is empty

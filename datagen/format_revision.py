@@ -17,7 +17,7 @@ ENCODING_REVISION = 2
 #: How HR becomes LR.
 DEGRADATION_REVISION = 2
 #: What the survey measures. Its finished parts are resumed only at the same revision.
-SURVEY_REVISION = 2
+SURVEY_REVISION = 3
 
 PACKAGES = ("duo-vsr", "av", "numpy", "opencv-python-headless", "safetensors", "torch")
 

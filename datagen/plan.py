@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.seeding import derive_seed
+from common.video_probe import HLG, PQ
 from datagen.config import DatagenConfig, FilterConfig
 from datagen.dataset.shard_format import Split
 from datagen.duplicates import find_duplicates, first_marked
@@ -231,14 +232,21 @@ def deciding(config: DatagenConfig) -> dict[str, Any]:
 
 
 def _reject_source(survey: SourceSurvey, config: DatagenConfig) -> str | None:
+    filters = config.filters
     height, width = config.clip.crop
-    height, width = max(height, config.filters.min_height), max(width, config.filters.min_width)
+    height, width = max(height, filters.min_height), max(width, filters.min_width)
     if survey.height < height or survey.width < width:
         return f"resolution {survey.width}x{survey.height} is below {width}x{height}"
     if survey.frames < config.clip.frames:
         return f"length {survey.frames} frames is below the window of {config.clip.frames}"
     if not survey.windows:
         return f"no scene is as long as the window of {config.clip.frames} frames"
+    if survey.transfer in (PQ, HLG) and not filters.hdr:
+        return f"hdr: transfer function {'PQ' if survey.transfer == PQ else 'HLG'}"
+    if survey.interlaced > filters.max_interlaced:
+        return f"interlaced: {survey.interlaced} of the frames is above {filters.max_interlaced}"
+    if survey.bars > filters.max_bars:
+        return f"letterboxed: {survey.bars} in black bars is above {filters.max_bars}"
     return None
 
 

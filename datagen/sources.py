@@ -40,6 +40,11 @@ class Source:
     caption: str | None = None
     version: str = ""
 
+    @property
+    def is_utf8(self) -> bool:
+        """Whether its path is; else `id` shows the other bytes as backslash sequences."""
+        return _shown(self.path) == self.path
+
 
 def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
     """All videos of all inputs, sorted by id. Files of other types are counted on stderr.
@@ -56,7 +61,7 @@ def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
             raise UserError(f"{text}: no video found (looked for {', '.join(sorted(VIDEO_SUFFIXES))}{also})")
         if others:
             print(f"{text}: {_left_out(others)}", file=sys.stderr)
-        for source in sources:
+        for source in (replace(source, id=_shown(source.id)) for source in sources):
             if found.setdefault(source.id, source).path != source.path:
                 raise UserError(
                     f"{source.path} and {found[source.id].path} would both be called {source.id!r}; "
@@ -64,6 +69,11 @@ def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
                 )
     with ThreadPoolExecutor(STATUSES_AT_ONCE) as pool:  # a network's file system takes its time for each
         return list(pool.map(_with_version, (found[key] for key in sorted(found))))
+
+
+def _shown(name: str) -> str:
+    """Without the bytes that are no UTF-8, which Python keeps as lone surrogates."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _with_version(source: Source) -> Source:

@@ -105,6 +105,9 @@ FILTERS = {
     "resolution": "too small",
     "length": "too short",
     "no scene": "scenes too short",
+    "hdr": "HDR",
+    "interlaced": "interlaced",
+    "letterboxed": "letterboxed",
 }
 
 

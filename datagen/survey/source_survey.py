@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from common.video_probe import UNSPECIFIED
 from datagen.sources import Source
 
 
@@ -37,6 +38,9 @@ class SourceSurvey:
     Attributes:
         content: hash of the video stream: tells one video from another of the same name.
         cuts: first frames of the second and later scenes.
+        transfer: of the first frame, a code of ITU-T H.273.
+        interlaced: part of the frames that are marked so.
+        bars: part of the height or of the width that is black at both of its ends in all frames.
     """
 
     source: Source
@@ -47,6 +51,9 @@ class SourceSurvey:
     content: str
     cuts: tuple[int, ...]
     windows: tuple[Window, ...]
+    transfer: int = UNSPECIFIED
+    interlaced: float = 0.0
+    bars: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from datagen.survey.source_survey import SourceSurvey, Unreadable, from_document
 SURVEYS_PER_FILE = 64
 #: requests at once [ours]
 READERS = 16
+NO_UTF8 = "its name is no UTF-8, which metadata are written in; rename it"
 
 Survey = SourceSurvey | Unreadable
 
@@ -41,22 +42,26 @@ def survey_all(
     start_ray: Callable[[], None],
     *,
     look_again: bool = False,
+    check: Callable[[list[Unreadable]], None] = lambda unreadable: None,
 ) -> list[Survey]:
     """Surveys of all sources in order, taken from finished files where there are any.
 
     Args:
         start_ray: called where something is missing.
         look_again: survey sources anew that were out of reach, as long as no plan relies on it.
+        check: called with what is unreadable so far, before and after each file of surveys; raises to stop.
     """
     keys = survey_keys(sources, config)
     files = sorted(name for name in folder.sizes("survey/") if name.endswith(".json"))
     done = _read(folder, files, dict(zip(keys, sources, strict=True)))
+    done |= {key: Unreadable(source, NO_UTF8) for key, source in zip(keys, sources, strict=True) if not source.is_utf8}
     if look_again:
         done = {key: found for key, found in done.items() if not (isinstance(found, Unreadable) and found.unreachable)}
     missing = [index for index, key in enumerate(keys) if key not in done]
     if missing:
+        unreadable = [found for found in done.values() if isinstance(found, Unreadable)]
+        check(unreadable)
         start_ray()
-        unreadable = 0
         numbers = itertools.count(_number(files[-1]) + 1 if files else 0)
         with (
             closing(_survey([sources[index] for index in missing], config, storage)) as surveys,
@@ -67,9 +72,10 @@ def survey_all(
                 for index in missing[first : first + SURVEYS_PER_FILE]:
                     found = done[keys[index]] = next(surveys)
                     documents.append({"of": keys[index]} | to_document(found))
-                    unreadable += isinstance(found, Unreadable)
-                    bar.advance(1, unreadable=unreadable)
+                    unreadable += [found] if isinstance(found, Unreadable) else []
+                    bar.advance(1, unreadable=len(unreadable))
                 folder.write(f"survey/part-{next(numbers):06d}.json", json.dumps({"surveys": documents}).encode())
+                check(unreadable)
     return [done[key] for key in keys]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from common.decoded_frame import upright_size
 from common.lossless_clip import UnreadableVideo, opened
 from common.scene_cuts import WIDTH, SceneCuts, small_height
+from common.video_probe import UNSPECIFIED
 from datagen.config import ClipConfig
 from datagen.sources import Source
 from datagen.survey.perceptual_hash import THUMBNAIL, perceptual_hash
@@ -33,6 +34,8 @@ LOOK_BACK_SIDE = 16
 #: frames of a window that are compared
 COMPARED_FRAMES = 5
 NEVER_SEEN = 255.0
+#: luma, 0...255, up to which a pixel is one of a black bar [ours]
+BLACK = 16
 
 
 @dataclass
@@ -66,12 +69,19 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         cuts: set[int] = set()
         previous = None
         content = _content(stream)
-        width = height = 0
+        width = height = interlaced = 0
+        transfer, brightest = UNSPECIFIED, np.zeros((1, 1), np.uint8)
         try:
             for frame in _decoded(container, stream, content):
                 width, height = upright_size(frame)
+                interlaced += frame.interlaced_frame
                 small = small_video_frame(frame)
-                thumbnail = to_thumbnail(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY))
+                grey = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)
+                if not features:
+                    transfer, brightest = int(frame.color_trc), np.zeros_like(grey)
+                if grey.shape == brightest.shape:  # else its size has changed on the way
+                    np.maximum(brightest, grey, out=brightest)
+                thumbnail = to_thumbnail(grey)
                 sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
                 if clip.respect_scenes:
                     cuts.update(finder.add(small))
@@ -97,6 +107,9 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         content=content.hexdigest(),
         cuts=tuple(scene_starts),
         windows=tuple(_window(features, start, clip.frames, novelty(frames, start, clip.frames)) for start in starts),
+        transfer=transfer,
+        interlaced=round(interlaced / len(features), 3),
+        bars=black_bars(brightest),
     )
 
 
@@ -137,6 +150,22 @@ def small_video_frame(frame: av.VideoFrame) -> np.ndarray:
     """uint8 (h, `WIDTH`, 3) BGR, as scenes are found and thumbnails made of it."""
     height = small_height(frame.height, frame.width)
     return frame.reformat(WIDTH, height, "bgr24", interpolation="FAST_BILINEAR").to_ndarray()
+
+
+def black_bars(brightest: np.ndarray) -> float:
+    """Part of the height or the width, whichever is more, that lies in two black bars of one size.
+
+    Args:
+        brightest: the largest luma of each pixel in all frames, uint8 (h, w), 0...255.
+    """
+    lit = brightest > BLACK
+    if not lit.any():
+        return 0.0  # a black video is another matter
+    parts = []
+    for axis in (0, 1):
+        along = lit.any(axis=1 - axis)
+        parts.append(2 * min(int(along.argmax()), int(along[::-1].argmax())) / len(along))
+    return round(max(parts), 3)
 
 
 def _sharpness(frame: av.VideoFrame) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ from common.lossless_clip import UnreadableVideo, write_lossless
 from common.storage import StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.job_folder import check_limit, writing
-from datagen.sources import Source
+from datagen.sources import Source, find_sources
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
 from datagen.survey.source_survey import Unreadable
+from datagen.survey.survey_cache import SURVEYS_PER_FILE, survey_all
 from tests.commands import run
 from tests.datagen.conftest import build_command, moving_picture, one_line, refused
 
@@ -46,7 +50,10 @@ def refused_at_once(config: Path, videos: Path, output: Path, *more: str) -> str
 def test_a_text_file_named_mp4_and_a_clip_shorter_than_the_window(config_file: Path, tmp_path: Path) -> None:
     write_lossless(tmp_path / "in/short.mkv", moving_picture(8, 80, 96, 0))
     (tmp_path / "in/text.mp4").write_text("this is no video")
-    done = run(*build_command(config_file, tmp_path / "in", tmp_path / "out"), warm=False)
+    long = tmp_path / ("long" * 30)  # no Unix socket's path may be
+    long.mkdir()
+    command = build_command(config_file, tmp_path / "in", tmp_path / "out")
+    done = run(*command, environment={"TMPDIR": str(long)}, warm=False)
     line = one_line(done.returncode, done.stderr)
     left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert left == ["part-000000.json"], "more than the survey was left behind"
@@ -65,6 +72,33 @@ def test_too_many_unreadable_sources_stop_the_job() -> None:
             check_limit([fault] * number, sources, config)
 
 
+def test_too_many_unreadable_sources_stop_the_survey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the rest is decoded; what is surveyed stays."""
+    sources = [Source(f"{number}", f"/nowhere/{number}") for number in range(3 * SURVEYS_PER_FILE)]
+
+    def surveyed_by_ray(missing: list[Source], *_: object) -> Iterator[Unreadable]:
+        for source in missing:
+            asked.append(source.id)
+            yield Unreadable(source, f"{source.id}: not a video")
+
+    asked: list[str] = []
+    monkeypatch.setattr("datagen.survey.survey_cache._survey", surveyed_by_ray)
+    folder, config = open_folder(tmp_path), DatagenConfig()
+    check = partial(check_limit, sources=len(sources), config=config)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{SURVEYS_PER_FILE} of {len(sources)} sources cannot be read"):
+            survey_all(folder, sources, config, LOCAL, lambda: None, check=check)
+    assert len(asked) == SURVEYS_PER_FILE and len(list(tmp_path.glob("survey/*"))) == 1
+
+
+def test_a_name_that_is_no_utf8_is_quarantined(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.mp4")).touch()
+    (source,) = find_sources([str(tmp_path)], LOCAL)
+    assert source.id == "caf\\xe9.mp4"
+    (found,) = survey_all(open_folder(tmp_path / "out"), [source], DatagenConfig(), LOCAL, pytest.fail)
+    assert isinstance(found, Unreadable) and "its name is no UTF-8" in found.reason
+
+
 def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
     write_lossless(tmp_path / "whole.mkv", moving_picture(30, 64, 64, 0))
     content = (tmp_path / "whole.mkv").read_bytes()
@@ -79,7 +113,6 @@ def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:
 
 
 def test_a_decoder_that_hangs_or_dies_costs_its_child(tmp_path: Path) -> None:
-    import os
     import signal
 
     from datagen.survey import decoder_process as isolated

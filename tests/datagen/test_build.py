@@ -67,11 +67,12 @@ def begin(config_file: Path, videos: Path, output: Path) -> Command:
     return start(*build_command(config_file, videos, output, "--workers", "2", *VARIANTS), warm_children=True)
 
 
-def test_killed_workers_actors_and_writers_cost_nothing(
+def test_killed_workers_actors_and_writers_and_a_second_job_cost_nothing(
     whole: Path, begun: Path, videos: Path, config_file: Path
 ) -> None:
     process = begin(config_file, videos, begun)
     kill_busy(process, "ray::MapBatches(degrade)")
+    assert "another job is writing here" in refused(config_file, videos, begun, *VARIANTS)
     kill_busy(process, "ray::MapWorker")
     kill_busy(process, "ray::ShardActor")
     _, stderr = process.communicate(timeout=300)
@@ -100,6 +101,14 @@ def test_a_killed_driver_or_raylet_goes_on_where_it_was(
     build_here(config_file, videos, begun, "--workers", "1", *VARIANTS)
     assert contents(begun) == contents(whole)
     assert all(path.stat().st_mtime_ns == then for path, then in committed.items()), "a whole shard was made again"
+
+
+def test_the_survey_alone_needs_no_vae(
+    shared_ray: None, whole: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    build_here(config_file, videos, tmp_path, "--survey-only", "--set", "model.vae=nowhere")
+    surveyed = {name: content for name, content in contents(whole).items() if name.startswith("survey/")}
+    assert contents(tmp_path) == surveyed
 
 
 def test_another_plan_in_the_same_folder_is_refused(whole: Path, videos: Path, config_file: Path) -> None:

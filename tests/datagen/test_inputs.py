@@ -11,7 +11,9 @@ import pytest
 
 from common.lossless_clip import UnreadableVideo, opened, read_window
 from common.video_reader import EXACT, read_video
-from datagen.config import ClipConfig
+from datagen.config import ClipConfig, DatagenConfig, FilterConfig
+from datagen.dataset.data_card import left_out
+from datagen.plan import make_plan
 from datagen.sources import Source
 from datagen.survey.source_survey import SourceSurvey
 from datagen.survey.video_survey import survey
@@ -91,6 +93,32 @@ def test_no_window_holds_a_cut(tmp_path: Path) -> None:
     starts = [window.start for window in found.windows]
     assert starts and all(start + 21 <= 30 or start >= 40 for start in starts)
     assert any(start >= 40 for start in starts)
+
+
+def test_what_makes_bad_targets_is_left_out_by_name(tmp_path: Path) -> None:
+    pattern = ("-f", "lavfi", "-i", "testsrc2=s=192x144:r=25:d=1")
+    fields = ("-f", "lavfi", "-i", "testsrc2=s=192x144:r=50:d=1", "-vf", "tinterlace=interleave_top,setfield=tff")
+    hlg = "format=yuv420p10le,setparams=color_primaries=bt2020:color_trc=arib-std-b67:colorspace=bt2020nc"
+    mpeg, h264 = ("-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", "2"), ("-c:v", "libx264", "-qp", "4")
+    ffmpeg(tmp_path, "interlaced.mpg", *fields, *mpeg)
+    ffmpeg(tmp_path, "hlg.mp4", *pattern, "-vf", hlg, *h264)
+    ffmpeg(tmp_path, "letterboxed.mp4", *pattern, "-vf", "pad=192:192:0:24", *h264)
+    ffmpeg(tmp_path, "good.mp4", *pattern, *h264)
+    surveys = [surveyed(path, frames=9) for path in sorted(tmp_path.iterdir())]
+    config = DatagenConfig(clip=ClipConfig(frames=9, crop=(96, 96)))
+    plan = make_plan(surveys, config, {})
+    reasons = {line["source"]: line["reason"] for line in plan.rejected if "start" not in line}
+    assert reasons.keys() == {"hlg.mp4", "interlaced.mpg", "letterboxed.mp4"}
+    assert reasons["hlg.mp4"] == "hdr: transfer function HLG"
+    assert reasons["interlaced.mpg"] == "interlaced: 1.0 of the frames is above 0.05"
+    assert reasons["letterboxed.mp4"] == f"letterboxed: {surveys[-1].bars} in black bars is above 0.04"
+    assert surveys[-1].bars == pytest.approx(0.25, abs=0.02)
+    assert {sample.source for sample in plan.samples} == {"good.mp4"}
+    kinds = left_out([{"kind": "filtered"} | line for line in plan.rejected])
+    assert (kinds["HDR"], kinds["interlaced"], kinds["letterboxed"]) == (1, 1, 1)
+    kept = FilterConfig(hdr=True, max_interlaced=1, max_bars=1, duplicate_distance=0)
+    plan = make_plan(surveys, config.model_copy(update={"filters": kept}), {})
+    assert {sample.source for sample in plan.samples} == {survey.source.id for survey in surveys}
 
 
 def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:

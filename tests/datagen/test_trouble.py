@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -139,10 +138,15 @@ def test_one_clip_that_the_vae_cannot_encode_costs_no_other(config_file: Path, t
     assert isinstance(first, Sample) and first == last
     assert isinstance(fault, Fault) and fault.reason.startswith("VAE: ValueError")
 
-    broken = tmp_path / "vae"
-    subprocess.run(["cp", "-r", vae, broken], check=True)
+
+@pytest.mark.distributed
+def test_latents_that_are_not_finite_are_no_samples(
+    shared_ray: None, begun: Path, videos: Path, config_file: Path, tmp_path: Path
+) -> None:
+    survey, broken = contents(begun), tmp_path / "vae"
+    shutil.copytree(load_section(config_file, "model", ModelConfig).vae, broken)
     (file,) = broken.glob("*.safetensors")
     save_file({name: torch.full_like(weight, torch.nan) for name, weight in load_file(file).items()}, file)
-    (row,) = _EncodeActor(str(broken), config)(good).to_pylist()
-    (sample,) = _samples(row, {})
-    assert sample.made == Fault("its latent is not finite (NaN or infinity)")
+    line = refused(config_file, videos, begun, *VARIANTS, "--set", f"model.vae={broken}")
+    assert "4 of 4 samples of a shard failed" in line and "its latent is not finite (NaN or infinity)" in line
+    assert contents(begun) == survey
