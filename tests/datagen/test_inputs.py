@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import cv2
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from datagen.dataset.data_card import left_out
 from datagen.plan import make_plan
 from datagen.sources import Source
 from datagen.survey.source_survey import SourceSurvey
-from datagen.survey.video_survey import survey
+from datagen.survey.video_survey import black_bars, survey
 from datagen.survey.window_reader import WindowReader
 
 
@@ -119,6 +120,17 @@ def test_what_makes_bad_targets_is_left_out_by_name(tmp_path: Path) -> None:
     kept = FilterConfig(hdr=True, max_interlaced=1, max_bars=1, duplicate_distance=0)
     plan = make_plan(surveys, config.model_copy(update={"filters": kept}), {})
     assert {sample.source for sample in plan.samples} == {survey.source.id for survey in surveys}
+
+
+def test_black_bars_have_an_edge_across_the_frame() -> None:
+    picture = np.full((144, 256), 100, np.uint8)
+    for bars, part in (((18, 18, 0, 0), 0.25), ((0, 0, 32, 40), 0.25), ((18, 0, 0, 0), 0.0), ((0, 0, 0, 0), 0.0)):
+        top, bottom, left, right = bars
+        framed = np.zeros_like(picture)
+        framed[top : 144 - bottom, left : 256 - right] = picture[top : 144 - bottom, left : 256 - right]
+        assert black_bars(framed) == part, bars
+    globe = cv2.circle(np.zeros_like(picture), (128, 72), 60, 100, -1)
+    assert black_bars(globe) == black_bars(np.zeros_like(picture)) == 0.0
 
 
 def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
