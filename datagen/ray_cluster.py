@@ -110,4 +110,8 @@ def memory_ahead(config: DatagenConfig) -> int:
     row = hr + hr * min(config.variants, VARIANTS_PER_ROW) // SCALE**2
     # stored losslessly, a clip takes no more than its pixels
     row *= 2 if config.store_clips else 1
-    return config.encode.clips_ahead * int(ray.cluster_resources().get("CPU", 1)) * row
+    resources = ray.cluster_resources()
+    # of the object stores Ray Data takes half at most: what else waits beside may not make them spill to the disk
+    return min(
+        config.encode.clips_ahead * int(resources.get("CPU", 1)) * row, int(resources["object_store_memory"]) // 2
+    )
