@@ -34,7 +34,7 @@ CURVES = {
 }  # fmt: skip
 
 SUMMARY = (
-    "Everything on this page was made by one run of `make demo` on this machine's CPU: real video clips were cut, "
+    "Everything on this page was made by one run of “make demo” on this machine's CPU: real video clips were cut, "
     "degraded and encoded into shards, a small base model was trained on, distilled to one step in the three stages of "
     "DUO-VSR, and then shown a clip that none of its training has seen.",
     "What this is: the full system at small size, each part the real one (Ray Data, DeepSpeed, the three-engine step "
