@@ -86,6 +86,7 @@ def _info(header: str, name: str) -> VideoInfo:
             interlaced=values.get("I", "p") not in ("p", "?"),
             alpha="alpha" in pixel_format,
             bits=int(depth[1]) if depth else 8,
+            chroma=not pixel_format.startswith("mono"),
         )
     except (ValueError, KeyError, ZeroDivisionError):
         raise UserError(f"{name} holds no y4m video (it begins with {header[:40]!r}); {_REMEDY}") from None

@@ -116,6 +116,8 @@ class VideoInfo:
     first_s: Fraction = Fraction(0)
     #: its transparency comes with the frames that are read
     alpha_is_read: bool = False
+    #: its pixels are luma and chroma
+    chroma: bool = False
 
     @property
     def estimated_frames(self) -> int | None:
@@ -233,6 +235,7 @@ def _read(container: Any, path: str | Path) -> VideoInfo:
         _end_s(container, stream),
         Fraction(0) if first.pts is None else first.pts * stream.time_base,
         alpha,
+        len(first.format.components) >= 3 and not first.format.is_rgb,
     )
 
 

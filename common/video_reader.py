@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 import ffmpeg
 import numpy as np
 
-from common.bit_depth import pipe_format
+from common.bit_depth import from_swscale, pipe_format
 from common.errors import UserError
 from common.piped_video import PipedVideo
 from common.video_probe import BT709, UNSPECIFIED, Colour, ffmpeg_binary, probe, untagged_matrix, url
@@ -153,6 +153,8 @@ class VideoReader:
             try:
                 while process.stdout.readinto(frame := np.empty(shape, self._kind)) == frame.nbytes:  # type: ignore
                     self.count += 1
+                    if self._kind is np.uint16 and self.info.chroma and not self._tone_map:
+                        from_swscale(frame)
                     self._checksums.append(zlib.crc32(frame[::CHECKED_ROWS].tobytes()))
                     self._read_log(lines)
                     yield frame

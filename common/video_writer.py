@@ -19,7 +19,7 @@ import ffmpeg
 import numpy as np
 
 from common.atomic import atomic_file
-from common.bit_depth import BitDepth, pipe_format
+from common.bit_depth import BitDepth, for_swscale, pipe_format
 from common.encoders import Quality, encoding
 from common.errors import UserError
 from common.video_probe import Colour, ffmpeg_binary, url
@@ -53,6 +53,7 @@ class VideoWriter:
         b_frames: bool = True,
         pipe: int | None = None,
         alpha: bool = False,
+        frame_bits: BitDepth | None = None,
     ) -> None:
         """
         Args:
@@ -62,7 +63,9 @@ class VideoWriter:
             crf: constant rate factor of lossy files; None: the encoder's own, hard to tell from the source.
             codec: one of ENCODERS or IMAGE_ENCODERS, or y4m.
             encoder_options: FFmpeg's, in place of those of ENCODERS.
-            bit_depth: 10 for videos, 16 for images; frames are then uint16 that hold such values, or uint8.
+            bit_depth: 10 for videos, 16 for images.
+            frame_bits: of the frames; where the file has 8 and these 16, luma and chroma are dithered. None: as
+                `bit_depth`.
             size: (width, height) that is written, by a Lanczos filter; None: the frames' own.
             colour: primaries and transfer of the frames, which the file is tagged with; BT.709 where unspecified.
             b_frames: off for containers without time stamps.
@@ -78,9 +81,9 @@ class VideoWriter:
         self._file = atomic_file(self.path) if pipe is None else contextlib.nullcontext(self.path)
         temporary = self._file.__enter__()
         self._shape = (height, width, 4 if alpha else 3)
-        self._bits = bit_depth
+        self._bits = frame_bits or bit_depth
         source = ffmpeg.input(
-            "pipe:", format="rawvideo", pix_fmt=pipe_format(bit_depth, alpha=alpha),
+            "pipe:", format="rawvideo", pix_fmt=pipe_format(self._bits, alpha=alpha),
             s=f"{width}x{height}", r=f"{frame_rate.numerator}/{frame_rate.denominator}",
         )  # fmt: skip
         written = size or (width, height)
@@ -90,6 +93,7 @@ class VideoWriter:
             source, written, codec, quality=quality, crf=crf, wide=bit_depth > 8, encoder_options=encoder_options,
             colour=colour, alpha=alpha,
         )  # fmt: skip
+        self._chroma = not options["pix_fmt"].startswith(("rgb", "gbr"))
         if not b_frames:
             options["bf"] = 0
         if sample_aspect_ratio != 1:
@@ -103,7 +107,7 @@ class VideoWriter:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=pipe, stderr=self._log)
         # A thread waits for FFmpeg, so that the next clip is computed while this one is encoded. Two clips at most are
         # held. A Ctrl-C within a queue.Queue can leave it locked, or its reader asleep; SimpleQueue is safe from that.
-        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(CLIPS_HELD):
             self._room.put(None)
@@ -112,28 +116,39 @@ class VideoWriter:
         self._feeder.start()
 
     def write(self, frames: np.ndarray) -> None:
-        """Append frames (F, H, W, 3), or with transparency (F, H, W, 4): uint8, or uint16 of the file's bit depth."""
+        """Append frames (F, H, W, 3), or with transparency (F, H, W, 4): uint8, or uint16 of `frame_bits`.
+
+        They are read later, in a thread: they must not change.
+        """
         if frames.shape[1:] != self._shape:
             raise ValueError(f"frames of shape {frames.shape[1:]} for a file of {self._shape}")
-        if self._bits > 8 and (frames.dtype == np.uint8 or self._bits < 16):
-            bits = 8 if frames.dtype == np.uint8 else self._bits
-            wide = frames.astype(np.uint16)
-            frames = (wide << (16 - bits)) | (wide >> (2 * bits - 16))  # white stays white
         if self._broken.is_set():
             raise UserError(f"cannot write {self.path}: {self._message()}")
         self._room.get()
-        self._waiting.put(np.ascontiguousarray(frames).tobytes())
+        self._waiting.put(frames)
 
     def _feed(self) -> None:
         """Hand over what waits, until None comes; after FFmpeg has stopped, throw it away."""
         assert self._process.stdin is not None
-        while (content := self._waiting.get()) is not None:
-            if not self._broken.is_set():
-                try:
-                    self._process.stdin.write(content)
-                except OSError:
-                    self._broken.set()
+        while (frames := self._waiting.get()) is not None:
+            for frame in frames:
+                if not self._broken.is_set():
+                    try:
+                        self._process.stdin.write(self._as_piped(frame))
+                    except OSError:
+                        self._broken.set()
             self._room.put(None)
+
+    def _as_piped(self, frame: np.ndarray) -> memoryview:
+        """With as many bits as the pipe's."""
+        if self._bits > 8:
+            bits = 8 if frame.dtype == np.uint8 else self._bits
+            if bits < 16:
+                wide = frame.astype(np.uint16)
+                frame = (wide << (16 - bits)) | (wide >> (2 * bits - 16))  # white stays white
+            if self._chroma:
+                frame = for_swscale(frame)
+        return np.ascontiguousarray(frame).data
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -64,6 +64,8 @@ class Job:
     images: ImageOutput | None = None
     #: the output has the source's transparency
     alpha: bool = False
+    #: of the frames that are written; FFmpeg dithers luma and chroma of 8 bits where they have 16
+    frame_bits: BitDepth = 8
 
     @property
     def info(self) -> VideoInfo:
@@ -139,7 +141,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     said += _said_of_frames(info, codec, bit_depth, alpha, arguments)
     for line in said:
         print(f"{source.name}: {line}", file=sys.stderr)
-    return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images, alpha)
+    frame_bits = bit_depth if images or arguments.lossless else 16
+    return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images, alpha, frame_bits)
 
 
 def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace) -> BitDepth:

@@ -30,7 +30,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
 #: numbers that networks compute with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: options of the model, which `--bicubic` does without
-_OF_THE_MODEL = ("vae_dtype", "offload", "compile")
+_OF_THE_MODEL = ("vae_dtype", "offload", "compile", "fixed_noise")
 #: FFmpeg options that upscale itself sets
 _OWN_OPTIONS = frozenset(
     {"r", "vf", "filter", "pix_fmt", "c", "vcodec", "codec", "crf", "cq", "qp", "s", "bf", "frames"}
@@ -157,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-size", type=int, help="no side of the output is larger, px")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="one of the model's cached prompts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fixed-noise", action="store_true", help="the same noise in all frames: what the model invents moves less"
+    )
     parser.add_argument("--steps", type=int, help="Euler steps; default: what the model was made for")
     parser.add_argument("--guidance", type=float, help="w of v(c) + w(v(c) - v(0)); default: the model's")
     parser.add_argument(

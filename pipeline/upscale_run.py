@@ -86,9 +86,10 @@ def with_model(
         num_inference_steps=arguments.steps,
         guidance_weight=arguments.guidance,
         colour_fix=arguments.colour_fix,
-        bit_depth=job.bit_depth,
+        bit_depth=job.frame_bits,
         tiling=tiling,
         codec=arguments.codec,
+        fixed_noise=arguments.fixed_noise,
     )
 
 
@@ -192,7 +193,7 @@ def open_reader(job: Job, arguments: argparse.Namespace, place: Place, mark: Mar
         size=job.size.model_input,
         frame_rate=job.frame_rate,
         deinterlace=arguments.deinterlace,
-        bits=16 if job.bit_depth > 8 and job.info.bits > 8 else 8,
+        bits=16 if job.frame_bits > 8 and job.info.bits > 8 else 8,
         mark=mark,
         alpha=job.alpha,
         tone_map=arguments.tone_map,
@@ -209,12 +210,12 @@ def upscaled(
 ) -> Clips:
     """Clips of the output from the window at `place` on; frames are read ahead in a thread."""
     frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
-    transparency = Transparency(place.context, job.bit_depth) if job.alpha else None
+    transparency = Transparency(place.context, job.frame_bits) if job.alpha else None
     if transparency:
         frames = transparency.taken_from(frames)
     if arguments.bicubic:
         statistics["dit_evaluations"] = 0
-        clips = with_bicubic(frames, place, job.bit_depth)
+        clips = with_bicubic(frames, place, job.frame_bits)
     else:
         clips = with_model(frames, place, job, tiling, arguments, statistics)
     return transparency.given_to(clips) if transparency else clips
@@ -233,6 +234,7 @@ def writer_of(job: Job, arguments: argparse.Namespace) -> Callable[..., VideoWri
         codec=job.codec,
         encoder_options=arguments.encoder_options,
         bit_depth=job.bit_depth,
+        frame_bits=job.frame_bits,
         sample_aspect_ratio=job.size.sample_aspect_ratio,
         colour=job.info.colour,
         alpha=job.alpha,

@@ -30,6 +30,7 @@ from common.seeding import seeded_noise
 from pipeline.colour_fix import ColourFix, fix_colour
 from pipeline.latent_codec import CodecName, FastCodec, FullCodec, LatentCodec, padded_inputs
 from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
+from pipeline.model.half_precision import prepare
 from pipeline.model.prompts import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE, to_frames, upsample_low_resolution
@@ -160,6 +161,7 @@ class VSRPipeline(DiffusionPipeline):
         bit_depth: BitDepth = 8,
         first_frame: int = 0,
         codec: CodecName | None = None,
+        fixed_noise: bool = False,
     ) -> VSRResult:
         """Upscale one clip; `upscale_video` (pipeline/video_windows.py) streams longer videos through here, `Session`
         those whose frames come bit by bit.
@@ -169,6 +171,7 @@ class VSRPipeline(DiffusionPipeline):
             seed: of the noise; the result is a function of the clip and this.
             first_frame: number of the clip's first frame in its video; the noise depends on it.
             codec: `full` is the VAE, `fast` the networks trained to stand in for it; None: `fast` where they are.
+            fixed_noise: every latent frame of the video draws the noise of the first one.
 
         Raises:
             ValueError: another dtype or shape.
@@ -186,13 +189,10 @@ class VSRPipeline(DiffusionPipeline):
             self.config.guidance_weight if guidance_weight is None else guidance_weight,
             tiling,
             self.codec(codec),
+            fixed_noise,
         )
-        enlarged = run.clip(frames, first_frame)
-        if colour_fix != "none":
-            began = time.perf_counter()
-            enlarged = fix_colour(enlarged, upsample_low_resolution(frames), colour_fix)
-            run.lap("colour", began)
-        return VSRResult(to_frames(enlarged, bit_depth).numpy(), run.dit_evaluations, run.seconds)
+        result = run.frames(frames, run.clip(frames, first_frame), colour_fix, bit_depth)
+        return VSRResult(result, run.dit_evaluations, run.seconds)
 
     def codec(self, name: CodecName | None = None) -> LatentCodec:
         """What encodes and decodes; None: the fast codec if there is one.
@@ -219,7 +219,9 @@ class _Run:
         guidance_weight: float,
         tiling: Tiling,
         codec: LatentCodec,
+        fixed_noise: bool,
     ) -> None:
+        self._fixed_noise = fixed_noise
         self._pipeline, self._seed, self._steps, self._tiling, self._codec = pipeline, seed, steps, tiling, codec
         self._guidance_weight = guidance_weight
         self._device = device = pipeline.computes_on
@@ -229,7 +231,7 @@ class _Run:
         self.seconds = dict.fromkeys(STEPS, 0.0)
 
     def clip(self, frames: Tensor, first_frame: int) -> Tensor:
-        """uint8 or uint16 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1]."""
+        """uint8 or uint16 (F, h, w, 3) to float32 pixels (3, F, 4h, 4w) in [-1, 1], on the device."""
         count = len(frames)
         began = time.perf_counter()
         height, width = (SCALE * side for side in frames.shape[1:3])
@@ -245,7 +247,25 @@ class _Run:
         with self._turn(decoder):
             decoded = self._decode(z, inputs)[0]
         self.lap("decode", began)
-        return decoded[:, :count, :height, :width].cpu()
+        return decoded[:, :count, :height, :width]
+
+    def frames(self, source: Tensor, pixels: Tensor, colour_fix: ColourFix, bit_depth: BitDepth) -> np.ndarray:
+        """What `clip` made of `source`, recoloured and rounded: (F, 4h, 4w, 3) of `bit_depth` bits.
+
+        One frame at a time, where the pixels are: the device's memory holds no second clip.
+        """
+        began = time.perf_counter()
+        pinned = pixels.device.type == "cuda"  # copied while the next frame is computed
+        dtype = torch.uint8 if bit_depth == 8 else torch.uint16
+        result = torch.empty((*pixels.shape[1:], 3), dtype=dtype, pin_memory=pinned)
+        for number, frame in enumerate(source):
+            recoloured = pixels[:, number : number + 1]
+            if colour_fix != "none":
+                low = upsample_low_resolution(frame[None].to(pixels.device))
+                recoloured = fix_colour(recoloured, low, colour_fix)
+            result[number].copy_(to_frames(recoloured, bit_depth)[0], non_blocking=pinned)
+        self.lap("colour", began)
+        return result.numpy()
 
     def _turn(self, network: torch.nn.Module) -> AbstractContextManager[None]:
         offload = self._pipeline.offload
@@ -313,8 +333,8 @@ class _Run:
         """
         channels, latent_frames, height, width = shape
         rows = [
-            seeded_noise((channels, height, width), self._seed, "film", first_frame + TEMPORAL_FACTOR * index)
-            for index in range(latent_frames)
+            seeded_noise((channels, height, width), self._seed, "film", 0 if self._fixed_noise else place)
+            for place in range(first_frame, first_frame + TEMPORAL_FACTOR * latent_frames, TEMPORAL_FACTOR)
         ]
         return torch.stack(rows, dim=1)[None]
 
@@ -367,6 +387,7 @@ def open_pipeline(
     for component in pipeline.components.values():
         if component is not None:
             component.requires_grad_(False).eval()
+            prepare(component)
     if offload:
         pipeline.offload = Offload(device)
         return pipeline

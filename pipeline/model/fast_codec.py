@@ -129,7 +129,8 @@ class FastDecoder(ModelMixin, ConfigMixin):
         first, memory_of_blocks = (torch.zeros_like(now[:, :1]), None) if memory is None else (memory[0], memory[1:])
         before = torch.cat([first, now[:, :-1]], dim=1)
         unshuffled = grouped(low_resolution.to(self.dtype), begins=memory is None)
-        features, after = self.trunk(torch.cat([now, before, unshuffled], dim=2), memory_of_blocks)
+        seen = torch.cat([now, before, unshuffled], dim=2).to(self.trunk.stem.weight.dtype)
+        features, after = self.trunk(seen, memory_of_blocks)
         size = features.shape[:2]
         added = self.enlarge(features.flatten(0, 1)).unflatten(0, size).unflatten(2, (3, GROUP))
         cut = OVERLAP + STRIDE

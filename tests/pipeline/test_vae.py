@@ -1,5 +1,6 @@
 """Both VAEs behind one surface: shapes, normalisation, causality, quality of the shipped one."""
 
+import copy
 import importlib.metadata
 import json
 from pathlib import Path
@@ -8,9 +9,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 
 from common.errors import UserError
+from common.live_bytes import LiveBytes
 from common.video_reader import read_video
+from pipeline.model import half_precision
+from pipeline.model.fast_codec import FastDecoder, decode_streaming
+from pipeline.model.half_precision import prepare
+from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import (
     decode_latents,
@@ -75,6 +82,46 @@ def test_wan_folder_round_trip(wan, tmp_path):
     wan.save_pretrained(tmp_path)
     x = pixels(5)
     assert torch.equal(encode_video(load_vae(tmp_path), x), encode_video(wan, x))
+
+
+def test_decoders_in_bf16_end_in_float32(wan):
+    """Their pixels lie between bf16's values, which are no closer than 8 bits of a pixel; nothing else changes."""
+    torch.manual_seed(0)
+    decoder = FastDecoder(z_dim=8, dims=(16, 12, 8, 8), blocks=(2, 1, 1)).eval()
+    for network in (copy.deepcopy(wan), SmallVideoVAE(z_dim=8), TinyVideoVAE(z_dim=8), decoder):
+        z = torch.randn(1, network.config.z_dim, 3, 4, 6) / 4
+        low = torch.rand(1, 3, 9, 8, 12)
+        decode = decode_streaming if network is decoder else decode_latents
+        inputs = (z, low) if network is decoder else (z,)
+        whole = decode(network, *inputs)
+        plain = decode(network.bfloat16(), *inputs)
+        prepare(network)
+        fine = decode(network, *inputs)
+        inside = fine.abs() < 1
+        assert (fine != fine.bfloat16())[inside].float().mean() > 0.99 and torch.equal(plain, plain.bfloat16().float())
+        assert (fine - whole).abs().mean() <= (plain - whole).abs().mean()
+        if network is not decoder:
+            assert encode_video(network, pixels(5)).shape[2] == 2 and network.dtype == torch.bfloat16
+
+
+def test_wan_enlarges_in_its_own_numbers(wan):
+    """Nearest neighbours are copied: the same in bf16, without a copy in float32."""
+    half, x = copy.deepcopy(wan).bfloat16(), torch.randn(1, 8, 6, 4).bfloat16()
+    layer = next(layer for layer in half.modules() if isinstance(layer, WanUpsample))
+    expected = layer(x)
+    prepare(half)
+    with LiveBytes() as live:
+        assert torch.equal(layer(x), expected)
+    assert live.peak == expected.nbytes
+
+
+def test_the_end_of_wan_by_rows_is_the_whole(wan, monkeypatch):
+    z = torch.randn(1, 4, 3, 8, 5)
+    whole = decode_latents(wan, z)
+    monkeypatch.setattr(half_precision, "ROWS", 9)
+    by_rows = copy.deepcopy(wan)
+    prepare(by_rows)
+    assert torch.allclose(decode_latents(by_rows, z), whole, atol=1e-5)
 
 
 def test_tiny_vae_is_causal_and_has_the_same_surface():

@@ -91,6 +91,8 @@ def test_windows_draw_the_noise_of_their_place_in_the_video(pipeline, monkeypatc
     assert not torch.equal(first[:, :, 0], second[:, :, 0])
     pipeline(video[8:], num_inference_steps=1, first_frame=8)
     assert torch.equal(seen[2], second)
+    pipeline(video[8:], num_inference_steps=1, first_frame=8, fixed_noise=True)
+    assert torch.equal(seen[3], first[:, :, :1].expand_as(seen[3])), "that of the video's first frame, everywhere"
 
 
 def test_what_is_not_a_clip_is_refused(pipeline):

@@ -261,11 +261,51 @@ def test_transparency_and_depth_are_said_to_be_left_out(make, upscale, tmp_path)
     assert "become 8" in done.stderr
 
 
-def test_sixteen_bits_are_read(make):
+@pytest.mark.parametrize(
+    ("pixels", "values", "within"),
+    [
+        ("gbrp10le", "g='X*1023/63':b='X*1023/63':r='X*1023/63'", 100),
+        ("yuv420p10le", "lum='64+X*876/63':cb=512:cr=512", 100),
+        ("yuv444p12le", "lum='256+X*3504/63':cb=2048:cr=2048", 40),
+        ("gray10le", "lum='X*1023/63'", 120),
+    ],
+)
+def test_sixteen_bits_are_read(make, pixels, values, within):
+    """A grey ramp up to white, to a step of the file's own."""
     source = make(
-        "deep.mkv", "-f", "lavfi", "-i", "nullsrc=s=64x16:d=0.04:r=25,format=gbrp10le",
-        "-vf", "geq=g='X*16':b='X*16':r='X*16'", "-c:v", "ffv1",
+        "deep.mkv", "-f", "lavfi", "-i", f"nullsrc=s=64x16:d=0.04:r=25,format={pixels}", "-vf", f"geq={values}",
+        "-c:v", "ffv1",
     )  # fmt: skip
     frame = next(iter(VideoReader(source, bits=16)))
     assert frame.dtype == np.uint16
-    assert np.abs(frame[8, :, 0] - np.arange(64) * 16 / 1023 * 65535).max() < 70
+    assert np.abs(frame[8, :, 0] - np.arange(64) * 65535 / 63).max() < within
+
+
+def luma_of(path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+    return frame.to_ndarray()[: frame.height].astype(float)
+
+
+def test_what_has_eight_bits_has_the_same_colours_in_ten(make, upscale, tmp_path):
+    source = make(
+        "grey.mkv", "-f", "lavfi", "-i", "nullsrc=s=64x32:d=0.04:r=25",
+        "-vf", "geq=lum='16+73*floor(X/16)':cb=128:cr=128,format=yuv420p", "-c:v", "ffv1",
+    )  # fmt: skip
+    output = tmp_path / "out.mkv"
+    assert upscale(source, output, "--bicubic", "--bit-depth", 10, "--crf", 1).returncode == 0
+    assert np.abs(luma_of(output)[64, 32::64] - 4 * (16 + 73 * np.arange(4))).max() <= 1
+
+
+def test_a_gradient_is_dithered(make, upscale, tmp_path):
+    """10 bits become 8: of 8 x 8 pixels, the mean is right to a third of a level, where rounding leaves steps."""
+    source = make(
+        "ramp.mkv", "-f", "lavfi", "-i", "nullsrc=s=256x32:d=0.04:r=25,format=yuv420p10le",
+        "-vf", "geq=lum='400+X/16':cb=512:cr=512", "-c:v", "ffv1",
+    )  # fmt: skip
+    output = tmp_path / "out.mkv"
+    done = upscale(source, output, "--bicubic", "--crf", 1)
+    assert done.returncode == 0 and "10 bits become 8" in done.stderr
+    mean = luma_of(output).reshape(16, 8, 128, 8).mean((0, 1, 3))
+    wanted = ((400 + ((np.arange(1024) + 0.5) / 4 - 0.5) / 16) / 4).reshape(128, 8).mean(1)
+    assert np.abs(mean - wanted)[2:-2].max() < 0.35
