@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.piped_video import PipedVideo
 from common.video_probe import BT709, UNSPECIFIED, Colour, ffmpeg_binary, probe, untagged_matrix, url
 
-Deinterlace = Literal["auto", "bwdif", "off", "detelecine"]
+Deinterlace = Literal["auto", "bwdif", "off", "detelecine", "tff", "bff"]
 ToneMap = Literal["hable", "mobius", "reinhard"]
 
 #: SDR white, cd/m², from which FFmpeg's tone curves count
@@ -89,7 +89,8 @@ class VideoReader:
             size: (width, height) that frames are resized to, by the mean of the pixels that each new one covers.
             frame_rate: frames are repeated and dropped to this constant rate; None: all, with the times they have.
             deinterlace: bwdif, or auto: bwdif for the frames that are marked as interlaced; detelecine: four frames of
-                24 a second out of five that a 3:2 pulldown made of them.
+                24 a second out of five that a 3:2 pulldown made of them; tff, bff: bwdif for all frames, the upper or
+                the lower field first, whatever they are marked as.
             bits: 16 for videos of more than 8 bits.
             piped: read this instead of the file `path`, once.
             mark: the first frame as an earlier reader saw it; FFmpeg seeks to it. Where it does not come out the same,
@@ -191,6 +192,8 @@ class VideoReader:
         if deinterlace == "bwdif" or (deinterlace == "auto" and marked):
             which = "interlaced" if deinterlace == "auto" else "all"
             stream = stream.filter("bwdif", mode="send_frame", deint=which)
+        if deinterlace in ("tff", "bff"):
+            stream = stream.filter("bwdif", mode="send_frame", deint="all", parity=deinterlace)
         if deinterlace == "detelecine":
             # Fields of neighbours are matched, what still combs is deinterlaced, the doubled one of five frames goes.
             stream = stream.filter("fieldmatch", combmatch="full")

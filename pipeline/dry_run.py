@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.scale import SCALE
 from pipeline.memory_estimate import GIB, MemoryEstimate, WindowMemory
@@ -101,23 +102,44 @@ def _with_tile(estimate: MemoryEstimate, frames: int, size: Sequence[int], tile:
 def _disk(job: Job, arguments: argparse.Namespace, frames: int | None) -> list[str]:
     if job.output == PIPE:
         return ["disk    nothing: standard output"]
+    need = disk_need(job, arguments, frames)
+    free = free_disk(job.output)
+    if need is None:
+        return [f"disk    unknown: the input does not say how many frames it has; {free / GIB:.2f} GiB are free"]
+    return [
+        f"disk    about {COPIES * need / GIB:.3g} GiB for a while and {need / GIB:.3g} GiB at the end "
+        f"(content decides); {free / GIB:.2f} GiB are free"
+    ]
+
+
+def disk_need(job: Job, arguments: argparse.Namespace, frames: int | None) -> float | None:
+    """Bytes of the output, at the usual number of bits a pixel; None where frames are not counted."""
     width, height = job.size.output
     bits = (
         LOSSLESS_BITS_PER_PIXEL
         if arguments.lossless
         else BITS_PER_PIXEL[job.codec.removesuffix("_nvenc")] * (2 if job.bit_depth == 16 else 1)
     )
-    place = job.output.absolute().parent
+    return None if frames is None else frames * width * height * bits / 8
+
+
+def free_disk(output: Path) -> int:
+    """Bytes where it is to be written."""
+    place = output.absolute().parent
     while not place.exists():
         place = place.parent
-    free = f"{shutil.disk_usage(place).free / GIB:.2f} GiB are free"
-    if frames is None:
-        return [f"disk    unknown: the input does not say how many frames it has; {free}"]
-    one = frames * width * height * bits / 8
-    return [
-        f"disk    about {COPIES * one / GIB:.3g} GiB for a while and {one / GIB:.3g} GiB at the end "
-        f"(at {bits:g} bits a pixel; content decides); {free}"
-    ]
+    return shutil.disk_usage(place).free
+
+
+def disk_warning(job: Job, arguments: argparse.Namespace) -> str | None:
+    """Said before the first frame, where the output will hardly fit."""
+    need, free = disk_need(job, arguments, frames_to_write(job, arguments)), free_disk(job.output)
+    if need is None or COPIES * need <= free:
+        return None
+    return (
+        f"about {COPIES * need / GIB:.3g} GiB of disk are needed for a while, content decides; "
+        f"{free / GIB:.3g} GiB are free: full, it stops, and the same command goes on when there is room"
+    )
 
 
 def _time(job: Job, frames: int | None) -> str:

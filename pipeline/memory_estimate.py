@@ -23,7 +23,7 @@ from pipeline.model.half_precision import prepare
 from pipeline.model.prompts import load_prompts
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, vae_class
-from pipeline.vsr_pipeline import Tiling, require_part
+from pipeline.vsr_pipeline import Tiling, require_model, require_part
 
 GIB = 2**30
 
@@ -74,6 +74,7 @@ class MemoryEstimate:
         Raises:
             UserError: the folder lacks a part.
         """
+        require_model(folder)
         classes: dict[str, Any] = {"vae": vae_class(folder / "vae"), "transformer": VSRTransformer}
         if codec == "fast":
             classes |= {"fast_decoder": FastDecoder}

@@ -2,6 +2,7 @@
 
     .out.mp4.parts/
         job.json          what decides the pixels: input, model, options
+        sizes.json        and tiles and windows, which may have been chosen from the free memory
         part-00000.mp4    (.mov) a closed stretch of video
         part-00000.json   its frames and their times, and where the video continues: written last, so a part without it
                           does not count
@@ -31,6 +32,7 @@ from pipeline.image_output import ImageOutput
 from pipeline.upscale_source import FrameReader
 from pipeline.video_windows import Place
 
+SIZES = "sizes.json"
 #: says that the output was about to get its name
 FINISHED = "finished"
 
@@ -179,6 +181,21 @@ class VideoParts:
             part = Part(written, place, pts, base, dict(statistics), new_errors, reader.last_duration, checksum)
             write_atomic(path.with_suffix(".json"), json.dumps(asdict(part)) + "\n")
             self.complete.append(part)
+
+    @property
+    def sizes(self) -> dict[str, Any] | None:
+        """As `keep_sizes` was given them; None where nothing was written with them."""
+        if not self.complete:
+            return None
+        try:
+            values: dict[str, Any] = json.loads((self.folder / SIZES).read_text())
+            return values
+        except (OSError, ValueError):
+            return None
+
+    def keep_sizes(self, values: dict[str, Any]) -> None:
+        """Of tiles and windows, JSON types: a resumed job goes on with them, whatever memory is free then."""
+        write_atomic(self.folder / SIZES, json.dumps(values) + "\n")
 
     def leave(self, *, done: bool) -> None:
         """Delete what the next run cannot use: after a failure complete parts stay."""

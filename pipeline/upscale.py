@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ from common.errors import UserError, run_command
 from common.image_files import holds_a_sequence, images_in
 from common.scale import SCALE
 from common.video_probe import VIDEO_SUFFIXES, named_like_a_video
-from pipeline.dry_run import report
+from pipeline.dry_run import disk_warning, report
 from pipeline.finish_output import finish, rehearse
+from pipeline.fit_memory import fit, record, resumed
 from pipeline.image_output import stills_of
 from pipeline.resumable_video import VideoParts, delete_parts, only_job, only_lock_left, was_finished
 from pipeline.sound_check import sound_damage
@@ -126,7 +128,7 @@ def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch:
         return False
     job = plan(source, output, arguments)
     if arguments.dry_run:
-        print("\n".join(report(job, arguments)))
+        print("\n".join(report(fit(job, arguments), arguments)))
         return False
     began = time.perf_counter()
     frames, damage, statistics = (_to_pipe if output == PIPE else _to_files)(job, arguments, watch)
@@ -164,14 +166,24 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
         parts = VideoParts(job.output, identity, arguments.part_frames, restart=arguments.restart, images=job.images)
         if parts.complete:
             print(f"resuming after {parts.frames} frames", file=sys.stderr)
+        if parts.sizes:
+            job = resumed(job, parts.sizes)
+        elif not arguments.bicubic:
+            job = fit(job, arguments)
+            parts.keep_sizes(record(job))
         done, statistics = False, parts.statistics
         try:
             if not parts.complete:
                 black = np.zeros(
                     (1, *(side * SCALE for side in reversed(job.size.model_input)), 4 if job.alpha else 3), np.uint8
                 )
+                if warning := disk_warning(job, arguments):
+                    print(f"{job.output}: {warning}", file=sys.stderr)
                 rehearse(parts, tracks_from, job.tracks, writer_of(job, arguments), black, job.codec)
-            upscale_parts(parts, job, arguments, statistics, watch)
+            upscale_parts(
+                parts, job, arguments, statistics,
+                lambda tiling: parts.keep_sizes(record(replace(job, tiling=tiling))), watch,
+            )  # fmt: skip
             times, last_s = finish(parts, tracks_from, job.tracks, job.info, job.frame_rate)
             done = True
         except KeyboardInterrupt:
@@ -188,7 +200,7 @@ def _to_pipe(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> tu
     """The same for standard output."""
     statistics: dict[str, float] = {}
     with only_video_on_stdout() as pipe:
-        reader = write_to_pipe(job, arguments, statistics, pipe)
+        reader = write_to_pipe(fit(job, arguments), arguments, statistics, pipe)
     if not reader.count:
         raise UserError(f"{job.source.name}: there is no frame to write; choose another --start")
     errors = list(dict.fromkeys(reader.errors))

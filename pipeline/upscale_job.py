@@ -13,8 +13,9 @@ from typing import Any
 from common.bit_depth import BitDepth
 from common.encoders import ENCODERS, IMAGE_ENCODERS, IMAGE_OUTPUT_SUFFIXES, OUTPUT_SUFFIXES
 from common.errors import UserError
+from common.field_order import unmarked_field_order
 from common.video_probe import Colour, VideoInfo
-from common.video_reader import check_tone_map
+from common.video_reader import Deinterlace, check_tone_map
 from pipeline.container import TrackPlan, plan_tracks
 from pipeline.image_output import ImageOutput, image_output
 from pipeline.output_size import OutputSize, choose_size
@@ -64,8 +65,9 @@ class Job:
     images: ImageOutput | None = None
     #: the output has the source's transparency
     alpha: bool = False
-    #: of the frames that are written; FFmpeg dithers luma and chroma of 8 bits where they have 16
+    #: of the frames that are written: 16 where FFmpeg makes 10 of them, or 8, dithered, of what had more
     frame_bits: BitDepth = 8
+    deinterlace: Deinterlace = "auto"
 
     @property
     def info(self) -> VideoInfo:
@@ -84,15 +86,22 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     Raises:
         UserError: the output could not be written.
     """
-    windows = Windows(arguments.window, arguments.overlap)
+    usual = Windows()
+    windows = Windows(
+        usual.frames if arguments.window is None else arguments.window,
+        usual.overlap if arguments.overlap is None else arguments.overlap,
+    )
     tiling = Tiling(
         transformer_tile_px=arguments.tile,
         vae_tile_px=arguments.vae_tile,
         decode_tile_px=arguments.decode_tile,
         overlap_px=arguments.tile_overlap,
     )
-    if arguments.deinterlace == "detelecine":
+    deinterlace: Deinterlace = arguments.deinterlace
+    if deinterlace == "detelecine":
         source = without_pulldown(source)
+    if deinterlace == "auto" and source.file:
+        deinterlace = unmarked_field_order(source.file, source.info) or "auto"
     hdr = source.info.colour.hdr
     if arguments.tone_map and hdr:
         check_tone_map(arguments.tone_map)
@@ -139,10 +148,20 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     bit_depth = choose_bit_depth(info, codec, arguments)
     alpha = info.alpha_is_read and holds_alpha(codec) and not arguments.lossless
     said += _said_of_frames(info, codec, bit_depth, alpha, arguments)
+    if deinterlace in ("tff", "bff"):
+        first = "upper" if deinterlace == "tff" else "lower"
+        said.append(
+            f"frames are not marked as interlaced but comb: deinterlaced by bwdif, the {first} field first; "
+            "--deinterlace off leaves them"
+        )
     for line in said:
         print(f"{source.name}: {line}", file=sys.stderr)
-    frame_bits = bit_depth if images or arguments.lossless else 16
-    return Job(source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images, alpha, frame_bits)
+    deep = max(bit_depth, info.bits) > 8 and not (images or arguments.lossless)
+    frame_bits: BitDepth = 16 if deep else bit_depth
+    return Job(
+        source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images, alpha, frame_bits,
+        deinterlace,
+    )  # fmt: skip
 
 
 def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace) -> BitDepth:

@@ -167,10 +167,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of the latents: the VAE, or what stands beside it in the model folder, trained to replace it; default: "
         "fast where there is one",
     )  # fmt: skip
-    parser.add_argument("--window", type=int, default=21, help="frames the model sees at a time")
-    parser.add_argument("--overlap", type=int, default=5, help="frames that consecutive windows share")
+    parser.add_argument("--window", type=int, help="frames the model sees at a time; default: 21")
+    parser.add_argument("--overlap", type=int, help="frames that consecutive windows share; default: 5")
     parser.add_argument("--tile", type=int, help="DiT tile in output pixels; default: undivided, 384 without --model")
-    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: undivided")
+    parser.add_argument("--vae-tile", type=int, help="VAE tile in output pixels; default: what memory holds")
     parser.add_argument("--decode-tile", type=int, help="VAE decoder tile; default: as --vae-tile")
     parser.add_argument("--tile-overlap", type=int, default=128, help="pixels; less than 128 may leave seams")
     parser.add_argument("--colour-fix", choices=get_args(ColourFix), default="wavelet")

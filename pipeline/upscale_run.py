@@ -100,9 +100,17 @@ def with_bicubic(frames: Iterator[np.ndarray], place: Place, bit_depth: BitDepth
 
 
 def upscale_parts(
-    parts: VideoParts, job: Job, arguments: argparse.Namespace, statistics: dict[str, float], watch: Watch | None = None
+    parts: VideoParts,
+    job: Job,
+    arguments: argparse.Namespace,
+    statistics: dict[str, float],
+    on_tiling: Callable[[Tiling], None],
+    watch: Watch | None = None,
 ) -> None:
     """All that is missing; where the GPU's memory is full, on from the last complete part with smaller tiles.
+
+    Args:
+        on_tiling: is told which.
 
     Raises:
         UserError: the smallest tiles do not fit either.
@@ -119,11 +127,8 @@ def upscale_parts(
                 raise UserError("the GPU's memory is full with the smallest tiles; try a smaller --window") from None
             statistics.clear()
             statistics.update(parts.statistics)
-            print(
-                f"the GPU's memory is full: on with --decode-tile {tiling.decode_tile_px or tiling.vae_tile_px}"
-                f" --vae-tile {tiling.vae_tile_px or 'whole'} --tile {tiling.transformer_tile_px or 'whole'}",
-                file=sys.stderr,
-            )
+            print(f"the GPU's memory is full: on with {tiling.options()}", file=sys.stderr)
+            on_tiling(tiling)
         torch.cuda.empty_cache()
 
 
@@ -192,7 +197,7 @@ def open_reader(job: Job, arguments: argparse.Namespace, place: Place, mark: Mar
         wanted,
         size=job.size.model_input,
         frame_rate=job.frame_rate,
-        deinterlace=arguments.deinterlace,
+        deinterlace=job.deinterlace,
         bits=16 if job.frame_bits > 8 and job.info.bits > 8 else 8,
         mark=mark,
         alpha=job.alpha,
@@ -209,7 +214,7 @@ def upscaled(
     statistics: dict[str, float],
 ) -> Clips:
     """Clips of the output from the window at `place` on; frames are read ahead in a thread."""
-    frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), arguments.window)
+    frames = prefetch(_until_damaged(reader) if arguments.on_error == "stop" else iter(reader), job.windows.frames)
     transparency = Transparency(place.context, job.frame_bits) if job.alpha else None
     if transparency:
         frames = transparency.taken_from(frames)

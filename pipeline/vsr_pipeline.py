@@ -87,6 +87,13 @@ class Tiling:
                     f"{MINIMAL_STRIDE_PX} px larger"
                 )
 
+    def options(self) -> str:
+        """As on the command line."""
+        return (
+            f"--decode-tile {self.decode_tile_px or self.vae_tile_px or 'whole'}"
+            f" --vae-tile {self.vae_tile_px or 'whole'} --tile {self.transformer_tile_px or 'whole'}"
+        )
+
 
 def smaller_tiles(tiling: Tiling, width: int, height: int) -> Tiling | None:
     """What to try when memory was full: decoder tiles of half the side, then VAE tiles, then DiT tiles.
@@ -377,10 +384,7 @@ def open_pipeline(
         raise UserError(f"--device {device}: PyTorch sees no GPU here; choose --device cpu")
     if str(device).startswith("cuda:") and torch.device(device).index >= torch.cuda.device_count():
         raise UserError(f"{device}: PyTorch sees {torch.cuda.device_count()} GPUs here, numbered from 0")
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
-    for part in ("transformer", "vae", "prompts"):
-        require_part(folder, part)
+    require_model(folder)
     disable_progress_bar()  # of loading three components
     pipeline = VSRPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -392,6 +396,17 @@ def open_pipeline(
         pipeline.offload = Offload(device)
         return pipeline
     return pipeline.to(device)
+
+
+def require_model(folder: Path) -> None:
+    """
+    Raises:
+        UserError: it is no model folder, or lacks a part that all have.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"no model in {folder}: model_index.json is missing; give a folder that training exported")
+    for part in ("transformer", "vae", "prompts"):
+        require_part(folder, part)
 
 
 def require_part(folder: Path, part: str) -> None:

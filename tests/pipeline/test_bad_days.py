@@ -113,6 +113,8 @@ def test_a_full_disk_is_one_line_and_the_parts_stay(video, small_disk, upscale, 
     output, filler = small_disk / "out.mp4", small_disk / "filler"
     whole = tmp_path / "whole.mp4"
     assert upscale(video, whole, *OPTIONS, "--crf", 1).returncode == 0
+    done = upscale(video, output, "--bicubic", "--scale", 16, "--encoder-options", "preset=ultrafast")
+    assert done.returncode == 2 and "GiB of disk are needed for a while" in done.stderr.splitlines()[0]
     filler.write_bytes(bytes(300_000))
     done = upscale(video, output, *OPTIONS, "--crf", 1)
     last = done.stderr.strip().splitlines()[-1]

@@ -190,8 +190,24 @@ def hlg(light: np.ndarray) -> np.ndarray:
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), 0.17883277 * np.log(12 * scene - 0.28466892) + 0.55991073)
 
 
-def hable(light: np.ndarray) -> np.ndarray:
-    """Hable's filmic curve, before it is divided by its value at the peak."""
+def hable(light: np.ndarray, peak: float) -> np.ndarray:
+    """Hable's filmic curve."""
+    return _filmic(light) / _filmic(np.float64(peak))
+
+
+def mobius(light: np.ndarray, peak: float) -> np.ndarray:
+    """Linear up to 0.3, then a Möbius transform that is smooth there and 1 at the peak."""
+    j = 0.3
+    a, b = -j * j * (peak - 1) / (j * j - 2 * j + peak), (j * j - 2 * j * peak + peak) / (peak - 1)
+    return np.where(light <= j, light, (b + j) ** 2 / (b - a) * (light + a) / (light + b))
+
+
+def reinhard(light: np.ndarray, peak: float) -> np.ndarray:
+    """x / (x + 1), scaled to 1 at the peak."""
+    return light / (light + 1) * (peak + 1) / peak
+
+
+def _filmic(light: np.ndarray) -> np.ndarray:
     return (light * (0.15 * light + 0.05) + 0.004) / (light * (0.15 * light + 0.5) + 0.06) - 0.02 / 0.3
 
 
@@ -210,8 +226,11 @@ def bars(make, tmp_path, request):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("light_level", "peak"), [(None, 1000), (250, 250)])
-def test_hdr_becomes_sdr_by_the_curve(bars, upscale, tmp_path, light_level, peak):
+@pytest.mark.parametrize(
+    ("curve", "light_level", "peak"),
+    [(hable, None, 1000), (hable, 250, 250), (mobius, None, 1000), (reinhard, None, 1000)],
+)
+def test_hdr_becomes_sdr_by_the_curve(bars, upscale, tmp_path, curve, light_level, peak):
     """Up to the brightest pixel that the file names; what is brighter is white."""
     source, output = bars, tmp_path / "out.mp4"
     if light_level:
@@ -219,11 +238,11 @@ def test_hdr_becomes_sdr_by_the_curve(bars, upscale, tmp_path, light_level, peak
         named = f"log-level=error:lossless=1:max-cll={light_level},100"
         recode = [ffmpeg_binary(), "-v", "error", "-i", bars, "-c:v", "libx265", "-x265-params", named, source]
         subprocess.run(recode, check=True)
-    done = upscale(source, output, "--bicubic", "--tone-map", "hable", "--crf", 1)
-    assert done.returncode == 0 and "HDR becomes BT.709 by the curve hable" in done.stderr, done.stderr
+    done = upscale(source, output, "--bicubic", "--tone-map", curve.__name__, "--crf", 1)
+    assert done.returncode == 0 and f"HDR becomes BT.709 by the curve {curve.__name__}" in done.stderr, done.stderr
     assert probe(output).colour == Colour(1, 1, 1) and probe(output).bits == 8
     brightest = LIGHT.max(axis=1, keepdims=True)
-    mapped = LIGHT * hable(brightest) / brightest / hable(np.float64(peak / 100))
+    mapped = LIGHT * curve(brightest, peak / 100) / brightest
     wanted = 255 * np.minimum(mapped, 1) ** (1 / 2.4)
     seen = read_video(output)[0, 96, 48::96]
     assert np.abs(seen - wanted).max() <= 3, (seen, wanted)

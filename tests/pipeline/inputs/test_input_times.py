@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from common.field_order import unmarked_field_order
 from common.scene_cuts import SceneCuts, small_frame
 from common.video_probe import probe
 from common.video_reader import VideoReader, read_video
@@ -105,16 +106,28 @@ def test_a_minute_stays_in_sync(make, upscale, tmp_path):
     assert np.abs(after - before).max() < AAC_FRAME_S
 
 
-def test_interlaced_video_has_no_combs(make, upscale, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "fields", "encoder", "words"),
+    [
+        ("marked.mpg", "interleave_top,setfield=tff", ("mpeg2video", "-q:v", "2", "-flags", "+ilme+ildct"), "marked"),
+        (
+            "upper.mp4",
+            "interleave_top,setfield=prog",
+            ("libx264", "-qp", "5"),
+            "comb: deinterlaced by bwdif, the upper",
+        ),
+        ("lower.mkv", "interleave_bottom,setfield=prog", ("ffv1",), "comb: deinterlaced by bwdif, the lower"),
+    ],
+)
+def test_interlaced_video_has_no_combs(make, upscale, tmp_path, name, fields, encoder, words):
     """A vertical edge that moves 6 px a field: woven, every other line of the frame is displaced."""
     source = make(
-        "interlaced.mpg", "-f", "lavfi", "-i", "color=white:s=200x576:r=50:d=1",
-        "-vf", "pad=720:576:'100':0,scroll=h=-0.01,tinterlace=interleave_top,setfield=tff",
-        "-flags", "+ilme+ildct", "-c:v", "mpeg2video", "-q:v", "2",
+        name, "-f", "lavfi", "-i", "color=white:s=200x576:r=50:d=1", "-vf",
+        f"pad=720:576:'100':0,scroll=h=-0.01,tinterlace={fields},format=yuv420p", "-c:v", *encoder,
     )  # fmt: skip
     output = tmp_path / "out.mp4"
     done = upscale(source, output, "--bicubic", "--scale", 1, "--frames", 8)
-    assert done.returncode == 0 and "bwdif" in done.stderr
+    assert done.returncode == 0 and words in done.stderr, done.stderr
     woven = tmp_path / "woven.mp4"
     assert upscale(source, woven, "--bicubic", "--scale", 1, "--frames", 8, "--deinterlace", "off").returncode == 0
 
@@ -123,6 +136,12 @@ def test_interlaced_video_has_no_combs(make, upscale, tmp_path):
         return np.abs(np.diff(luma, axis=1)).mean()
 
     assert combs(output) < 0.2 * combs(woven)
+
+
+def test_fine_patterns_that_move_are_not_interlaced(make):
+    """idet takes 42 of 100 frames of this for interlaced."""
+    source = make("in.mkv", *picture(4, "640x480"), "-c:v", "libx264", "-preset", "ultrafast")
+    assert unmarked_field_order(source, probe(source)) is None
 
 
 def test_a_pulldown_is_undone(make, upscale, tmp_path):
