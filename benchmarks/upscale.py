@@ -4,36 +4,44 @@
     python benchmarks/upscale.py --model MODEL_DIR --device cuda --dtype bf16 --sizes 480x270 --frames 21
 
 The same video goes through twice: step by step (read all, upscale all, write all), and as the command does it, where
-reading, computing and writing overlap. Memory is measured in a process of its own for each size: the growth of its
+FFmpeg decodes and encodes beside the model. Memory is measured in a process of its own for each size: the growth of its
 resident memory while one window is upscaled on a CPU, the allocator's peak on a GPU. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from common.errors import run_command
+from common.prefetch import prefetch
 from common.scale import SCALE
-from common.video_reader import read_video
+from common.video_reader import VideoReader
 from common.video_writer import VideoWriter
+from pipeline.latent_codec import CodecName
 from pipeline.memory_estimate import GIB, MemoryEstimate
 from pipeline.output_size import parse_size
 from pipeline.upscale_options import DEFAULT_MODEL
-from pipeline.video_windows import Windows, split_video
-from pipeline.vsr_pipeline import STEPS, Tiling, open_pipeline
+from pipeline.video_windows import Windows, upscale_video
+from pipeline.vsr_pipeline import STEPS, Tiling, VSRPipeline, VSRResult, open_pipeline
 
 SEED = 0
 RATE = Fraction(25)
+WORDS = {"transformer": "DiT", "beside": "read and write while the model runs"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -44,34 +52,62 @@ def moving(width: int, height: int, frames: int) -> np.ndarray:
     return np.stack([np.roll(frame, number, axis=1) for number in range(frames)])
 
 
-def step_by_step(source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each step, one after the other."""
-    pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
-    began = time.perf_counter()
-    frames = read_video(source)
-    seconds = {"read": time.perf_counter() - began, **dict.fromkeys(STEPS, 0.0)}
-    clips = []
-    for start, shared, window in split_video(iter(frames), Windows()):
-        result = pipeline(window, first_frame=start, colour_fix="wavelet")
-        clips.append(result.frames[shared:])
-        for step in STEPS:
-            seconds[step] += result.seconds[step]
-    began = time.perf_counter()
-    height, width = clips[0].shape[1:3]
-    with VideoWriter(output, width=width, height=height, frame_rate=RATE) as writer:
-        for clip in clips:
+Spans = list[tuple[float, float]]
+
+
+@dataclass
+class Clocked:
+    """A pipeline that notes when it runs."""
+
+    pipeline: VSRPipeline
+    busy: Spans = field(default_factory=list)
+
+    def __call__(self, *values: Any, **options: Any) -> VSRResult:
+        began = time.perf_counter()
+        result = self.pipeline(*values, **options)
+        self.busy.append((began, time.perf_counter()))
+        return result
+
+
+def clocked(items: Iterator[np.ndarray], busy: Spans) -> Iterator[np.ndarray]:
+    """The same items; notes when they are made."""
+    while True:
+        began = time.perf_counter()
+        item = next(items, None)
+        busy.append((began, time.perf_counter()))
+        if item is None:
+            return
+        yield item
+
+
+def upscale(source: Path, output: Path, pipeline: VSRPipeline, *, overlapping: bool) -> dict[str, float]:
+    """Seconds of each step, of all, and of reading and writing while the model runs.
+
+    Args:
+        overlapping: as the command does it; else all is read, then upscaled, then written.
+    """
+    began, reading, statistics, model = time.perf_counter(), [], {}, Clocked(pipeline)
+    frames = clocked(iter(VideoReader(source)), reading)
+    frames = prefetch(frames, Windows().frames) if overlapping else iter(list(frames))
+    made = upscale_video([model], frames, Windows(), statistics=statistics, colour_fix="wavelet")  # type: ignore[list-item]
+    clips = (clip for clip, _ in made) if overlapping else iter([clip for clip, _ in made])
+    first = next(clips)
+    with VideoWriter(output, width=first.shape[2], height=first.shape[1], frame_rate=RATE) as writer:
+        for clip in itertools.chain([first], clips):
             writer.write(clip)
-    return seconds | {"write": time.perf_counter() - began}
+    steps = {"read": total(reading), **{step: statistics[f"{step}_s"] for step in STEPS}, "write": total(writer.busy)}
+    beside = common(reading, model.busy) + common(writer.busy, model.busy)
+    return steps | {"wall": time.perf_counter() - began, "beside": beside}
 
 
-def as_the_command(source: Path, output: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the command, of the model in it, and of what neither overlaps nor is the model."""
-    stats = output.with_suffix(".json")
-    command = [sys.executable, "-m", "pipeline.upscale", source, output, "--stats", stats, "--overwrite", "--restart"]
-    command += ["--model", arguments.model, "--device", arguments.device, "--dtype", arguments.dtype]
-    subprocess.run([*map(str, command)], check=True, capture_output=True, cwd=Path(__file__).parents[1])
-    record = json.loads(stats.read_text())
-    return {"wall": record["seconds"], **{step: record[f"{step}_s"] for step in STEPS}}
+def total(busy: Spans) -> float:
+    return sum(end - start for start, end in busy)
+
+
+def common(first: Spans, second: Spans) -> float:
+    """Seconds that lie in both."""
+    pairs = itertools.product(first, second)
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in pairs)
 
 
 def measured_memory(width: int, height: int, arguments: argparse.Namespace) -> int:
@@ -122,13 +158,18 @@ def main() -> None:
         width, height = arguments.size
         with VideoWriter(source, width=width, height=height, frame_rate=RATE, crf=10) as writer:
             writer.write(moving(width, height, arguments.frames))
-        apart = step_by_step(source, Path(folder) / "apart.mp4", arguments)
-        together = as_the_command(source, Path(folder) / "out.mp4", arguments)
-    print(f"{arguments.frames} frames of {width}x{height}, seconds")
+        pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
+        pipeline(moving(16, 16, 5))  # libraries that load on first use
+        pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
+        pipeline(moving(16, 16, 5))  # libraries that load on first use
+        apart = upscale(source, Path(folder) / "apart.mp4", pipeline, overlapping=False)
+        together = upscale(source, Path(folder) / "together.mp4", pipeline, overlapping=True)
+    print(f"# {os.cpu_count()} CPU cores, torch {torch.__version__}, {arguments.device}")
+    print(f"{arguments.frames} frames of {width}x{height}, seconds: one step after the other, and overlapping")
     for step, seconds in apart.items():
-        print(f"  {step:<12}{seconds:8.2f}" + (f"{together[step]:8.2f}" if step in together else "       –"))
-    print(f"  {'in all':<12}{sum(apart.values()):8.2f}{together['wall']:8.2f}   (apart, as the command)")
-    estimate, memory = MemoryEstimate(arguments.model, DTYPES[arguments.dtype]), []
+        print(f"  {WORDS.get(step, step):<40}{seconds:8.2f}{together[step]:8.2f}")
+    codec: CodecName = "fast" if pipeline.fast_decoder else "full"
+    estimate, memory = MemoryEstimate(arguments.model, DTYPES[arguments.dtype], codec), []
     print("one window: input, predicted and measured GiB, without weights")
     for width, height in arguments.sizes:
         own = estimate.window(Windows().frames, width * SCALE, height * SCALE, Tiling())

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,8 @@ class VideoWriter:
         for _ in range(CLIPS_HELD):
             self._room.put(None)
         self._broken = threading.Event()
+        #: when it was writing, by `time.perf_counter`
+        self.busy: list[tuple[float, float]] = []
         self._feeder = threading.Thread(target=self._feed, daemon=True)
         self._feeder.start()
 
@@ -131,12 +134,14 @@ class VideoWriter:
         """Hand over what waits, until None comes; after FFmpeg has stopped, throw it away."""
         assert self._process.stdin is not None
         while (frames := self._waiting.get()) is not None:
+            began = time.perf_counter()
             for frame in frames:
                 if not self._broken.is_set():
                     try:
                         self._process.stdin.write(self._as_piped(frame))
                     except OSError:
                         self._broken.set()
+            self.busy.append((began, time.perf_counter()))
             self._room.put(None)
 
     def _as_piped(self, frame: np.ndarray) -> memoryview:
@@ -161,9 +166,11 @@ class VideoWriter:
         self._waiting.put(None)
         self._feeder.join()
         assert self._process.stdin is not None
+        began = time.perf_counter()
         with contextlib.suppress(OSError):  # the process is gone; its exit status says so
             self._process.stdin.close()
         failed = self._process.wait() != 0
+        self.busy.append((began, time.perf_counter()))
         message = self._message()
         self._log.close()
         if kind is None and failed:
