@@ -40,15 +40,18 @@ def fit(job: Job, arguments: argparse.Namespace) -> Job:
     if arguments.bicubic or free is None or arguments.vae_tile or arguments.decode_tile:
         return job
     width, height = (side * SCALE for side in job.size.model_input)
-    if PLENTY * width * height * job.windows.frames * workers <= free:
+    frames = frames_to_write(job, arguments)
+
+    def seen(windows: Windows) -> int:
+        return windows.frames if frames is None else min(frames, windows.frames)
+
+    if PLENTY * width * height * seen(job.windows) * workers <= free:
         return job  # without the seconds that the estimate takes
     dtype, vae_dtype = dtypes(arguments)
     estimate = MemoryEstimate(arguments.model, dtype, arguments.codec, vae_dtype=vae_dtype, offload=arguments.offload)
-    frames = frames_to_write(job, arguments)
 
     def needed(windows: Windows, tiling: Tiling) -> float:
-        seen = windows.frames if frames is None else min(frames, windows.frames)
-        peak = estimate.window(seen, width, height, tiling).peak
+        peak = estimate.window(seen(windows), width, height, tiling).peak
         return peak * OVERHEAD.get(torch.device(device).type, 1.0) * workers
 
     asked = arguments.window is not None or arguments.overlap is not None

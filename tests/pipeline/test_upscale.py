@@ -274,7 +274,7 @@ def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_vid
     decode, refused = latent_codec.decode_latents, []
 
     def small_memory(vae, z):
-        if max(z.shape[-2:]) > 40:
+        if z.device.type != "meta" and max(z.shape[-2:]) > 40:
             refused.append(tuple(z.shape[-2:]))
             raise torch.cuda.OutOfMemoryError
         return decode(vae, z)
@@ -290,6 +290,11 @@ def test_full_memory_goes_on_with_smaller_tiles(upscale, model_folder, whole_vid
     assert upscale(source, tmp_path / "tiled.mkv", *options, "--decode-tile", 256).returncode == 0
     assert np.array_equal(read_video(tmp_path / "out.mkv"), read_video(tmp_path / "tiled.mkv"))
 
-    monkeypatch.setattr(latent_codec, "decode_latents", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError))
+    def no_memory(vae, z):
+        if z.device.type == "meta":
+            return decode(vae, z)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(latent_codec, "decode_latents", no_memory)
     done = upscale(source, tmp_path / "none.mkv", *options)
     assert done.returncode == 2 and "the smallest tiles" in done.stderr and not (tmp_path / "none.mkv").exists()
