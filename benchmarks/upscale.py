@@ -4,8 +4,9 @@
     python benchmarks/upscale.py --model MODEL_DIR --device cuda --dtype bf16 --sizes 480x270 --frames 21
 
 The same video goes through twice: step by step (read all, upscale all, write all), and as the command does it, where
-FFmpeg decodes and encodes beside the model. Memory is measured in a process of its own for each size: the growth of its
-resident memory while one window is upscaled on a CPU, the allocator's peak on a GPU. The last line is JSON.
+FFmpeg decodes and encodes beside the model; `read` and `write` are the seconds in which a thread waits for it. Memory
+is measured in a process of its own for each size: the growth of its resident memory while one window is upscaled on a
+CPU, the allocator's peak on a GPU. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ from pipeline.vsr_pipeline import STEPS, Tiling, VSRPipeline, VSRResult, open_pi
 
 SEED = 0
 RATE = Fraction(25)
-WORDS = {"transformer": "DiT", "beside": "read and write while the model runs"}
+WORDS = {"transformer": "DiT", "beside": "of a CPU, by FFmpeg while the model runs"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -52,62 +55,67 @@ def moving(width: int, height: int, frames: int) -> np.ndarray:
     return np.stack([np.roll(frame, number, axis=1) for number in range(frames)])
 
 
-Spans = list[tuple[float, float]]
-
-
 @dataclass
-class Clocked:
-    """A pipeline that notes when it runs."""
+class Watched:
+    """A pipeline; counts what FFmpeg computes while it runs."""
 
     pipeline: VSRPipeline
-    busy: Spans = field(default_factory=list)
+    programs_s: float = 0.0
 
     def __call__(self, *values: Any, **options: Any) -> VSRResult:
-        began = time.perf_counter()
+        before = programs_s()
         result = self.pipeline(*values, **options)
-        self.busy.append((began, time.perf_counter()))
+        self.programs_s += programs_s() - before
         return result
 
 
-def clocked(items: Iterator[np.ndarray], busy: Spans) -> Iterator[np.ndarray]:
-    """The same items; notes when they are made."""
-    while True:
+def programs_s() -> float:
+    """Seconds of a CPU that programs started by this process have taken, those that ended and those that run."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = ended.ru_utime + ended.ru_stime
+    for children in Path("/proc/self/task").glob("*/children"):
+        for program in children.read_text().split():
+            with suppress(OSError):
+                times = Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()
+                seconds += (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+class Clocked:
+    """Iterates over the same items; `seconds` are those of making them."""
+
+    def __init__(self, items: Iterator[np.ndarray]) -> None:
+        self._items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
         began = time.perf_counter()
-        item = next(items, None)
-        busy.append((began, time.perf_counter()))
-        if item is None:
-            return
-        yield item
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def upscale(source: Path, output: Path, pipeline: VSRPipeline, *, overlapping: bool) -> dict[str, float]:
-    """Seconds of each step, of all, and of reading and writing while the model runs.
+    """Seconds of each step, of all, and those that FFmpeg computes while the model runs.
 
     Args:
         overlapping: as the command does it; else all is read, then upscaled, then written.
     """
-    began, reading, statistics, model = time.perf_counter(), [], {}, Clocked(pipeline)
-    frames = clocked(iter(VideoReader(source)), reading)
-    frames = prefetch(frames, Windows().frames) if overlapping else iter(list(frames))
+    began = time.perf_counter()
+    statistics: dict[str, float] = {}
+    model, reading = Watched(pipeline), Clocked(iter(VideoReader(source)))
+    frames = prefetch(reading, Windows().frames) if overlapping else iter(list(reading))
     made = upscale_video([model], frames, Windows(), statistics=statistics, colour_fix="wavelet")  # type: ignore[list-item]
     clips = (clip for clip, _ in made) if overlapping else iter([clip for clip, _ in made])
     first = next(clips)
     with VideoWriter(output, width=first.shape[2], height=first.shape[1], frame_rate=RATE) as writer:
         for clip in itertools.chain([first], clips):
             writer.write(clip)
-    steps = {"read": total(reading), **{step: statistics[f"{step}_s"] for step in STEPS}, "write": total(writer.busy)}
-    beside = common(reading, model.busy) + common(writer.busy, model.busy)
-    return steps | {"wall": time.perf_counter() - began, "beside": beside}
-
-
-def total(busy: Spans) -> float:
-    return sum(end - start for start, end in busy)
-
-
-def common(first: Spans, second: Spans) -> float:
-    """Seconds that lie in both."""
-    pairs = itertools.product(first, second)
-    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a, b in pairs)
+    steps = {"read": reading.seconds, **{step: statistics[f"{step}_s"] for step in STEPS}, "write": writer.seconds}
+    return steps | {"wall": time.perf_counter() - began, "beside": model.programs_s}
 
 
 def measured_memory(width: int, height: int, arguments: argparse.Namespace) -> int:
@@ -145,7 +153,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--size", type=parse_size, default=(64, 48), help="of the video whose time is measured, px")
-    parser.add_argument("--frames", type=int, default=53)
+    # nine windows: x264 looks 40 frames ahead, and of few frames it writes all at the end
+    parser.add_argument("--frames", type=int, default=149)
     sizes = [(32, 32), (64, 48), (96, 64), (128, 96)]
     parser.add_argument("--sizes", type=parse_size, nargs="*", default=sizes, help="inputs whose memory is measured")
     parser.add_argument("--window-of", type=parse_size, help=argparse.SUPPRESS)

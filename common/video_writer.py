@@ -113,8 +113,8 @@ class VideoWriter:
         for _ in range(CLIPS_HELD):
             self._room.put(None)
         self._broken = threading.Event()
-        #: when it was writing, by `time.perf_counter`
-        self.busy: list[tuple[float, float]] = []
+        #: in which it waited for FFmpeg to take frames, and to end
+        self.seconds = 0.0
         self._feeder = threading.Thread(target=self._feed, daemon=True)
         self._feeder.start()
 
@@ -141,7 +141,7 @@ class VideoWriter:
                         self._process.stdin.write(self._as_piped(frame))
                     except OSError:
                         self._broken.set()
-            self.busy.append((began, time.perf_counter()))
+            self.seconds += time.perf_counter() - began
             self._room.put(None)
 
     def _as_piped(self, frame: np.ndarray) -> memoryview:
@@ -170,7 +170,7 @@ class VideoWriter:
         with contextlib.suppress(OSError):  # the process is gone; its exit status says so
             self._process.stdin.close()
         failed = self._process.wait() != 0
-        self.busy.append((began, time.perf_counter()))
+        self.seconds += time.perf_counter() - began
         message = self._message()
         self._log.close()
         if kind is None and failed:
