@@ -18,6 +18,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from typing import Any
 import cv2
 import numpy as np
 import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file, from anywhere
 
 from common.errors import UserError, run_command
 from common.lossless_clip import write_lossless
