@@ -13,15 +13,15 @@ from common.video_probe import VideoInfo, ffmpeg_binary, url
 FRAMES = 60
 #: of them, that comb at least, and their share of those that idet decides on: fine patterns that move comb too [ours]
 FEWEST, SHARE = 15, 0.95
-#: lines of the largest interlaced video there is
-LARGEST = 1088
+#: lines of the smallest and the largest interlaced video there is, the former with black bars cut off
+SMALLEST, LARGEST = 400, 1088
 
 _COUNTS = re.compile(r"Single frame detection: TFF: *(\d+) BFF: *(\d+) Progressive: *(\d+)")
 
 
 def unmarked_field_order(path: Path, info: VideoInfo) -> Literal["tff", "bff"] | None:
     """The field that comes first, where frames comb; None for progressive video and one that says how it is."""
-    if info.interlaced or not info.chroma or max(info.width, info.height) > 2 * LARGEST or info.height > LARGEST:
+    if info.interlaced or not info.chroma or not SMALLEST <= info.height <= LARGEST:
         return None
     places = [0.0] if not info.duration_s else [0.0, info.duration_s / 2]
     counts = [0, 0, 0]

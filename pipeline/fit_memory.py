@@ -100,6 +100,8 @@ def choose(
 def free_bytes(device: str) -> int | None:
     """That this process can take; None where nothing tells."""
     if torch.device(device).type == "cuda":
+        if (torch.device(device).index or 0) >= torch.cuda.device_count():
+            return None  # a dry run for another machine
         held = torch.cuda.memory_reserved(device)  # the model of a video before, which is counted as needed
         return torch.cuda.mem_get_info(device)[0] + held
     if torch.device(device).type != "cpu":

@@ -121,6 +121,17 @@ def _devices(text: str) -> tuple[str, ...]:
     return tuple(f"cuda:{name}" if name.isdigit() else name for name in text.split(","))
 
 
+def _rate(text: str) -> Fraction:
+    """
+    Raises:
+        ValueError: no number, or 1/0 (argparse names the option).
+    """
+    try:
+        return Fraction(text)
+    except ZeroDivisionError:
+        raise ValueError(text) from None
+
+
 def _encoder_options(text: str) -> dict[str, str]:
     """`name=value,name=value`.
 
@@ -178,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, help="how many frames; default: all")
     parser.add_argument(
         "--fps",
-        type=Fraction,
+        type=_rate,
         help="a constant rate, as 25 or 24000/1001; default: frames keep their times, images are 25 a second",
     )  # fmt: skip
     parser.add_argument("--stills", action="store_true", help="upscale the images of a folder one by one")

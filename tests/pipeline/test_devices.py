@@ -69,3 +69,12 @@ def test_the_command_gives_the_same_file(upscale: Any, model_folder: Path, tmp_p
 def test_one_that_is_not_there_is_one_line(upscale: Any, model_folder: Path, tmp_path: Path) -> None:
     done = upscale(tmp_path / "in.mkv", tmp_path / "out.mkv", "--model", model_folder, "--devices", "0,tpu")
     assert done.returncode == 2 and "--device tpu: choose cpu, cuda" in done.stderr
+    source = tmp_path / "in.mkv"
+    ffmpeg.input("testsrc=size=32x24:rate=25:duration=0.2", f="lavfi").output(str(source), loglevel="error").run(
+        cmd=ffmpeg_binary()
+    )
+    number = torch.cuda.device_count()
+    options = ("--model", model_folder, "--device", f"cuda:{number}", "--window", 5, "--overlap", 1)
+    assert upscale(source, tmp_path / "out.mkv", *options, "--dry-run").returncode == 0
+    done = upscale(source, tmp_path / "out.mkv", *options)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "PyTorch sees" in done.stderr

@@ -109,6 +109,7 @@ def test_half_a_file(make, upscale, tmp_path):
         (("--crf", -1), "--crf -1.0: it must be 0 to 63"),
         (("--lossless", "--crf", 10), "means nothing with --lossless"),
         (("--start", 500), "no frame to write"),
+        (("--fps", "1/0"), "argument --fps: invalid"),
         (("--encoder", "prores"), ".mp4 does not take prores; choose .mov"),
         (("--encoder", "hevc", "--lossless"), "--lossless is h264"),
     ],
