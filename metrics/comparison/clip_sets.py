@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from common.config import Section
-from common.errors import UserError
+from common.errors import StorageError, UserError
 from metrics.clips import find_clips
 
 #: address of a folder or file -> where it lies on this machine
@@ -146,6 +146,8 @@ def _facts(address: str, place: Place) -> MethodFacts:
     for suffix in ("yaml", "yml", "json"):
         try:
             file = place(f"{address.rstrip('/')}.method.{suffix}")
+        except StorageError:
+            raise
         except UserError:  # an s3:// address without a file
             continue
         if file.is_file():

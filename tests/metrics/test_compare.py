@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import StorageError, UserError
 from metrics import compare
 from metrics.bootstrap import estimate, interval
 from metrics.clips import load_clip
@@ -253,3 +253,13 @@ def test_another_length_is_an_error_with_its_remedy(folders: Path, monkeypatch: 
     run(monkeypatch, *line, "--metrics", "psnr", "--max-frames", 1)
     (row,) = json.loads((folders / "c/compare.json").read_text())["results"]
     assert row["methods"]["good"]["mean"] > 20
+
+
+def test_a_server_that_does_not_answer_is_no_missing_file(tmp_path: Path) -> None:
+    def place(address: str) -> Path:
+        if ".method." in address:
+            raise StorageError(f"{address} is out of reach")
+        return tmp_path
+
+    with pytest.raises(StorageError, match="out of reach"):
+        parse_methods(["ours=s3://bucket/ours"], place)
