@@ -45,7 +45,8 @@ def test_the_technical_view_is_video_swin_where_both_tables_agree(network: Dover
     ours = DoverNetwork().eval().technical_backbone
     ours.load_state_dict(state)
     plain = {name: tensor for name, tensor in state.items() if "fragment_" not in name}
-    assert theirs.load_state_dict(plain, strict=False).unexpected_keys == []
+    del theirs.head  # of a classifier, which DOVER has not
+    theirs.load_state_dict(plain)
     clip = torch.randn(1, 3, 4, 224, 224)
     with torch.inference_mode():
         expected = theirs.norm(theirs.features(theirs.patch_embed(clip))).permute(0, 4, 1, 2, 3)
