@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from typing import Any
 import yaml
 
 from demo.report import describe, kind_of
-from launchers.chain import chain, here
-from launchers.steps import Step, StepFailed, StepRunner, python
+from launchers.chain import chain, local_commands
+from launchers.steps import Step, StepFailed, StepRunner, one_line_endings, python
 
 CONFIG = "configs/demo.yaml"
 #: real clips inside installed wheels, whose code is never imported: name -> package
@@ -88,7 +87,7 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG)
     arguments = parser.parse_args()
     output: Path = arguments.output
-    try:
+    with one_line_endings():
         config = keep_config(Path(arguments.config), output)
         collect_clips(output / "clips")
         steps = training_steps(output, config)
@@ -111,12 +110,6 @@ def main() -> None:
         description = describe(output, metrics)
         (output / "report.json").write_text(json.dumps(description, indent=2) + "\n")
         runner.run(write_report)
-    except StepFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
     print(f"\n{summary(metrics)}\n\nreport: {report}\nfigures: {output / 'metrics.json'}")
 
 
@@ -164,7 +157,7 @@ def training_steps(output: Path, config: str) -> list[Step]:
     links = chain(config, str(output / "clips/train"), output)
     steps = [
         step(link.name, DESCRIPTIONS.get(link.name, f"training: {link.name}"), command)
-        for link, command in zip(links, here(links), strict=True)
+        for link, command in zip(links, local_commands(links), strict=True)
     ]
     fit_niqe = python(
         "metrics.fit_niqe", "--input", output / "clips/train", "--output", output / "niqe.safetensors",

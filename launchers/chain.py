@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.steps import Step, StepFailed, StepRunner, python
+from launchers.steps import Step, StepFailed, StepRunner, one_line_endings, python
 
 ROOT = Path(__file__).resolve().parents[1]
 SUBMIT = ROOT / "launchers/slurm/submit.sh"
@@ -86,7 +86,7 @@ def chain(
     return steps
 
 
-def here(steps: Sequence[ChainStep], gpus: int = 0) -> list[tuple[str, ...]]:
+def local_commands(steps: Sequence[ChainStep], gpus: int = 0) -> list[tuple[str, ...]]:
     """The commands of the steps on this machine, training on `gpus` GPUs."""
     modules = {"build-shards": "datagen.build_shards", "build-preference": "preference.build"}
     modules |= {"upscale": "pipeline.upscale", "evaluate": "metrics.evaluate", "train": "trainer.run"}
@@ -148,7 +148,7 @@ def _said(command: Sequence[str]) -> tuple[bool, str]:
 
 def run_here(steps: Sequence[ChainStep], arguments: argparse.Namespace) -> None:
     """Run what is not done yet; logs and stamps lie in OUTPUT/steps."""
-    commands = here(steps, arguments.gpus)
+    commands = local_commands(steps, arguments.gpus)
     listed = [Step(step.name, step.name, line) for step, line in zip(steps, commands, strict=True)]
     runner = StepRunner(arguments.output / "steps", listed)
     for step in listed:
@@ -229,7 +229,7 @@ def main() -> None:
         configured = steps[1].arguments[: steps[1].arguments.index("--stage")]
         line = python("trainer.planning.plan", *configured, "--gpus", arguments.gpus or _gpus_here() or 1)
         os.execv(line[0], line)
-    try:
+    with one_line_endings():
         if arguments.slurm:
             per_node, interpreter = cluster_facts()
             check(steps, arguments, interpreter, max(1, per_node) * arguments.nodes)
@@ -239,12 +239,6 @@ def main() -> None:
                 arguments.gpus = _gpus_here()
             check(steps, arguments, [sys.executable], max(1, arguments.gpus))
             run_here(steps, arguments)
-    except StepFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -93,6 +95,19 @@ class StepRunner:
         done, left = (sum(s.expected_seconds for s in part) for part in (self._steps[:first], self._steps[first:]))
         pace = sum(self.seconds.values()) / done if done else 1.0
         return f"about {max(round(left * pace / 60), 1)} min left"
+
+
+@contextmanager
+def one_line_endings() -> Iterator[None]:
+    """For a command that runs steps: status 2 and a line where one failed, 130 and a line after Ctrl-C."""
+    try:
+        yield
+    except StepFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def python(module: str, *arguments: object) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.chain import chain, here, parse_arguments
+from launchers.chain import chain, local_commands, parse_arguments
 from launchers.cli import COMMANDS
 from launchers.preflight import differences
 from launchers.steps import Step, StepRunner
@@ -28,8 +28,8 @@ def test_each_step_reads_what_an_earlier_one_made(tmp_path: Path) -> None:
         assert all(any(folder.startswith(known) for known in made) for folder in read), step
         made.add(words[words.index("--output") + 1] if "--output" in words else words[1])
         assert ("trainer.seed=1" in words) == ("--config" in words)
-    commands = here(steps, gpus=1)
-    assert commands[1][1:3] == ("-m", "trainer.run") and "deepspeed" in here(steps, gpus=8)[1][0]
+    commands = local_commands(steps, gpus=1)
+    assert commands[1][1:3] == ("-m", "trainer.run") and "deepspeed" in local_commands(steps, gpus=8)[1][0]
 
 
 def test_options_after_two_dashes_are_for_sbatch() -> None:
