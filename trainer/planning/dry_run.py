@@ -30,13 +30,7 @@ def describe(stage: StageSpec, model: ModelConfig, config: TrainerConfig, gpus: 
         UserError: the GPUs cannot share the batches; an adapter names modules that are not there.
     """
     config.micro_batch_of(stage, gpus)
-    networks = meta_networks(stage, model, config)
-    counts = {name: count_parameters(network) for name, network in networks.items()}
-    trained = {
-        name: count_parameters(network, trained=True)
-        for name, network in networks.items()
-        if stage.network(name).optimizer_of(config.section_of(stage))
-    }
+    counts, trained = parameters_of(stage, config, meta_networks(stage, model, config))
     lines = ["# resolved configuration", resolved_yaml(model=model, trainer=config)]
     lines += ["# parameters"]
     for name, count in counts.items():
@@ -73,6 +67,20 @@ def meta_networks(stage: StageSpec, model: ModelConfig, config: TrainerConfig) -
 
     with torch.device("meta"):
         return stage.modules(config.section_of(stage), transformer_of, config.seed)
+
+
+def parameters_of(
+    stage: StageSpec, config: TrainerConfig, networks: dict[str, nn.Module]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters of each network, and of those that have an optimizer how many are trainable."""
+    section = config.section_of(stage)
+    counts = {name: count_parameters(network) for name, network in networks.items()}
+    trained = {
+        name: count_parameters(network, trained=True)
+        for name, network in networks.items()
+        if stage.network(name).optimizer_of(section)
+    }
+    return counts, trained
 
 
 def memory_table(

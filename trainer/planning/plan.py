@@ -1,4 +1,4 @@
-"""Hours, memory and storage of the whole way, from base to Stage III, before anything is trained.
+"""Hours, memory and storage of all stages, from the base to Stage III, before anything is trained.
 
     python -m trainer.planning.plan --config configs/wan-1.3b.yaml --gpus 64
 
@@ -33,15 +33,15 @@ from datagen.dataset.loader import Batch
 from pipeline.model.config import ModelConfig
 from pipeline.model.prompts import load_prompts
 from trainer.config import TrainerConfig
-from trainer.planning.dry_run import count_parameters, meta_networks
+from trainer.planning.dry_run import meta_networks, parameters_of
 from trainer.planning.flops import BareNetwork, flops_per_sample
 from trainer.planning.memory import GIB
 from trainer.planning.stage_memory import stage_memory
 from trainer.stages import find_stage
 from trainer.stages.stage import StageSetup, StageSpec
 
-#: the way of the paper
-WAY = ("base", "progressive", "dual_stream", "preference")
+#: in the order of the paper
+STAGES = ("base", "progressive", "dual_stream", "preference")
 #: dense bf16 FLOP/s of an H100 or H200 (trainer/monitoring/throughput.py)
 DEVICE_FLOPS = 989e12
 #: share of them that training reaches; an assumption [ours]
@@ -92,7 +92,7 @@ def plan_stage(
     """
     micro_batch = config.micro_batch_of(stage, gpus)
     modules = meta_networks(stage, model, config)
-    counts, trained = _parameters(stage, modules)
+    counts, trained = parameters_of(stage, config, modules)
     memory = stage_memory(stage, model, config, gpus, latent, micro_batch, counts, trained)
     storage = _storage(stage, config, modules)  # before the counting, which freezes them
     steps, batch = config.steps_of(stage), config.schedules[stage.name].global_batch_size
@@ -106,13 +106,6 @@ def plan_stage(
         memory.peak,
         storage / GIB,
     )
-
-
-def _parameters(stage: StageSpec, modules: dict[str, nn.Module]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of each network, and of those that are trained how many are."""
-    counts = {name: count_parameters(module) for name, module in modules.items()}
-    trained = {name: count_parameters(modules[name], trained=True) for name in modules if stage.network(name).optimizer}
-    return counts, trained
 
 
 def _operations(
@@ -159,7 +152,7 @@ class _MetaSetup(StageSetup):
     """Networks without engines and values."""
 
     def network(self, name: str, parameter_groups: Any = None) -> Any:
-        module, learns = self.modules[name], self.spec.network(name).optimizer is not None
+        module, learns = self.modules[name], self.spec.network(name).optimizer_of(self.config) is not None
         return BareNetwork(
             module, [n for n, parameter in module.named_parameters() if learns and parameter.requires_grad]
         )
@@ -167,7 +160,7 @@ class _MetaSetup(StageSetup):
 
 def _storage(stage: StageSpec, config: TrainerConfig, modules: dict[str, nn.Module]) -> float:
     """Bytes of the checkpoints that are kept, one being written, and the models."""
-    counts, trained = _parameters(stage, modules)
+    counts, trained = parameters_of(stage, config, modules)
     checkpoint = 0
     for name, learning in trained.items():
         network = stage.network(name)
@@ -175,7 +168,7 @@ def _storage(stage: StageSpec, config: TrainerConfig, modules: dict[str, nn.Modu
     schedule = config.schedules[stage.name]
     kept = config.keep_checkpoints + 1 + bool(schedule.keep_best and schedule.validate_every)
     width = 2 if config.export_precision == "bf16" else 4
-    models = counts[stage.networks[0].name] * width * (2 if stage.name == "progressive" else 1)
+    models = counts[stage.networks[0].name] * width * (1 + stage.kept_models)
     return kept * checkpoint + models
 
 
@@ -201,7 +194,7 @@ def check(model: ModelConfig, config: TrainerConfig, gpus: int) -> float:
     Raises:
         UserError: all that is missing; batches that the GPUs cannot share.
     """
-    stages = [find_stage(name) for name in WAY]
+    stages = [find_stage(name) for name in STAGES]
     for stage in stages:
         config.micro_batch_of(stage, gpus)
     folders = {"vae": model.vae, "prompts": model.prompts, "initial_weights": model.initial_weights}
@@ -248,7 +241,7 @@ def main() -> None:
         print(f"needs {check(model, config, arguments.gpus):.1f} GiB of disk for checkpoints and models")
         return
     latent, rate = clip_latent(arguments.clip, clips.clip), arguments.device_flops * arguments.mfu
-    stages = [plan_stage(find_stage(name), model, config, latent, arguments.gpus, rate) for name in WAY]
+    stages = [plan_stage(find_stage(name), model, config, latent, arguments.gpus, rate) for name in STAGES]
     if arguments.json:
         print(json.dumps([asdict(one) for one in stages]))
     else:

@@ -201,4 +201,5 @@ SPEC = StageSpec(
     build=Progressive,
     init="the base model",
     steps=lambda config: config.steps,
+    kept_models=1,  # the teacher
 )

@@ -133,6 +133,8 @@ class StageSpec:
     #: writes what the stage makes: (folder, trained, init), with `trained` the module and the weights of each network
     #: that has an EMA, by name, and the folder of `--init`; None: a model folder around a transformer
     export: Callable[..., None] | None = None
+    #: further models that it writes beside the exported one (`StageSetup.keep_model`)
+    kept_models: int = 0
     #: Euler steps that the exported model is meant for
     exported_steps: Callable[[ModelConfig], int] = lambda model: 1
     #: number of updates, of a stage whose configuration decides it; None: `schedules.<name>.steps` does
