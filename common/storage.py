@@ -1,9 +1,9 @@
 """Folders that are local directories or `s3://` prefixes, behind one small interface.
 
 Every write is atomic: locally a temporary name and a rename, on S3 one put, or an upload in parts that is completed at
-last. S3 goes through s3fs, which retries what a
-network may cause; its listing cache is off, as it hides files that another process wrote a moment ago. The section
-`storage` of a preset says how S3 is reached; every command that opens s3:// addresses reads it.
+last. S3 goes through s3fs, which retries what a network may cause; its listing cache is off, as it hides files that
+another process wrote a moment ago. The section `storage` of a preset says how S3 is reached; every command that opens
+s3:// addresses reads it.
 """
 
 from __future__ import annotations

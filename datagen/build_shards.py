@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common.command_line import add_config_options, exit_on_sigterm, load_sections
 from common.errors import run_command
@@ -42,29 +43,18 @@ def main() -> None:
         print(f"{len(find_sources(arguments.input, storage))} sources")
         return
     exit_on_sigterm()  # temporary files are removed, committed shards stay
+    job: dict[str, Any] = {
+        "inputs": arguments.input,
+        "output": arguments.output,
+        "address": arguments.address,
+        "workers": arguments.workers,
+    }
     if arguments.survey_only:
-        surveys = survey(
-            config,
-            storage,
-            inputs=arguments.input,
-            output=arguments.output,
-            address=arguments.address,
-            workers=arguments.workers,
-        )
+        surveys = survey(config, storage, **job)
         unreadable = sum(isinstance(found, Unreadable) for found in surveys)
         print(f"{arguments.output}: {len(surveys)} sources surveyed, {unreadable} of them unreadable")
         return
-    manifest = build(
-        config,
-        storage,
-        vae=model.vae,
-        inputs=arguments.input,
-        output=arguments.output,
-        address=arguments.address,
-        workers=arguments.workers,
-        reuse=arguments.reuse,
-        retry_failed=arguments.retry_failed,
-    )
+    manifest = build(config, storage, vae=model.vae, reuse=arguments.reuse, retry_failed=arguments.retry_failed, **job)
     held_out = sum(entry.samples for entry in manifest.shards_of("validation"))
     also = f", {held_out} of them held out" if config.validation_share else ""
     print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards{also}")

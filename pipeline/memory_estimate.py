@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from common.live_bytes import LiveBytes
 from pipeline.latent_codec import CodecName, FastCodec, FullCodec, LatentCodec
 from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
-from pipeline.model.half_precision import prepare
+from pipeline.model.half_precision import set_precision
 from pipeline.model.prompts import load_prompts
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, vae_class
@@ -96,7 +96,7 @@ class MemoryEstimate:
             for place, parameter in network.named_parameters():
                 if not kept & set(place.split(".")):
                     parameter.data = parameter.data.to(vae_dtype if name == "vae" else dtype)
-            prepare(network)
+            set_precision(network)
         self._prompt = load_prompts(folder / "prompts").embed([""]).to("meta", dtype)
         self._bytes_per_value = torch.finfo(vae_dtype if codec == "full" else dtype).bits // 8
         self._offload = offload

@@ -30,7 +30,7 @@ from common.seeding import seeded_noise
 from pipeline.colour_fix import ColourFix, fix_colour
 from pipeline.latent_codec import CodecName, FastCodec, FullCodec, LatentCodec, padded_inputs
 from pipeline.model.fast_codec import FastDecoder, LowResolutionEncoder
-from pipeline.model.half_precision import prepare
+from pipeline.model.half_precision import set_precision
 from pipeline.model.prompts import DEFAULT_PROMPT, NULL_PROMPT, PromptCache
 from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, VAE, to_frames, upsample_low_resolution
@@ -391,7 +391,7 @@ def open_pipeline(
     for component in pipeline.components.values():
         if component is not None:
             component.requires_grad_(False).eval()
-            prepare(component)
+            set_precision(component)
     if offload:
         pipeline.offload = Offload(device)
         return pipeline

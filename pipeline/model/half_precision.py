@@ -22,7 +22,7 @@ from pipeline.model.tiny_vae import TinyVideoVAE
 ROWS = 128
 
 
-def prepare(network: nn.Module) -> None:
+def set_precision(network: nn.Module) -> None:
     """Last layers in float32; Wan's nearest-neighbour upsampling, which only copies, in the network's own numbers."""
     for layer in _last_layers(network):
         layer.float().register_forward_pre_hook(_in_float32)

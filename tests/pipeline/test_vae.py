@@ -16,7 +16,7 @@ from common.live_bytes import LiveBytes
 from common.video_reader import read_video
 from pipeline.model import half_precision
 from pipeline.model.fast_codec import FastDecoder, decode_streaming
-from pipeline.model.half_precision import prepare
+from pipeline.model.half_precision import set_precision
 from pipeline.model.small_vae import SmallVideoVAE
 from pipeline.model.tiny_vae import TinyVideoVAE
 from pipeline.model.vae import (
@@ -95,7 +95,7 @@ def test_decoders_in_bf16_end_in_float32(wan):
         inputs = (z, low) if network is decoder else (z,)
         whole = decode(network, *inputs)
         plain = decode(network.bfloat16(), *inputs)
-        prepare(network)
+        set_precision(network)
         fine = decode(network, *inputs)
         inside = fine.abs() < 1
         assert (fine != fine.bfloat16())[inside].float().mean() > 0.99 and torch.equal(plain, plain.bfloat16().float())
@@ -109,7 +109,7 @@ def test_wan_enlarges_in_its_own_numbers(wan):
     half, x = copy.deepcopy(wan).bfloat16(), torch.randn(1, 8, 6, 4).bfloat16()
     layer = next(layer for layer in half.modules() if isinstance(layer, WanUpsample))
     expected = layer(x)
-    prepare(half)
+    set_precision(half)
     with LiveBytes() as live:
         assert torch.equal(layer(x), expected)
     assert live.peak == expected.nbytes
@@ -120,7 +120,7 @@ def test_the_end_of_wan_by_rows_is_the_whole(wan, monkeypatch):
     whole = decode_latents(wan, z)
     monkeypatch.setattr(half_precision, "ROWS", 9)
     by_rows = copy.deepcopy(wan)
-    prepare(by_rows)
+    set_precision(by_rows)
     assert torch.allclose(decode_latents(by_rows, z), whole, atol=1e-5)
 
 
