@@ -24,6 +24,7 @@ from pipeline.model.transformer import VSRTransformer
 from pipeline.model.vae import decode_latents, to_pixels
 from pipeline.vsr_pipeline import VSRPipeline, open_pipeline
 from tests.trainer.presets import ADAM, TRANSFORMER
+from tests.trainer.ranks import run_on_ranks
 from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.process_group import World
 from trainer.stages.fast_codec import networks
@@ -50,7 +51,7 @@ def batch(keys: list[str]) -> Batch:
     return Batch(keys, tensors, [{"caption": ""} for _ in keys])
 
 
-def decoder_stage(accumulation: int = 1, **changes: Any) -> FastDecoderStage:
+def decoder_stage(accumulation: int = 1, zero_stage: int = 1, **changes: Any) -> FastDecoderStage:
     config = FastDecoderConfig(**(SMALL | changes))
 
     def transformer_of(network: NetworkSpec) -> Any:
@@ -62,11 +63,13 @@ def decoder_stage(accumulation: int = 1, **changes: Any) -> FastDecoderStage:
         return VSRTransformer(**TRANSFORMER)
 
     modules = FAST_DECODER.modules(config, transformer_of, 0)
-    return FastDecoderStage(setup(FAST_DECODER, config, modules, accumulation))
+    return FastDecoderStage(setup(FAST_DECODER, config, modules, accumulation, zero_stage))
 
 
-def setup(spec: Any, config: Any, modules: dict[str, Any], accumulation: int = 1) -> StageSetup:
-    engine = DeepSpeedConfig(zero_stage=1, precision="fp32", gradient_accumulation=accumulation)
+def setup(spec: Any, config: Any, modules: dict[str, Any], accumulation: int = 1, zero_stage: int = 1) -> StageSetup:
+    engine = DeepSpeedConfig(
+        zero_stage=zero_stage, precision="fp32", gradient_accumulation=accumulation, persistence_threshold=0
+    )
     return StageSetup(spec, config, modules, lambda name: engine, lambda c: torch.zeros(len(c), 4, 8), seed=5)
 
 
@@ -125,6 +128,27 @@ def test_a_trained_student_descends_the_same_loss(world: World) -> None:
         assert values[f"gradient_norm_{name}"] == pytest.approx(norm.item(), rel=1e-3)
     with pytest.raises(ValueError, match="no student is decoded"):
         FastDecoderConfig(student_fraction=0, student_optimizer=ADAM)
+
+
+def joint_steps(world: World, *, zero_stage: int) -> dict[str, Any]:
+    """Three steps of student, decoder and discriminator on four clips, shared by the ranks."""
+    stage = decoder_stage(
+        zero_stage=zero_stage, student_fraction=0.7, student_optimizer=ADAM, adversarial_weight=0.1, optimizer=ADAM
+    )
+    mine = [key for number, key in enumerate("abcd") if number * world.size // 4 == world.rank]
+    return {"logs": [stage.train_step(step, [batch(mine)]) for step in range(3)]}
+
+
+@pytest.mark.distributed
+def test_two_ranks_at_zero_3_are_one_rank(world: World) -> None:
+    for logs in run_on_ranks(f"{__name__}:joint_steps", 2, zero_stage=3):
+        alone = joint_steps(world, zero_stage=1)["logs"]
+        for mine, theirs in zip(logs["logs"], alone, strict=True):
+            for values in (mine, theirs):
+                # The hinge loss leaves open what is added to all logits alike: rounding decides (docs/parity.md).
+                values["margin"] = values.pop("d_hr") - values.pop("d_s")
+                assert values.pop("loss_adversarial") != 0
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def test_the_discriminator_sees_what_lr_lacks() -> None:
