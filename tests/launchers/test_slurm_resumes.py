@@ -92,7 +92,7 @@ def test_nothing_is_submitted_where_weights_are_missing(cluster: SlurmCluster, t
         tmp_path / "videos",
         "--slurm",
     ]
-    nowhere = {"PYTHON": python(), "HOME": str(tmp_path), "TORCH_HOME": str(tmp_path), "DUO_VSR_WEIGHTS": ""}
+    nowhere = {"PYTHON": python(), "HOME": str(tmp_path), "DUO_VSR_WEIGHTS": ""}
     before = cluster.run("squeue", "--noheader", "--format=%i")
     with pytest.raises(AssertionError) as refused:
         cluster.run(sys.executable, "-m", "launchers.chain", *line, **PYTHON | nowhere)
