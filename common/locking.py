@@ -32,20 +32,21 @@ def only_writer(folder: Path) -> Iterator[None]:
     owner_file = folder / f"{LOCK_NAME}.json"
     lock = FileLock(folder / LOCK_NAME)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder}: another job is writing here ({_owner(owner_file)}); wait for it or choose another --output"
-        ) from None
-    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{folder}: another job is writing here ({_owner(owner_file)}); wait for it or choose another --output"
+            ) from None
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         write_atomic(owner_file, json.dumps(owner))
         yield
     finally:
-        owner_file.unlink(missing_ok=True)
-        # Removed while it is still held: filelock checks that the file it locked is the one under this name.
-        (folder / LOCK_NAME).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            owner_file.unlink(missing_ok=True)
+            # Removed while it is still held: filelock checks that the file it locked is the one under this name.
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+            lock.release()
 
 
 def _owner(owner_file: Path) -> str:

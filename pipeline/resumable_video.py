@@ -70,7 +70,7 @@ class VideoParts:
         restart: bool = False,
         images: ImageOutput | None = None,
     ) -> None:
-        """Take over the complete parts of an earlier run of the same job.
+        """Read the complete parts of an earlier run of the same job; nothing is written before `begin`.
 
         Args:
             job: everything that decides the pixels; JSON types.
@@ -93,13 +93,17 @@ class VideoParts:
                 f"{self.folder} holds parts of another job ({'; '.join(differences)}); "
                 "give its options, or --restart to delete them"
             )
+        self._job = job
+        self.complete = self._read()
+
+    def begin(self) -> None:
+        """Record the job and delete what an earlier run left unfinished; `leave` undoes it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / FINISHED).unlink(missing_ok=True)
         for unfinished in self.folder.glob(".*"):
             if not unfinished.name.startswith(LOCK_NAME):
                 unfinished.unlink()
-        write_atomic(self.folder / "job.json", json.dumps(job) + "\n")
-        self.complete = self._read()
+        write_atomic(self.folder / "job.json", json.dumps(self._job) + "\n")
 
     @property
     def frames(self) -> int:

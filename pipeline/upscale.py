@@ -164,15 +164,16 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
     with only_job(job.output):
         identity = job_identity(arguments, job.source) | {"encoder": job.codec, "bit_depth": job.bit_depth}
         parts = VideoParts(job.output, identity, arguments.part_frames, restart=arguments.restart, images=job.images)
-        if parts.complete:
-            print(f"resuming after {parts.frames} frames", file=sys.stderr)
-        if parts.sizes:
-            job = resumed(job, parts.sizes)
-        elif not arguments.bicubic:
-            job = fit(job, arguments)
-            parts.keep_sizes(record(job))
         done, statistics = False, parts.statistics
         try:
+            parts.begin()
+            if parts.complete:
+                print(f"resuming after {parts.frames} frames", file=sys.stderr)
+            if parts.sizes:
+                job = resumed(job, parts.sizes)
+            elif not arguments.bicubic:
+                job = fit(job, arguments)
+                parts.keep_sizes(record(job))
             if not parts.complete:
                 black = np.zeros(
                     (1, *(side * SCALE for side in reversed(job.size.model_input)), 4 if job.alpha else 3), np.uint8
