@@ -22,7 +22,7 @@ from pipeline.model.vae import load_vae, to_pixels
 from trainer.engine.config import DeepSpeedConfig
 from trainer.engine.process_group import World
 from trainer.stages.codec import SPEC, Codec, CodecConfig, activation_bytes, export_codec, load_codec
-from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
+from trainer.stages.losses import grid_loss, latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
 from trainer.stages.stage import StageSetup
 
 SHAPE = (2, 3, 5, 16, 24)
@@ -56,6 +56,29 @@ def test_multiscale_gradient_loss_and_its_gradient() -> None:
     ends = [multiscale_gradient_loss(torch.tensor(y + sign * step), torch.tensor(x), 3).item() for sign in (1, -1)]
     assert leaf.grad is not None
     assert leaf.grad[1, 2, 3, 7, 9].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
+
+
+def test_grid_loss_and_its_gradient() -> None:
+    y, x = random(0), random(1)
+    y[..., 8:] += 2  # a border that x has not
+    errors = []
+    for axis in (-2, -1):
+        profiles = []
+        for clip in (y, x):
+            squared = np.moveaxis(np.diff(clip, axis=axis) ** 2, axis, -1)
+            phases = np.stack([squared[..., p::8].mean((1, 2, 3, 4)) for p in range(8)], 1)
+            profiles.append((phases + 1e-6) / (phases.mean(1, keepdims=True) + 1e-6))
+        errors.append((profiles[0] - profiles[1]) ** 2)
+    leaf = torch.tensor(y, requires_grad=True)
+    loss = grid_loss(leaf, torch.tensor(x), 8)
+    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-12)
+    loss.backward()
+    step = np.zeros(SHAPE)
+    step[1, 2, 3, 7, 8] = 1e-6
+    ends = [grid_loss(torch.tensor(y + sign * step), torch.tensor(x), 8).item() for sign in (1, -1)]
+    assert leaf.grad is not None
+    assert leaf.grad[1, 2, 3, 7, 8].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
+    assert grid_loss(torch.tensor(3 * x), torch.tensor(x), 8).item() < 1e-9 < loss.item()
 
 
 def vae(seed: int = 0) -> SmallVideoVAE:

@@ -32,7 +32,7 @@ from trainer.stages.fast_codec.config import FastDecoderConfig, LrEncoderConfig
 from trainer.stages.fast_codec.decoder import FastDecoderStage
 from trainer.stages.fast_codec.encoder import LrEncoderStage
 from trainer.stages.fast_codec.spec import FAST_DECODER, LR_ENCODER
-from trainer.stages.losses import multiscale_gradient_loss
+from trainer.stages.losses import grid_loss, multiscale_gradient_loss
 from trainer.stages.stage import NetworkSpec, StageSetup
 
 MODEL = ModelConfig(transformer=TRANSFORMER, vae="none", prompts="none")
@@ -79,7 +79,7 @@ def reconstruction(y: Tensor, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_decoder_step_is_the_written_loss(world: World, step: int) -> None:
-    weights = {"full_decoder_weight": 0.5, "adversarial_weight": 0.2, "adversarial_from_step": 2}
+    weights = {"full_decoder_weight": 0.5, "grid_weight": 0.3, "adversarial_weight": 0.2, "adversarial_from_step": 2}
     stage, clips = decoder_stage(student_fraction=0.0, **weights), batch(["a", "b", "c"])
     plain = {name: copy.deepcopy(network.module).double() for name, network in stage.networks.items()}
     crop = stage._crop(clips, clips.tensors["z_hr"], step)
@@ -91,6 +91,7 @@ def test_a_decoder_step_is_the_written_loss(world: World, step: int) -> None:
         terms += [small.diff(dim=-1).abs().mean(), small.diff(dim=-2).abs().mean()]
     full = plain["full_decoder"].vae.decode(z).sample.clamp(-1, 1)
     expected = reconstruction(y, x) + 0.05 * torch.stack(terms).mean() + 0.5 * reconstruction(y, full)
+    expected = expected + 0.3 * grid_loss(y, x, 8)
     d_hr, d_s = plain["discriminator"](x, low), plain["discriminator"](y, low)
     if step >= 2:
         expected = expected - 0.2 * d_s.mean()

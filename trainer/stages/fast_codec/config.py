@@ -53,6 +53,8 @@ class FastDecoderConfig(Section):
     perceptual_weight: float = Field(default=0.05, ge=0)
     #: sizes at which gradients are compared, each half the one before [ours]
     gradient_scales: int = Field(default=3, ge=1)
+    #: λ_grid, of squares of 8 px in what is decoded; 0: not looked at [ours]
+    grid_weight: float = Field(default=0.0, ge=0)
     #: λ_adv; 0: no discriminator [ours]
     adversarial_weight: float = Field(default=0.0, ge=0)
     #: step from which the decoder follows the discriminator, which learns from the first one on [ours]

@@ -1,6 +1,7 @@
 """A fast decoder for a frozen VAE: latents and LR pixels to pixels, on the stored clips of a dataset folder.
 
-    L = R(y, x) + λ_full·R(y, y_full) + λ_P·L_P(y, x) + λ_adv·L_G(y),    R(y, x) = mean‖y - x‖² + λ_1·mean|y - x|
+    L = R(y, x) + λ_full·R(y, y_full) + λ_P·L_P(y, x) + λ_grid·L_grid(y, x) + λ_adv·L_G(y)
+    R(y, x) = mean‖y - x‖² + λ_1·mean|y - x|
 
 x is a crop of the HR clip; y is decoded from the crop of a latent and of the LR clip, y_full from the same latent by
 the VAE. The latent is z^HR or, in a share of the samples, the student's ẑ0: what will be decoded, and where LR says
@@ -26,7 +27,13 @@ from pipeline.sampling import one_step
 from trainer.planning.memory import saved_bytes
 from trainer.stages.crops import crop_starts, require_room
 from trainer.stages.fast_codec.config import FastDecoderConfig
-from trainer.stages.losses import discriminator_loss, generator_loss, multiscale_gradient_loss, reconstruction_loss
+from trainer.stages.losses import (
+    discriminator_loss,
+    generator_loss,
+    grid_loss,
+    multiscale_gradient_loss,
+    reconstruction_loss,
+)
 from trainer.stages.parameter_groups import linear_apart
 from trainer.stages.stage import Meter, StageSetup, TrainingStage
 
@@ -97,6 +104,10 @@ class FastDecoderStage(TrainingStage):
             loss_perceptual = multiscale_gradient_loss(decoded, crop.hr, config.gradient_scales)
         loss = loss_pixels + config.perceptual_weight * loss_perceptual
         meter.add(loss_pixels=loss_pixels, loss_perceptual=loss_perceptual)
+        if config.grid_weight:
+            loss_grid = grid_loss(decoded, crop.hr, SPATIAL_FACTOR)
+            loss = loss + config.grid_weight * loss_grid
+            meter.add(loss_grid=loss_grid)
         if self.full_decoder is not None:
             loss_full = reconstruction_loss(decoded, self.full_decoder.frozen(crop.z), config.l1_weight)
             loss = loss + config.full_decoder_weight * loss_full
