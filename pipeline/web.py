@@ -12,29 +12,35 @@ import argparse
 import base64
 import io
 import os
-import queue
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError, run_command
-from common.video_probe import probe
+from common.command_line import exit_on_sigterm
+from common.errors import UserError, for_people, run_command
+from common.video_probe import VIDEO_SUFFIXES, probe
 from common.video_reader import read_video
 from pipeline.upscale import upscale_file
-from pipeline.upscale_options import parse_arguments
+from pipeline.upscale_options import DEFAULT_MODEL, parse_arguments
 
-#: the page is told of progress at most so often, seconds
+#: the page is told of progress so often, seconds
 INTERVAL_S = 0.5
+#: of the box with the file to download
+RESULT_PX = 110
+#: of the source's name in that of the result, characters
+LONGEST_STEM = 40
 #: of the frames that are compared; PNG would take long to send
 JPEG_QUALITY = 95
 CSS = """
-.compare {position: relative; overflow: auto; max-height: 80vh; border: 1px solid #8888}
+.compare {position: relative; overflow: auto; width: fit-content; max-width: 100%; max-height: 80vh}
 .compare .frames {position: relative}
 .compare img {max-width: none; display: block; margin: 0}
 .compare .after {position: absolute; top: 0; left: 0}
@@ -42,8 +48,12 @@ CSS = """
 """
 
 
+class _CancelledError(Exception):
+    """The visitor wants no more of it."""
+
+
 class Page:
-    """What the page's buttons do."""
+    """What the page's buttons do; each visitor has a job at a time."""
 
     def __init__(self, options: list[str]) -> None:
         """
@@ -55,10 +65,23 @@ class Page:
         """
         self._options = options
         self._folder = tempfile.TemporaryDirectory(prefix="duo-vsr-")  # results are gone when the page is
-        parse_arguments(["in.mp4", "out.mp4", *options])
+        self._cancelled: dict[str, threading.Event] = {}
+        self._threads: dict[str, threading.Thread] = {}
+        model = parse_arguments(["in.mp4", "out.mp4", *options, "--scale", "4"]).model
+        #: what upscales, in words
+        self.model = "a bicubic filter, without a model" if model is None else f"the model in {model}"
+        if model == DEFAULT_MODEL:
+            self.model = "the small model that comes with the repository, trained on a CPU"
 
-    def upscale(self, path: str | None, scale: float) -> Iterator[tuple[str, str | None]]:
-        """Lines of progress; with the last one the file to download.
+    @property
+    def folder(self) -> str:
+        """Where results are."""
+        return self._folder.name
+
+    def upscale(self, path: str | None, scale: float, visitor: str = "") -> Iterator[tuple[str, str | None]]:
+        """What is said of the video and how far it is; with the last of them the file to download.
+
+        Closing the iterator cancels the job, as `cancel` does.
 
         Raises:
             UserError: what the command would say.
@@ -66,30 +89,58 @@ class Page:
         if path is None:
             raise UserError("drop a video first")
         source = Path(path)
-        output = Path(tempfile.mkdtemp(dir=self._folder.name)) / f"{source.stem}-x{scale:g}.mp4"
+        output = Path(tempfile.mkdtemp(dir=self.folder)) / f"{source.stem[:LONGEST_STEM]}-x{scale:g}.mp4"
         arguments = parse_arguments([str(source), str(output), *self._options, "--scale", str(scale)])
-        news: queue.Queue[tuple[int, int | None] | BaseException | None] = queue.Queue()
+        cancelled = self._cancelled[visitor] = threading.Event()
+        said: list[str] = []
+        began = time.monotonic()
+        written: list[tuple[int, int | None, float]] = []
+
+        def watch(done: int, total: int | None) -> None:
+            written.append((done, total, time.monotonic()))
+            if cancelled.is_set():
+                raise _CancelledError
+
+        def shown(line: str) -> str:
+            return "\n".join([line, *said])
 
         def work() -> None:
             try:
-                damaged = upscale_file(source, output, arguments, lambda done, total: news.put((done, total)))
-                news.put(UserError("the input is damaged; what can be read is upscaled") if damaged else None)
+                job.set_result(upscale_file(source, output, arguments, watch, said.append))
             except BaseException as error:
-                news.put(error)
+                shutil.rmtree(output.parent, ignore_errors=True)
+                job.set_exception(error)
 
-        threading.Thread(target=work, daemon=True).start()
-        began = last = time.monotonic()
-        yield "opening the model", None
-        while isinstance(new := news.get(), tuple):
-            if time.monotonic() - last >= INTERVAL_S:
-                last = time.monotonic()
-                yield progress_line(*new, last - began), None
-        if new is not None and not output.exists():
-            raise new
-        frames = probe(output).frames
-        seconds = time.monotonic() - began
-        warning = "" if new is None else f"; {new}"
-        yield f"done: {frames} frames in {seconds:.0f} s{warning}", str(output)
+        job: Future[bool] = Future()
+        thread = self._threads[visitor] = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield "opening the model", None
+            while not wait([job], INTERVAL_S).done:
+                line = "cancelling: the window that is worked on has to end first"
+                if not cancelled.is_set():
+                    line = progress_line(written, began)
+                yield shown(line), None
+            job.result()
+        except _CancelledError:
+            yield "cancelled", None
+            return
+        finally:
+            cancelled.set()
+        line = f"done: {probe(output).frames} frames in {duration(time.monotonic() - began)}"
+        yield shown(line), str(output)
+
+    def cancel(self, visitor: str = "") -> None:
+        """End this visitor's job, if there is one, after the window that is worked on."""
+        if visitor in self._cancelled:
+            self._cancelled[visitor].set()
+
+    def close(self) -> None:
+        """End all jobs, each after the window that is worked on."""
+        for cancelled in self._cancelled.values():
+            cancelled.set()
+        for thread in self._threads.values():
+            thread.join()
 
     def compare(self, source: str | None, output: str | None, place: float) -> str:
         """HTML of one frame before (bicubic) and after, one pixel of the output for one of the screen.
@@ -107,12 +158,31 @@ class Page:
         return comparison(np.asarray(enlarged), after)
 
 
-def progress_line(done: int, total: int | None, seconds: float) -> str:
-    """As `120/1500 frames, 3.2 frames/s, 431 s left`."""
-    rate = done / max(seconds, 1e-9)
+def progress_line(written: Sequence[tuple[int, int | None, float]], began: float) -> str:
+    """As `120 of 1500 frames (8%), 3 frames/s, about 7 min 40 s left`.
+
+    Args:
+        written: frames so far, in all (None: not known) and the time, for each window that was written. The rate is
+            that after the first one, which waits for the model.
+        began: when the job did.
+    """
+    if not written:
+        return f"the first window, for {duration(time.monotonic() - began)}"
+    first, (done, total, now) = (written[0] if len(written) > 1 else (0, None, began)), written[-1]
+    rate = (done - first[0]) / max(now - first[2], 1e-9)
     if total is None:
         return f"{done} frames, {rate:.3g} frames/s"
-    return f"{done}/{total} frames, {rate:.3g} frames/s, {(total - done) / rate:.0f} s left"
+    left = max((total - done) / rate - (time.monotonic() - now), 0)
+    return f"{done} of {total} frames ({done / total:.0%}), {rate:.3g} frames/s, about {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """As `8 s`, `7 min 40 s` or `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def comparison(before: np.ndarray, after: np.ndarray) -> str:
@@ -125,7 +195,7 @@ def comparison(before: np.ndarray, after: np.ndarray) -> str:
         f'<img class="after" alt="after" width="{width}" height="{height}" src="{_data_url(after)}" '
         'style="clip-path:inset(0 0 0 50%)"></div>'
         f'<input type="range" min="0" max="100" value="50" aria-label="before and after" oninput="{move}" '
-        f'style="width:min(100%,{width}px)"></div><p>Left of the slider: bicubic. Right: the model.</p>'
+        f'style="width:{width}px;max-width:100%"></div><p>Left of the slider: bicubic. Right: the model.</p>'
     )
 
 
@@ -135,53 +205,78 @@ def _data_url(frame: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def build(options: list[str]) -> Any:
+def build(page: Page) -> Any:
     """The gradio page; `launch` starts it.
 
     Raises:
-        UserError: gradio is not installed, or an option of upscale is wrong.
+        UserError: gradio is not installed.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves the machine
     try:
         import gradio
     except ImportError as error:
         raise UserError(f"the page needs gradio ({error}): pip install 'duo-vsr[web]'") from None
-    page = Page(options)
+    os.environ["GRADIO_TEMP_DIR"] = page.folder  # uploads are gone when the page is, too
 
-    def upscale(path: str | None, scale: float) -> Iterator[tuple[str, str | None]]:
+    def upscale(path: str | None, scale: float, request: Any) -> Iterator[tuple[str, str | None]]:
         try:
-            yield from page.upscale(path, scale)
-        except UserError as error:
-            raise gradio.Error(str(error)) from None
+            yield from page.upscale(path, scale, str(request.session_hash))
+        except Exception as error:
+            message = for_people(error)
+            if message is None:
+                raise
+            for_visitor = message if path is None else message.replace(path, Path(path).name)
+            yield f"error: {for_visitor}", None
+
+    def cancel(request: Any) -> None:
+        page.cancel(str(request.session_hash))
+
+    for function in (upscale, cancel):  # gradio reads it there; as a name it would be looked up among the module's
+        function.__annotations__["request"] = gradio.Request
+
+    def compare(source: str | None, output: str | None, percent: float) -> tuple[Any, str]:
+        compared = page.compare(source, output, percent / 100)
+        return gradio.update(visible=bool(compared)), compared
 
     with gradio.Blocks(title="DUO-VSR") as blocks:
-        gradio.Markdown("# DUO-VSR\nOne-step video super-resolution.")
+        gradio.Markdown(f"# DUO-VSR\nOne-step video super-resolution, by {page.model}.")
         with gradio.Row():
-            source = gradio.File(label="Video", file_types=["video"], type="filepath")
+            source = gradio.File(label="Video", file_types=list(VIDEO_SUFFIXES), type="filepath")
             with gradio.Column():
-                scale = gradio.Dropdown([1.5, 2.0, 4.0], value=4.0, label="Scale")
-                start = gradio.Button("Upscale", variant="primary")
-                status = gradio.Textbox(label="Progress", interactive=False)
-                result = gradio.File(label="Result", interactive=False)
-        place = gradio.Slider(0, 1, 0.5, label="Frame to compare: from the first to the last")
-        compared = gradio.HTML(label="Before and after")
+                scale = gradio.Dropdown([("×1.5", 1.5), ("×2", 2.0), ("×4", 4.0)], value=4.0, label="Scale")
+                with gradio.Row():
+                    start = gradio.Button("Upscale", variant="primary")
+                    stop = gradio.Button("Cancel")
+                status = gradio.Textbox(label="Progress", interactive=False, lines=3)
+                result = gradio.File(label="Result", interactive=False, height=RESULT_PX)
+        with gradio.Column(visible=False) as comparing:
+            place = gradio.Slider(0, 100, 50, step=1, label="Frame to compare, at so many percent of the video")
+            compared = gradio.HTML(label="Before and after")
         done = start.click(upscale, [source, scale], [status, result])
-        shown = (page.compare, [source, result, place], compared)
-        done.success(*shown)
-        place.release(*shown)
+        stop.click(cancel, queue=False)
+        blocks.unload(cancel)  # nobody waits for it
+        for event in (done.success, place.release):
+            event(compare, [source, result, place], [comparing, compared])
     return blocks
 
 
 def main() -> None:
+    exit_on_sigterm()  # what is in the page's folder is removed
     parser = argparse.ArgumentParser(prog="duo-vsr web", description=__doc__, add_help=True)
     parser.add_argument("--host", default="127.0.0.1", help="interface to listen on; default: this machine alone")
     parser.add_argument("--port", type=int, default=7860)
     arguments, options = parser.parse_known_args()
-    blocks = build(options)
+    page = Page(options)
+    blocks = build(page)
     import gradio
 
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from elsewhere
-    blocks.launch(server_name=arguments.host, server_port=arguments.port, css=CSS, theme=theme)
+    try:
+        blocks.launch(server_name=arguments.host, server_port=arguments.port, css=CSS, theme=theme, footer_links=[])
+    except OSError as error:
+        raise UserError(f"--host {arguments.host} --port {arguments.port}: {error}; choose another port") from None
+    finally:
+        page.close()
 
 
 if __name__ == "__main__":

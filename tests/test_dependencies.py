@@ -31,7 +31,6 @@ OPTIONAL = {
     "ncnn": "benchmarks only",
     "gradio": "the extra web: tests of the page are skipped without it",
     "sklearn": "t-SNE of tools/feature_maps.py, which says where it is missing",
-    "playwright": "drives a browser through the page; its test is skipped without it",
     "pycvvdp": "its package cvvdp requires one that hides ffmpeg-python: make effect installs it without",
 }
 #: declared and used without an import of ours

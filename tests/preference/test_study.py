@@ -26,7 +26,7 @@ from preference.study.make import make_study
 from preference.study.result import count, equal_answers, krippendorff_alpha
 from preference.study.store import AnswerSheet, read_sheets, read_study
 from preference.study.trials import QUESTIONS, Pair, Study, draw_trials
-from tests.preference.browser import CHROMIUM, BrowserPage, browser_page
+from tests.browser import CHROMIUM, BrowserPage, browser_page
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("ours", "second", "third")

@@ -14,7 +14,11 @@ from typing import Any
 import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0")
+#: without scroll bars: a screenshot of more than is in sight takes theirs away, and the page moves
+OPTIONS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)  # fmt: skip
 
 
 class BrowserPage:
@@ -66,9 +70,22 @@ class BrowserPage:
             await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, code=code, autoRepeat=repeat > 0)
         await self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=code)
 
-    async def screenshot(self, path: Path) -> None:
-        """A PNG of what is in sight."""
-        path.write_bytes(base64.b64decode((await self.call("Page.captureScreenshot"))["data"]))
+    async def choose_file(self, path: Path) -> None:
+        """In the first field for files."""
+        document = await self.call("DOM.getDocument")
+        field = await self.call("DOM.querySelector", nodeId=document["root"]["nodeId"], selector="input[type=file]")
+        await self.call("DOM.setFileInputFiles", nodeId=field["nodeId"], files=[str(path)])
+
+    async def download_to(self, folder: Path) -> None:
+        """Files that links give from here on."""
+        await self.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    async def screenshot(self, path: Path, selector: str = "html") -> None:
+        """A PNG of an element, in sight or not."""
+        box = await self.evaluate(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+        clip = {name: round(box[name]) for name in ("x", "y", "width", "height")} | {"scale": 1}
+        reply = await self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(reply["data"]))
 
 
 @asynccontextmanager
