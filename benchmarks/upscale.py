@@ -3,8 +3,10 @@
     python benchmarks/upscale.py                       # any machine: the small model
     python benchmarks/upscale.py --model MODEL_DIR --device cuda --dtype bf16 --sizes 480x270 --frames 21
 
-The same video goes through twice: step by step (read all, upscale all, write all), and as the command does it, where
-FFmpeg decodes and encodes beside the model; `read` and `write` are the seconds in which a thread waits for it. Memory
+The same video goes through step by step (read all, upscale all, write all), and as the command does it, where FFmpeg
+decodes and encodes beside the model; `read` and `write` are the seconds in which a thread waits for it. Both are run
+several times in turn, so that a machine that gets slower or busier in the meantime is slower for both; medians are
+shown. `CPU` is what this process and FFmpeg computed: it tells work from waiting for a core. Memory
 is measured in a process of its own for each size: the growth of its resident memory while one window is upscaled on a
 CPU, the allocator's peak on a GPU. The last line is JSON.
 """
@@ -16,11 +18,12 @@ import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -104,18 +107,24 @@ def upscale(source: Path, output: Path, pipeline: VSRPipeline, *, overlapping: b
     Args:
         overlapping: as the command does it; else all is read, then upscaled, then written.
     """
-    began = time.perf_counter()
-    statistics: dict[str, float] = {}
+    began, cpu_before = time.perf_counter(), time.process_time() + programs_s()
+    spent: dict[str, float] = {}
     model, reading = Watched(pipeline), Clocked(iter(VideoReader(source)))
     frames = prefetch(reading, Windows().frames) if overlapping else iter(list(reading))
-    made = upscale_video([model], frames, Windows(), statistics=statistics, colour_fix="wavelet")  # type: ignore[list-item]
+    made = upscale_video([model], frames, Windows(), statistics=spent, colour_fix="wavelet")  # type: ignore[list-item]
     clips = (clip for clip, _ in made) if overlapping else iter([clip for clip, _ in made])
     first = next(clips)
     with VideoWriter(output, width=first.shape[2], height=first.shape[1], frame_rate=RATE) as writer:
         for clip in itertools.chain([first], clips):
             writer.write(clip)
-    steps = {"read": reading.seconds, **{step: statistics[f"{step}_s"] for step in STEPS}, "write": writer.seconds}
-    return steps | {"wall": time.perf_counter() - began, "beside": model.programs_s}
+    steps = {"read": reading.seconds, **{step: spent[f"{step}_s"] for step in STEPS}, "write": writer.seconds}
+    cpu_s = time.process_time() + programs_s() - cpu_before
+    return steps | {"wall": time.perf_counter() - began, "CPU": cpu_s, "beside": model.programs_s}
+
+
+def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each step."""
+    return {step: statistics.median(run[step] for run in runs) for step in runs[0]}
 
 
 def measured_memory(width: int, height: int, arguments: argparse.Namespace) -> int:
@@ -155,6 +164,7 @@ def main() -> None:
     parser.add_argument("--size", type=parse_size, default=(64, 48), help="of the video whose time is measured, px")
     # nine windows: x264 looks 40 frames ahead, and of few frames it writes all at the end
     parser.add_argument("--frames", type=int, default=149)
+    parser.add_argument("--repeats", type=int, default=3, help="of the run whose time is measured")
     sizes = [(32, 32), (64, 48), (96, 64), (128, 96)]
     parser.add_argument("--sizes", type=parse_size, nargs="*", default=sizes, help="inputs whose memory is measured")
     parser.add_argument("--window-of", type=parse_size, help=argparse.SUPPRESS)
@@ -169,14 +179,19 @@ def main() -> None:
             writer.write(moving(width, height, arguments.frames))
         pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
         pipeline(moving(16, 16, 5))  # libraries that load on first use
-        pipeline = open_pipeline(arguments.model, arguments.device, DTYPES[arguments.dtype])
-        pipeline(moving(16, 16, 5))  # libraries that load on first use
-        apart = upscale(source, Path(folder) / "apart.mp4", pipeline, overlapping=False)
-        together = upscale(source, Path(folder) / "together.mp4", pipeline, overlapping=True)
-    print(f"# {os.cpu_count()} CPU cores, torch {torch.__version__}, {arguments.device}")
+        runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for number in range(2 * arguments.repeats):
+            overlapping = number % 4 in (1, 2)  # A B B A …
+            output = Path(folder) / f"{number}.mp4"
+            runs[overlapping].append(upscale(source, output, pipeline, overlapping=overlapping))
+        apart, together = medians(runs[False]), medians(runs[True])
+    threads = torch.get_num_threads()
+    print(f"# {os.cpu_count()} CPU cores, {threads} threads, torch {torch.__version__}, {arguments.device}")
     print(f"{arguments.frames} frames of {width}x{height}, seconds: one step after the other, and overlapping")
     for step, seconds in apart.items():
         print(f"  {WORDS.get(step, step):<40}{seconds:8.2f}{together[step]:8.2f}")
+    walls = [" ".join(f"{run['wall']:.1f}" for run in runs[overlapping]) for overlapping in (False, True)]
+    print(f"  wall of each run: {walls[0]}; overlapping: {walls[1]}")
     codec: CodecName = "fast" if pipeline.fast_decoder else "full"
     estimate, memory = MemoryEstimate(arguments.model, DTYPES[arguments.dtype], codec), []
     print("one window: input, predicted and measured GiB, without weights")
