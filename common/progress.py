@@ -30,13 +30,13 @@ class Counter:
 
     def advance(self, count: int = 1, **fields: object) -> None:
         """Count `count` more units as done; `fields` (loss=…, failed=…) are shown behind the bar."""
-        self.done += count
+        before, self.done = self.done, self.done + count
         shown = " ".join(f"{name} {value}" for name, value in fields.items())
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{self.rate:.3g} {self._unit}/s", fields=shown)
             return
         now = time.monotonic()
-        finished = self._total is not None and self.done >= self._total
+        finished = self._total is not None and before < self._total <= self.done  # a total may be an estimate
         if finished or now - self._printed >= PLAIN_INTERVAL_S:
             self._printed = now
             print(f"{self._description}: {self._position()} {shown}".rstrip(), file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ class Counter:
     def _position(self) -> str:
         if self._total is None:
             return f"{self.done} {self._unit}, {self.rate:.3g} {self._unit}/s"
-        left = (self._total - self.done) / self.rate if self.rate > 0 else float("inf")
+        left = max(self._total - self.done, 0) / self.rate if self.rate > 0 else float("inf")
         estimate = f"{left:.0f} s left" if left != float("inf") else "no estimate yet"
         return f"{self.done}/{self._total} {self._unit}, {self.rate:.3g} {self._unit}/s, {estimate}"
 

@@ -120,11 +120,16 @@ class VideoInfo:
     chroma: bool = False
 
     @property
+    def video_s(self) -> float | None:
+        """Seconds from the first frame to the end of the video; sound may last longer. None: not known."""
+        return self.duration_s if self.end_s is None else self.end_s - float(self.first_s - self.start_s)
+
+    @property
     def estimated_frames(self) -> int | None:
         """For progress bars: what the header says, or duration times rate."""
-        if self.frames or self.duration_s is None:
+        if self.frames or self.video_s is None:
             return self.frames
-        return round(self.duration_s * self.frame_rate)
+        return round(self.video_s * self.frame_rate)
 
 
 def untagged_matrix(width: int, height: int) -> int:
@@ -172,7 +177,8 @@ def probe(path: str | Path) -> VideoInfo:
         UserError: no such file, or not a video.
     """
     if not Path(path).is_file():
-        raise UserError(f"no video file {path}")
+        exists = Path(path).exists()
+        raise UserError(f"{path} is not a file; a pipe is read as -, in y4m" if exists else f"no video file {path}")
     try:
         with av.open(url(path)) as container:
             return _read(container, path)

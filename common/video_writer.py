@@ -28,6 +28,8 @@ from common.video_reader import EXACT
 
 #: one that FFmpeg is given, and the next [ours]
 CLIPS_HELD = 2
+#: what FFmpeg begins a line with, and what it says of lines it left out
+_SPEAKER = re.compile(r"\[[^\]]* @ 0x[0-9a-f]+\] ?| *Last message repeated \d+ times")
 
 
 class VideoWriter:
@@ -186,7 +188,9 @@ class VideoWriter:
 
 def ffmpeg_reason(log: bytes) -> str:
     """One line of why FFmpeg stopped."""
-    text = " ".join(log.decode(errors="replace").split())
+    text = " ".join(_SPEAKER.sub("", log.decode(errors="replace")).split())
     if re.search(r"no space left", text, re.IGNORECASE):
         return "the disk is full; free space or choose another folder"
+    if re.search(r"broken pipe", text, re.IGNORECASE):
+        return "what reads it has stopped"
     return text[:300] or "FFmpeg stopped"

@@ -12,9 +12,8 @@ from common.scale import SCALE
 from pipeline.memory_estimate import GIB, MemoryEstimate, WindowMemory
 from pipeline.resumable_video import parts_folder
 from pipeline.tiling import spans
-from pipeline.upscale_job import Job
+from pipeline.upscale_job import Job, frames_to_write
 from pipeline.upscale_options import dtypes
-from pipeline.upscale_run import frames_to_write
 from pipeline.upscale_source import PIPE
 from pipeline.video_windows import Windows
 from pipeline.vsr_pipeline import Tiling
@@ -41,7 +40,7 @@ def report(job: Job, arguments: argparse.Namespace) -> list[str]:
     shrunk = job.size.model_input != (job.info.width, job.info.height)
     lines = [
         f"input   {job.info.width}x{job.info.height}, {'unknown' if frames is None else frames} frames at "
-        f"{float(job.info.frame_rate):.6g} frames/s",
+        f"{float(job.written_rate):.6g} frames/s",
         f"output  {width}x{height}, {job.codec}, {job.bit_depth} bits"
         + (f"; the model makes {model_width}x{model_height}" if (model_width, model_height) != (width, height) else "")
         + (", of a source shrunk first" if shrunk else ""),

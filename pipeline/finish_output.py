@@ -55,7 +55,7 @@ def rehearse(
 def finish(
     parts: VideoParts, source: Path | None, tracks: TrackPlan, info: VideoInfo, constant_rate: Fraction | None
 ) -> tuple[list[Fraction], Fraction]:
-    """Join the parts under the output's name, with the other tracks of `source`.
+    """Join the parts, which hold a frame at least, under the output's name, with the other tracks of `source`.
 
     Args:
         info: of the source.
@@ -66,10 +66,8 @@ def finish(
         have no times.
 
     Raises:
-        UserError: no frame was written, or the output cannot be.
+        UserError: the output cannot be written.
     """
-    if not parts.frames:
-        raise UserError(f"{parts.output}: there is no frame to write; choose another --start")
     if parts.images:
         _write_images(parts, parts.images)
         return [], Fraction(0)

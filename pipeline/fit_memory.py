@@ -15,9 +15,8 @@ import torch
 
 from common.scale import SCALE
 from pipeline.memory_estimate import GIB, MemoryEstimate
-from pipeline.upscale_job import Job
+from pipeline.upscale_job import Job, frames_to_write
 from pipeline.upscale_options import dtypes
-from pipeline.upscale_run import frames_to_write
 from pipeline.video_windows import Windows
 from pipeline.vsr_pipeline import Tiling, smaller_tiles
 

@@ -33,6 +33,7 @@ def choose_size(
     lines: int | None = None,
     size: tuple[int, int] | None = None,
     max_size: int | None = None,
+    even: bool = True,
 ) -> OutputSize:
     """At most one of `scale`, `lines` and `size`; without any ×4.
 
@@ -44,6 +45,7 @@ def choose_size(
         lines: output height; the width follows.
         size: output width and height; pixels become non-square where their ratio is not the source's.
         max_size: neither side is larger; both shrink by the same factor.
+        even: sides are rounded to even numbers, which 4:2:0 video has.
 
     Raises:
         UserError: a size below 8 px or above 16384 px.
@@ -58,7 +60,10 @@ def choose_size(
         shrink = min(Fraction(1), Fraction(max_size) / max(wanted))
         wanted = (wanted[0] * shrink, wanted[1] * shrink)
     exact = scale is None and lines is None and size is None and max_size is None
-    output = (width * SCALE, height * SCALE) if exact else (_even(wanted[0], max_size), _even(wanted[1], max_size))
+    output = (width * SCALE, height * SCALE)
+    if not exact:
+        step = 2 if even else 1
+        output = (_side(wanted[0], step, max_size), _side(wanted[1], step, max_size))
     if min(output) < 8 or max(output) > LARGEST_SIDE:
         raise UserError(
             f"an output of {output[0]}x{output[1]}: sides are 8 to {LARGEST_SIDE} px; "
@@ -85,7 +90,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def _even(value: Fraction, largest: int | None) -> int:
-    """4:2:0 video has even sides."""
-    even = 2 * round(value / 2)
-    return even - 2 if largest is not None and even > largest else even
+def _side(value: Fraction, step: int, largest: int | None) -> int:
+    """A multiple of `step`."""
+    side = step * round(value / step)
+    return side - step if largest is not None and side > largest else side

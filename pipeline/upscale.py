@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from pipeline.fit_memory import fit, record, resumed
 from pipeline.image_output import stills_of
 from pipeline.resumable_video import VideoParts, delete_parts, only_job, only_lock_left, was_finished
 from pipeline.sound_check import sound_damage
-from pipeline.upscale_job import Job, job_identity, plan
+from pipeline.upscale_job import Job, job_identity, nothing_to_write, plan
 from pipeline.upscale_options import parse_arguments
 from pipeline.upscale_run import Watch, damage_of, upscale_parts, write_to_pipe, writer_of
 from pipeline.upscale_source import PIPE, Source, open_source
@@ -73,6 +73,8 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
     sources = stills_of(arguments.input) if arguments.stills else _videos_of(arguments.input)
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"{arguments.output} is a file; what a folder holds needs a folder")
+    if arguments.output.exists() and os.path.samefile(arguments.output, arguments.input):
+        raise UserError(f"{arguments.output} is the input folder; choose another one for the output")
     if arguments.stats and arguments.stats.exists() and not arguments.stats.is_dir():
         raise UserError(f"--stats {arguments.stats} is a file; what a folder holds needs a folder")
     failed = []
@@ -97,7 +99,7 @@ def upscale_folder(arguments: argparse.Namespace) -> bool:
 
 
 def _videos_of(folder: Path) -> list[Path]:
-    videos = sorted(path for path in folder.iterdir() if named_like_a_video(path.name))
+    videos = sorted(path for path in folder.iterdir() if _is_video(path))
     if not videos:
         raise UserError(f"no video in {folder} ({', '.join(VIDEO_SUFFIXES)}), and no image")
     if images := images_in(folder):
@@ -107,17 +109,33 @@ def _videos_of(folder: Path) -> list[Path]:
     return videos
 
 
+def _is_video(path: Path) -> bool:
+    """By its name; an animated GIF is one as well."""
+    return named_like_a_video(path.name) or path.suffix.lower() == ".gif"
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def _folder_suffix(source: Path) -> str:
     if source.suffix.lower() in (*OUTPUT_SUFFIXES, *IMAGE_OUTPUT_SUFFIXES):
         return source.suffix
-    return ".mkv" if named_like_a_video(source.name) else ".png"
+    return ".mkv" if _is_video(source) else ".png"
 
 
-def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch: Watch | None = None) -> bool:
+def upscale_file(
+    path: Path,
+    output: Path,
+    arguments: argparse.Namespace,
+    watch: Watch | None = None,
+    say: Callable[[str], None] = _to_stderr,
+) -> bool:
     """One video, or one sequence of images.
 
     Args:
         watch: is told how far it is.
+        say: is told how the input is understood, what the output will not hold, and what is damaged.
 
     Returns:
         Whether it is damaged and `--on-error` is warn.
@@ -127,13 +145,15 @@ def upscale_file(path: Path, output: Path, arguments: argparse.Namespace, watch:
         print(f"{output} was complete already", file=sys.stderr)
         return False
     job = plan(source, output, arguments)
+    for line in job.said:
+        say(f"{source.name}: {line}")
     if arguments.dry_run:
         print("\n".join(report(fit(job, arguments), arguments)))
         return False
     began = time.perf_counter()
     frames, damage, statistics = (_to_pipe if output == PIPE else _to_files)(job, arguments, watch)
     for line in damage:
-        print(f"warning: {path}: {line}", file=sys.stderr)
+        say(f"warning: {path}: {line}")
     seconds = round(time.perf_counter() - began, 3)
     if arguments.stats:
         record = {
@@ -185,6 +205,8 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
                 parts, job, arguments, statistics,
                 lambda tiling: parts.keep_sizes(record(replace(job, tiling=tiling))), watch,
             )  # fmt: skip
+            if not parts.frames:
+                raise nothing_to_write(job.source, job.frame_rate, arguments)
             times, last_s = finish(parts, tracks_from, job.tracks, job.info, job.frame_rate)
             done = True
         except KeyboardInterrupt:
@@ -193,7 +215,7 @@ def _to_files(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> t
             raise
         finally:
             parts.leave(done=done or job.source.piped is not None)
-    damage = damage_of(parts.errors, times[-1] + last_s if times else None, job, arguments)
+    damage = damage_of(parts.errors, parts.frames, times[-1] + last_s if times else None, job, arguments)
     return parts.frames, damage + sound, statistics
 
 
@@ -203,9 +225,9 @@ def _to_pipe(job: Job, arguments: argparse.Namespace, watch: Watch | None) -> tu
     with only_video_on_stdout() as pipe:
         reader = write_to_pipe(fit(job, arguments), arguments, statistics, pipe)
     if not reader.count:
-        raise UserError(f"{job.source.name}: there is no frame to write; choose another --start")
+        raise nothing_to_write(job.source, job.frame_rate, arguments)
     errors = list(dict.fromkeys(reader.errors))
-    return reader.count, damage_of(errors, None, job, arguments), statistics
+    return reader.count, damage_of(errors, reader.count, None, job, arguments), statistics
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import os
-import sys
+import tempfile
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -68,6 +70,8 @@ class Job:
     #: of the frames that are written: 16 where FFmpeg makes 10 of them, or 8, dithered, of what had more
     frame_bits: BitDepth = 8
     deinterlace: Deinterlace = "auto"
+    #: how the input is understood and what the output will not hold, for the user
+    said: tuple[str, ...] = ()
 
     @property
     def info(self) -> VideoInfo:
@@ -81,7 +85,7 @@ class Job:
 
 
 def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
-    """Check everything that can be checked before the first frame, and say what the output will not hold.
+    """Check everything that can be checked before the first frame, and find out what the output will not hold.
 
     Raises:
         UserError: the output could not be written.
@@ -108,6 +112,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
         source = replace(source, info=replace(source.info, colour=Colour()))
     info = source.info
     images = None if output == PIPE else image_output(output, source, arguments.start, arguments.frames)
+    if output.is_dir() and not images:
+        raise UserError(f"cannot write {output}: it is a folder; name a file in it, as video.mp4 or frame_%05d.png")
     codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.encoder)
     if codec in ("y4m", *IMAGE_ENCODERS):
         _check_alone(codec, arguments)
@@ -127,20 +133,28 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
         lines=arguments.height,
         size=arguments.size,
         max_size=arguments.max_size,
+        even=codec not in IMAGE_ENCODERS,
     )
     said = source.said()
+    if arguments.size and not arguments.max_size and size.output != arguments.size:
+        said.append("--size {}x{} becomes {}x{}: sides of a video are even".format(*arguments.size, *size.output))
     if arguments.tone_map:
         said.append(f"HDR becomes BT.709 by the curve {arguments.tone_map}" if hdr else "no HDR; nothing is mapped")
     tracks = TrackPlan()
     if source.file and codec not in ("y4m", *IMAGE_ENCODERS):
-        new_rate = info.frame_rate if arguments.deinterlace == "detelecine" else arguments.fps
+        new_rate = arguments.fps or (info.frame_rate if arguments.deinterlace == "detelecine" else None)
         tracks = plan_tracks(source.file, output.suffix.lower(), new_rate)
+        if (arguments.start or arguments.frames) and (tracks.kept or tracks.dropped):
+            tracks = TrackPlan(dropped=("--start and --frames: a part is written without sound and other tracks",))
         said += tracks.dropped
     elif info.audio_codecs:
         said.append(f"sound is left out: {codec} holds images alone")
     frame_rate = None if source.images and not source.images.durations_ms else arguments.fps
     if frame_rate is None and (output == PIPE or output.suffix.lower() == ".avi"):
         frame_rate = info.frame_rate  # there are no time stamps
+    counted = info.frames is not None and frame_rate is None and deinterlace != "detelecine"
+    if counted and arguments.start >= (info.frames or 0):
+        raise nothing_to_write(source, frame_rate, arguments)
     if codec == "exr" and info.colour.hdr:
         raise UserError(
             f"cannot write {output}: EXR holds linear light, and PQ or HLG is not undone; choose .png or --tone-map"
@@ -154,14 +168,49 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
             f"frames are not marked as interlaced but comb: deinterlaced by bwdif, the {first} field first; "
             "--deinterlace off leaves them"
         )
-    for line in said:
-        print(f"{source.name}: {line}", file=sys.stderr)
     deep = max(bit_depth, info.bits) > 8 and not (images or arguments.lossless)
     frame_bits: BitDepth = 16 if deep else bit_depth
     return Job(
         source, output, size, tracks, frame_rate, bit_depth, codec, windows, tiling, images, alpha, frame_bits,
-        deinterlace,
+        deinterlace, tuple(said),
     )  # fmt: skip
+
+
+def frames_of(info: VideoInfo, rate: Fraction | None) -> int | None:
+    """How many a video has, resampled to `rate` where that is given; None where it is not known."""
+    if rate is None or info.video_s is None:
+        return info.estimated_frames
+    return round(info.video_s * rate)
+
+
+def frames_to_write(job: Job, arguments: argparse.Namespace) -> int | None:
+    """For progress bars; None where it is not known."""
+    frames = frames_of(job.info, job.frame_rate)
+    total = None if frames is None else max(frames - arguments.start, 0)
+    return total if arguments.frames is None else min(arguments.frames, total or arguments.frames)
+
+
+def nothing_to_write(source: Source, rate: Fraction | None, arguments: argparse.Namespace) -> UserError:
+    """Which option leaves no frame of the source, and what would leave some.
+
+    Args:
+        rate: that the source is resampled to.
+    """
+    info = source.info
+    frames = frames_of(info, rate)
+    if arguments.start and frames != 0:
+        total = "it ends before that" if frames is None else f"it has {frames} frames"
+        at_rate = "" if rate is None or frames is None else f" at {float(rate):.6g} frames/s"
+        reason = f"--start {arguments.start}: {total}{at_rate}; choose a smaller one"
+    elif rate is not None and arguments.fps is not None:
+        length = f": it lasts {info.video_s:.3g} s" if info.video_s else ""
+        remedy = f"at least {math.ceil(1000 / info.video_s) / 1000:g}" if info.video_s else "a higher one"
+        reason = f"--fps {rate}{length}; choose {remedy}, or leave it out"
+    elif arguments.deinterlace == "detelecine":
+        reason = "--detelecine makes four frames of five; leave it out"
+    else:
+        reason = "nothing can be decoded; convert it or leave it out"
+    return UserError(f"{source.name}: there is no frame to write, {reason}")
 
 
 def choose_bit_depth(info: VideoInfo, codec: str, arguments: argparse.Namespace) -> BitDepth:
@@ -277,8 +326,6 @@ def check_output(source: Source, output: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: with the reason.
     """
-    if output.is_dir():
-        raise UserError(f"cannot write {output}: it is a folder; name a file in it, as video.mp4 or frame_%05d.png")
     _refuse_input(source, output)
     if output.exists() and not overwrite:
         raise UserError(f"cannot write {output}: it exists; choose another name, or --overwrite")
@@ -325,8 +372,13 @@ def check_writable(path: Path) -> None:
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+    if not folder.is_dir() or path.is_dir():
         raise UserError(f"cannot write {path}: {path if path.is_dir() else folder} is not a folder to write in")
+    try:  # to root, access() promises more than /proc or a file server keep
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"cannot write {path}: {folder} is not a folder to write in ({error.strerror})") from None
 
 
 def job_identity(arguments: argparse.Namespace, source: Source) -> dict[str, Any]:

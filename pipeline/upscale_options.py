@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,6 +27,11 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "guidance": (0, None), "window": (5, None), "overlap": (0, None), "tile": (16, None), "vae_tile": (16, None),
     "decode_tile": (16, None), "tile_overlap": (0, None), "start": (0, None), "frames": (1, None), "crf": (0, 63),
     "part_frames": (1, None), "fps": (0.01, 1000),
+}  # fmt: skip
+#: what an option that is no plain number looks like
+_FORMS = {
+    "size": "WIDTHxHEIGHT, as 1920x1080", "fps": "a rate, as 25 or 24000/1001",
+    "encoder-options": "NAME=VALUE, as preset=slow,tune=film",
 }  # fmt: skip
 #: numbers that networks compute with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,10 +147,24 @@ def _encoder_options(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split(","))
 
 
+def _path(text: str) -> Path:
+    """
+    Raises:
+        UserError: the address of something elsewhere.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+        raise UserError(f"{text} is an address, not a file; download what is there, or write here and upload it")
+    return Path(text)
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for a wrong option."""
 
     def error(self, message: str) -> NoReturn:
+        if wrong := re.fullmatch(r"argument --([\w-]+): invalid (\w+) value: '(.*)'", message):
+            name, kind, value = wrong.groups()
+            form = _FORMS.get(name) or ("a whole number" if kind == "int" else "a number")
+            raise UserError(f"--{name} {value}: give {form}")
         raise UserError(f"{message}; --help lists the options")
 
 
@@ -152,9 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m pipeline.upscale", description="Upscale videos with a one-step model, ×4 or to any size."
     )
-    parser.add_argument("input", type=Path, help="a video, an image, images as frame_%%05d.png, a folder, or - (y4m)")
+    parser.add_argument("input", type=_path, help="a video, an image, images as frame_%%05d.png, a folder, or - (y4m)")
     parser.add_argument(
-        "output", type=Path, help="a file, images as frame_%%05d.png, a folder where the input is one, or - (y4m)"
+        "output", type=_path, help="a file, images as frame_%%05d.png, a folder where the input is one, or - (y4m)"
     )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", type=Path, help="model folder (what training exports); default: the small one here")

@@ -26,7 +26,7 @@ from pipeline.model.config import Attention
 from pipeline.model.vae import to_frames, upsample_low_resolution
 from pipeline.resumable_video import VideoParts
 from pipeline.transparency import Transparency
-from pipeline.upscale_job import Job
+from pipeline.upscale_job import Job, frames_to_write
 from pipeline.upscale_options import dtypes
 from pipeline.upscale_source import FrameReader
 from pipeline.video_windows import Place, upscale_video
@@ -179,12 +179,6 @@ def write_to_pipe(job: Job, arguments: argparse.Namespace, statistics: dict[str,
     return reader
 
 
-def frames_to_write(job: Job, arguments: argparse.Namespace) -> int | None:
-    """For progress bars; None where it is not known."""
-    total = job.info.estimated_frames and max(job.info.estimated_frames - arguments.start, 0)
-    return total if arguments.frames is None else min(arguments.frames, total or arguments.frames)
-
-
 def open_reader(job: Job, arguments: argparse.Namespace, place: Place, mark: Mark | None = None) -> FrameReader:
     """What is left to read where the output goes on at `place`, after the frames of its context.
 
@@ -258,19 +252,25 @@ def _until_damaged(reader: FrameReader) -> Iterator[np.ndarray]:
         )
 
 
-def damage_of(errors: list[str], end_s: Fraction | None, job: Job, arguments: argparse.Namespace) -> list[str]:
+def damage_of(
+    errors: list[str], frames: int, end_s: Fraction | None, job: Job, arguments: argparse.Namespace
+) -> list[str]:
     """What is wrong with the input's frames, one line each.
 
     Args:
         errors: of the reader.
-        end_s: when the last frame ends; None where frames have no times.
+        frames: that were written.
+        end_s: when the last frame ends, at a constant rate counted from the first that is written; None where frames
+            have no times.
     """
     damage = []
     if errors:
-        damage.append(f"damaged, {len(errors)} kinds of errors; the first: {errors[0]}")
+        total = frames_to_write(job, arguments) if job.info.frames and job.frame_rate is None else None
+        lost = f"{total - frames} of {total} frames are lost, " if total and total > frames else ""
+        damage.append(f"damaged, {lost}{len(errors)} kinds of errors; the first: {errors[0]}")
     if arguments.frames is None and job.info.end_s is not None and end_s is not None:
-        period_s = 1 / job.written_rate
-        missing = round((job.info.end_s - float(end_s)) / float(period_s))
+        before_s = 0 if job.frame_rate is None else arguments.start / job.frame_rate
+        missing = round((job.info.end_s - float(end_s + before_s)) * float(job.written_rate))
         if missing >= MISSING_FRAMES:
             damage.append(f"it ends {missing} frames earlier than its header says")
     return damage

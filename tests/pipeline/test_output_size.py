@@ -32,6 +32,9 @@ from pipeline.upscale import main
         ({"lines": 720, "max_size": 640}, (320, 180), (640, 360)),
         ({"max_size": 4000}, (320, 180), (1280, 720)),
         ({"size": (1000, 720)}, (320, 180), (1000, 720)),
+        ({"size": (1001, 721)}, (320, 180), (1000, 720)),
+        ({"size": (1001, 721), "even": False}, (320, 180), (1001, 721)),
+        ({"max_size": 801, "even": False}, (320, 180), (801, 451)),
     ],
 )
 def test_sizes(options: dict[str, object], given: tuple[int, int], output: tuple[int, int]) -> None:
@@ -66,6 +69,7 @@ def test_the_command_writes_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with VideoWriter(source, width=64, height=48, frame_rate=Fraction(24), quality="lossless") as writer:
         writer.write(np.stack([smooth] * 3))
     for option, (width, height) in (
+        (("--size", "101x96"), (100, 96)),
         (("--scale", "2"), (128, 96)),
         (("--height", "120"), (160, 120)),
         (("--size", "100x96"), (100, 96)),

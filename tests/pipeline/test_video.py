@@ -97,8 +97,14 @@ def test_joined_parts_are_the_frames_one_after_the_other_at_their_rate(tmp_path,
 
 
 def test_frames_are_estimated_where_the_header_does_not_count(tmp_path):
-    info = probe(make(tmp_path / "x.mkv", seconds=2))
-    assert info.frames is None and info.estimated_frames == 48
+    """Sound that lasts longer does not count."""
+    path = make(tmp_path / "x.mkv", seconds=2)
+    longer = tmp_path / "longer.mkv"
+    sound = ffmpeg.input("sine=duration=3", f="lavfi")
+    ffmpeg.output(ffmpeg.input(str(path)), sound, str(longer), vcodec="copy", loglevel="error").run(cmd=ffmpeg_binary())
+    assert probe(longer).duration_s == pytest.approx(3, abs=0.1)
+    for info in map(probe, (path, longer)):
+        assert info.frames is None and info.estimated_frames == 48
 
 
 def test_a_file_that_breaks_off_is_refused(tmp_path):

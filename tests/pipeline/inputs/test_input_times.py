@@ -75,8 +75,10 @@ def test_a_constant_rate_on_demand(make, upscale, tmp_path):
 def test_avi_has_a_constant_rate_and_the_right_duration(make, upscale, tmp_path):
     source = make("vfr.mp4", *picture(4, rate=50), "-vf", "select='lt(t,2)+not(mod(n,10))'", "-fps_mode", "vfr")
     output = tmp_path / "out.avi"
-    assert upscale(source, output, "--bicubic").returncode == 0
+    done = upscale(source, output, "--bicubic")
+    assert done.returncode == 0
     assert abs(probe(output).duration_s - 3.8) < 0.25
+    assert done.stderr.count("upscaling: ") == 1, "frames are counted at the new rate"
     period_s = float(1 / probe(output).frame_rate)
     assert np.allclose(np.diff(frame_times(output)), period_s, atol=1e-4)
     with av.open(str(output)) as container:
