@@ -46,7 +46,8 @@ def write_shards(
 
     Raises:
         StorageError: a clip's file or the output is out of reach.
-        UserError: more failed, and the shard is not committed; or writers end again and again.
+        UserError: more failed, and the shard is not committed, nor are shards before it if none has a sample; or
+            writers end again and again.
     """
     shards, sidecars = plan.shards(), dict(committed)
     lost = 0
@@ -79,12 +80,15 @@ def _write(
     commits: deque[tuple[int, Any]] = deque()
     of_shard: list[dict[str, Any]] = []
     making: set[int] = set()
+    # complete shards without a sample and one of their faults, while the job has made none: it may be the VAE's
+    unproven: deque[tuple[int, dict[str, Any]]] = deque()
+    made = sum(sidecar.samples for sidecar in sidecars.values())
     held = 0
     with progress(len(plan.samples), "samples", "clips", start=done) as bar:
 
         def settle() -> None:
-            """Wait for what was sent first; where it completes a shard, commit that."""
-            nonlocal failed, held
+            """Wait for what was sent first; where it completes a shard, commit that once the job makes samples."""
+            nonlocal failed, held, made
             part, handle = waiting.popleft()
             added: Added = writers.result(handle)
             held -= part.block.bytes
@@ -92,12 +96,22 @@ def _write(
             if added.reused:
                 counts["reused"] += added.reused
             bar.advance(added.samples, **counts)
+            made += added.samples - len(added.faults)
             of_shard.extend(fault for fault in added.faults if fault["kind"] == "failed")
             if part.completes:
                 _check_failed(of_shard, failed, len(shards[part.shard]), len(plan.samples), max_failed)
+                if of_shard and not made:
+                    unproven.append((part.shard, of_shard[-1]))
+                    making.discard(part.shard)
+                else:
+                    commit(part.shard)
                 failed += len(of_shard)
                 of_shard.clear()
-                commits.append((part.shard, writers.commit(part.shard, plan.split_of(part.shard))))
+            while made and unproven:
+                commit(unproven.popleft()[0])
+
+        def commit(index: int) -> None:
+            commits.append((index, writers.commit(index, plan.split_of(index))))
 
         def enter() -> None:
             """Wait for the shard that was to be committed first."""
@@ -119,6 +133,8 @@ def _write(
                     enter()
             while waiting:
                 settle()
+            if unproven:
+                raise UserError(f"no sample could be made; the last: {_told(unproven[-1][1])}")
             while commits:
                 enter()
             assert len(sidecars) == len(shards), "fewer samples than planned"
@@ -155,5 +171,9 @@ def _check_failed(faults: list[dict[str, Any]], before: int, shard: int, job: in
         if faults and (count == job or (count > FEW and count > max_failed * of)):
             raise UserError(
                 f"{count} of {of} samples of {what} failed, which is more than max_failed = {max_failed} allows; "
-                f"the last: {faults[-1]['source']}: {faults[-1]['reason']}; mend it and run the same command again"
+                f"the last: {_told(faults[-1])}"
             )
+
+
+def _told(fault: dict[str, Any]) -> str:
+    return f"{fault['source']}: {fault['reason']}; mend it and run the same command again"

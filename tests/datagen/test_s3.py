@@ -34,7 +34,7 @@ from datagen.sources import Source
 from metrics import compare, evaluate
 from pipeline.model.config import ModelConfig
 from tests.commands import python
-from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, run_build, write_numbered
+from tests.datagen.conftest import SAMPLES, VARIANTS, moving_picture, refused, run_build, write_numbered
 from tests.datagen.test_plan import surveyed
 from tests.trainer import presets
 
@@ -220,16 +220,13 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
 ) -> None:
     upload(server, videos, "videos")
     upload(server, whole, "earlier")
+    place = ("s3://bucket/videos", "s3://bucket/built")
+    with writing(s3(server, "built")):
+        line = refused(config_file, *place, "--set", f"storage.endpoint_url={server.url}")
+        assert "another job is writing here" in line
     server.every = FAULT_EVERY
     said = run_build(
-        config_file,
-        "s3://bucket/videos",
-        "s3://bucket/built",
-        *VARIANTS,
-        "--set",
-        f"storage.endpoint_url={server.url}",
-        "--reuse",
-        "s3://bucket/earlier",
+        config_file, *place, *VARIANTS, "--set", f"storage.endpoint_url={server.url}", "--reuse", "s3://bucket/earlier"
     )
     assert server.faults > 3 and f"reused {SAMPLES}" in said
     server.every = None

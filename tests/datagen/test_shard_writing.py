@@ -166,6 +166,12 @@ def test_too_many_failed_samples_stop_the_job_before_their_shard_is_committed(sh
     with pytest.raises(UserError, match="16 of 120 samples of the job failed"):
         written(tmp_path / "b", plan, {*range(8), *range(30, 38)}, 0.13)
     assert written(tmp_path / "c", plan, {*range(10)}, 0) == [20, 30, 30, 30]
+    # shards that have no sample wait for the first one, as the VAE may give none
+    plan_of_two = make_plan([surveyed(str(index)) for index in range(24)], CONFIG, {})
+    with pytest.raises(UserError, match="12 of 24 samples of the job failed"):
+        written(tmp_path / "e", plan_of_two, {*range(24)}, 0.1)
+    assert contents(tmp_path / "e") == {}
+    assert written(tmp_path / "f", plan_of_two, {*range(5), 6}, 0.1)[:5] == [0, 0, 1, 1, 2]
     small = make_plan([surveyed("a"), surveyed("b")], config, {})
     with pytest.raises(UserError, match="2 of 2 samples of a shard failed"):
         written(tmp_path / "d", small, {0, 1}, 0.1)
