@@ -2,6 +2,7 @@
 
 survey/                   datagen/survey/survey_cache.py          plan.json       hash and configuration of the plan
 shards/                   datagen/dataset/shard_format.py         manifest.json   written last
+index.safetensors         datagen/dataset/shard_index.py
 quarantine.jsonl          every source, window and sample that is not in the dataset, with the reason
 """
 
@@ -34,6 +35,7 @@ from datagen.dataset.shard_format import (
     sidecar_name,
     write_manifest,
 )
+from datagen.dataset.shard_index import write_index
 from datagen.dataset.shard_statistics import summed
 from datagen.plan import COPY, Plan, deciding
 from datagen.survey.source_survey import Unreadable
@@ -178,7 +180,7 @@ def finish(
     sources: int,
     frames_of: Callable[[list[dict[str, Any]]], list[np.ndarray | None]],
 ) -> Manifest:
-    """Write quarantine.jsonl, the manifest and the data card.
+    """Write quarantine.jsonl, the index, the manifest and the data card.
 
     Args:
         sources: how many there were.
@@ -205,6 +207,7 @@ def finish(
         "left_out": left_out(faults + rejected),
         "statistics": summed([shard.extra["statistics"] for shard in shards]),
     }
+    write_index(folder, shards)
     manifest = write_manifest(folder, "clips", shards, extra)
     write_report(folder, manifest, faults + rejected, frames_of)
     return manifest

@@ -45,6 +45,7 @@ from datagen.dataset.shard_format import (
     write_manifest,
     write_shard,
 )
+from datagen.dataset.shard_index import write_index
 from preference.actors import MakeAll, actor_count, pair_makers
 from preference.candidates import model_fingerprint
 from preference.clips import ClipFolder
@@ -104,7 +105,9 @@ def build(job: PairJob, *, part: tuple[int, int] = (0, 1), address: str | None =
     dropped = [record for index in range(shards) for record in committed[index].extra["dropped"]]
     kinds = Counter(record["kind"] for record in dropped)
     extra = {"plan": plan, "dropped": len(dropped), "dropped_by_kind": dict(sorted(kinds.items()))}
-    return write_manifest(folder, "pairs", [committed[index] for index in range(shards)], extra).samples
+    entries = [committed[index] for index in range(shards)]
+    write_index(folder, entries)
+    return write_manifest(folder, "pairs", entries, extra).samples
 
 
 def _sides(clips: ClipFolder, config: PreferenceConfig) -> list[tuple[Split | None, range, int]]:

@@ -32,6 +32,7 @@ from datagen.dataset.shard_format import (
     read_member,
     read_sidecar,
 )
+from datagen.dataset.shard_index import ShardIndex
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +78,14 @@ class StoredSample:
 class ShardDataset:
     """The samples of some shards in the order in which they were written."""
 
-    def __init__(self, folder: Folder, shards: Sequence[ShardEntry]) -> None:
+    def __init__(self, folder: Folder, shards: Sequence[ShardEntry], index: ShardIndex | None = None) -> None:
+        """
+        Args:
+            index: where samples lie; without, the shards' sidecars are asked.
+        """
         self.folder = folder
         self.shards = list(shards)
+        self._index = index
         self._ends = np.cumsum([entry.samples for entry in self.shards], dtype=np.int64)
         self._sidecar = lru_cache(maxsize=SIDECARS_KEPT)(self._load_sidecar)
 
@@ -129,6 +135,9 @@ class ShardDataset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard, row = self.place(index)
+        if self._index is not None:
+            name = self.shards[shard].name
+            return StoredSample(self.folder, name, *self._index.find(name, row))
         sidecar = self._sidecar(shard)
         if len(sidecar.keys) != self.shards[shard].samples:
             raise DamagedShard(f"{self.folder.url}/{sidecar.name}: its sidecar is not the one of the manifest")

@@ -5,8 +5,8 @@ batch k is positions [kG, (k+1)G) of that stream and a rank takes its slice. So 
 per epoch, global batches are the same for any number of ranks, shards of any size keep all ranks equally busy,
 and the position is one number.
 
-Samples are read by offset from the sidecars (`pread` locally, a range request on S3), by a few threads ahead of
-the trainer.
+Samples are read by offset (`pread` locally, a range request on S3), by a few threads ahead of the trainer. Where they
+lie is known from the index, or, in datasets that have none, from the sidecars.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from common.storage import Folder, StorageConfig, open_folder
 from datagen.dataset.cache import cached
 from datagen.dataset.dataset import ShardDataset, StoredSample
 from datagen.dataset.shard_format import DamagedShard, ShardEntry, Split, read_manifest, sidecar_name
+from datagen.dataset.shard_index import read_index
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class ShardReader:
         shards = self._intact_shards(folder, self.manifest.shards_of(split))
         if cache_dir is not None:
             folder = cached(folder, cache_dir, {entry.name: entry.sha256 for entry in shards})
-        self._dataset = ShardDataset(folder, shards)
+        self._dataset = ShardDataset(folder, shards, read_index(folder, self.manifest.shards))
         self._url = folder.url
         if not len(self._dataset):
             what = "sample" if split == "all" else f"{split} sample"

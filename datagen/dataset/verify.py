@@ -34,6 +34,7 @@ from datagen.dataset.shard_format import (
     read_sidecar,
     sidecar_name,
 )
+from datagen.dataset.shard_index import INDEX, ShardIndex, read_index
 
 
 def faults(folder: Folder, threads: int = 4) -> Iterator[str]:
@@ -44,11 +45,14 @@ def faults(folder: Folder, threads: int = 4) -> Iterator[str]:
     """
     manifest = read_manifest(folder)
     yield from _listing_faults(folder, manifest)
+    index = read_index(folder, manifest.shards)
+    if index is None and INDEX in folder.sizes(INDEX):
+        yield f"{INDEX}: damaged, or of other shards; readers do without"
     seen: dict[str, str] = {}
     sides: dict[str, ShardEntry] = {}
     with ThreadPoolExecutor(threads) as pool, progress(len(manifest.shards), "verify", "shards") as bar:
         for entry, (found, keys, sources) in zip(
-            manifest.shards, pool.map(lambda entry: _shard_faults(folder, entry), manifest.shards), strict=True
+            manifest.shards, pool.map(lambda entry: _shard_faults(folder, entry, index), manifest.shards), strict=True
         ):
             bar.advance(1)
             yield from found
@@ -70,7 +74,9 @@ def _listing_faults(folder: Folder, manifest: Manifest) -> Iterator[str]:
         yield f"manifest.json: {manifest.samples} samples, but its shards sum to another number"
 
 
-def _shard_faults(folder: Folder, entry: ShardEntry) -> tuple[list[str], list[str], list[str]]:
+def _shard_faults(
+    folder: Folder, entry: ShardEntry, index: ShardIndex | None
+) -> tuple[list[str], list[str], list[str]]:
     """Faults of one shard, the keys in its sidecar, and the sources that its statistics name."""
     try:
         sidecar = read_sidecar(folder, entry.name)
@@ -87,6 +93,10 @@ def _shard_faults(folder: Folder, entry: ShardEntry) -> tuple[list[str], list[st
     said = [(of.samples, of.bytes, of.sha256, of.split) for of in (sidecar, entry)]
     if said[0] != said[1]:
         found.append(f"{sidecar_name(entry.name)}: not the shard of the manifest")
+    elif index is not None:
+        rows = enumerate(zip(sidecar.keys, sidecar.members, strict=True))
+        if any(index.find(entry.name, row) != of for row, of in rows):
+            found.append(f"{INDEX}: not what {sidecar_name(entry.name)} says")
     if len(content) != entry.bytes:
         found.append(f"{entry.name}: {len(content)} bytes instead of {entry.bytes}")
     elif hashlib.sha256(content).hexdigest() != entry.sha256:

@@ -11,7 +11,9 @@ import pytest
 from common.errors import UserError
 from common.storage import open_folder
 from datagen.dataset.loader import ShardReader
-from datagen.dataset.shard_format import read_sidecar, shard_name
+from datagen.dataset.shard_format import Sample, read_manifest, read_sidecar, shard_name, write_shard
+from datagen.dataset.shard_index import INDEX, read_index, write_index
+from datagen.dataset.verify import faults
 from tests.datagen.conftest import SHARD_SIZES
 
 SAMPLES = sum(SHARD_SIZES)
@@ -126,3 +128,43 @@ def test_bad_arguments_are_named(dataset: Path) -> None:
         ShardReader(dataset, seed=0, global_batch_size=3, world_size=2)
     with pytest.raises(UserError, match="no member 'hr'"):
         next(iter(ShardReader(dataset, members=("hr",), seed=0, global_batch_size=1)))
+
+
+def test_the_index_stands_for_the_sidecars(dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = open_folder(dataset)
+    expected = global_batches(dataset, 1, 9)
+    shards = read_manifest(folder).shards
+    assert read_index(folder, shards) is None
+    write_index(folder, shards)
+    index = read_index(folder, shards)
+    assert index is not None and read_index(folder, shards[1:]) is None
+    for entry in shards:
+        sidecar = read_sidecar(folder, entry.name)
+        rows = range(entry.samples)
+        assert [index.find(entry.name, row) for row in rows] == list(zip(sidecar.keys, sidecar.members, strict=True))
+    assert list(faults(folder)) == []
+
+    contents = {path: path.read_bytes() for path in dataset.glob("shards/*.json")}
+    for path in contents:
+        path.write_text("{")
+    assert global_batches(dataset, 1, 9) == expected and not caplog.records, "a sidecar was read"
+    for path, content in contents.items():
+        path.write_bytes(content)
+    damaged = (dataset / INDEX).read_bytes()
+    (dataset / INDEX).write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    assert global_batches(dataset, 1, 9) == expected and read_index(folder, shards) is None
+    assert list(faults(folder)) == [f"{INDEX}: damaged, or of other shards; readers do without"]
+
+
+def test_an_index_holds_samples_of_unlike_members(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    members = [{"json": b"{}"}, {"lr.mkv": b"lr", "json": b"{}"}, {"latents.safetensors": b"l", "json": b"{}"}]
+    shards = [write_shard(folder, 0, [Sample(f"k{10**row}", of) for row, of in enumerate(members)])]
+    shards.append(write_shard(folder, 1, []))
+    write_index(folder, shards)
+    index = read_index(folder, shards)
+    assert index is not None
+    for row, (key, of) in enumerate(zip(shards[0].keys, shards[0].members, strict=True)):
+        assert index.find(shards[0].name, row) == (key, of)
+    write_index(folder, shards[1:])
+    assert read_index(folder, shards[1:]) is not None
