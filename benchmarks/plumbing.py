@@ -7,7 +7,8 @@ Tasks stand in for decoding and degrading, an actor for encoding: rows of random
 `nobody` drops the rows: the rate of these producers. `driver` fetches, hashes and writes them in the process that
 plans, as the job did before. `writers` is the job's way (datagen/shard_writing.py).
 
-CPU time is that of the driver process with all its threads, Ray's included. A part of it is spent by the second, not by
+CPU time is that of the driver process with all its threads, Ray's included. It and the rates count from the first
+block on, as a job has its start once: `start` is the CPU time until then. A part of it is spent by the second, not by
 the sample: work beside, which lowers the rates, raises it. So the result tells the load. The last line is JSON;
 `driver_ms_per_sample` is the worst of `writers`, `load_before` the mean number of processes that ran or waited in the
 minute before.
@@ -16,6 +17,7 @@ minute before.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -72,10 +74,15 @@ def plan_of(samples: int) -> Plan:
     return Plan(plans, [], SAMPLES_PER_SHARD, "of the benchmark")
 
 
+@functools.cache
+def shared_noise() -> Any:
+    """Shared memory, which each sample takes its bytes from at a place of its own."""
+    return ray.put(np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8))
+
+
 def stub_rows(plans: list[SamplePlan], clips: tuple[int, int]) -> ray.data.Dataset:
     """What `encode` has in its object stores at last, by tasks and actors as there."""
-    # shared memory, which each sample takes its bytes from at a place of its own
-    noise = ray.put(np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8))
+    noise = shared_noise()
 
     def degrade(table: pa.Table) -> pa.Table:
         (text,) = table["plans"].to_pylist()
@@ -112,23 +119,37 @@ def stub_rows(plans: list[SamplePlan], clips: tuple[int, int]) -> ray.data.Datas
     )
 
 
-def blocks_of(plans: list[SamplePlan], clips: tuple[int, int]) -> Generator[EncodedBlock]:
+class Clock:
+    """CPU and wall time since a first block of some samples, s."""
+
+    samples = 0
+
+    def start(self, samples: int) -> None:
+        if not self.samples:
+            self.samples, self._cpu, self._wall = samples, time.process_time(), time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        return time.process_time() - self._cpu, time.perf_counter() - self._wall
+
+
+def blocks_of(plans: list[SamplePlan], clips: tuple[int, int], clock: Clock) -> Generator[EncodedBlock]:
     with closing(iterate_blocks(stub_rows(plans, clips))) as blocks:
         for reference, rows, size in blocks:
+            clock.start(rows)
             yield EncodedBlock(reference, rows, size)
 
 
-def by_nobody(folder: LocalFolder, plan: Plan, clips: tuple[int, int]) -> list[CommittedShard]:
+def by_nobody(folder: LocalFolder, plan: Plan, clips: tuple[int, int], clock: Clock) -> list[CommittedShard]:
     """What the producers and their order cost."""
-    with closing(blocks_of(plan.samples, clips)) as blocks:
+    with closing(blocks_of(plan.samples, clips, clock)) as blocks:
         assert sum(block.samples for block in blocks) == len(plan.samples)
     return []
 
 
-def by_driver(folder: LocalFolder, plan: Plan, clips: tuple[int, int]) -> list[CommittedShard]:
+def by_driver(folder: LocalFolder, plan: Plan, clips: tuple[int, int], clock: Clock) -> list[CommittedShard]:
     """As the job wrote before its writers, kept here to compare with."""
     sidecars: list[CommittedShard] = []
-    with closing(blocks_of(plan.samples, clips)) as blocks:
+    with closing(blocks_of(plan.samples, clips, clock)) as blocks:
         encoded = (s for block in blocks for s in samples_of(ray.get(block.reference), {}, 0, block.samples))
         for index, shard in enumerate(plan.shards()):
             statistics = ShardStatistics()
@@ -145,11 +166,11 @@ def by_driver(folder: LocalFolder, plan: Plan, clips: tuple[int, int]) -> list[C
     return sidecars
 
 
-def by_writers(folder: LocalFolder, plan: Plan, clips: tuple[int, int]) -> list[CommittedShard]:
+def by_writers(folder: LocalFolder, plan: Plan, clips: tuple[int, int], clock: Clock) -> list[CommittedShard]:
     return write_shards(
         plan,
         {},
-        lambda samples: blocks_of(samples, clips),
+        lambda samples: blocks_of(samples, clips, clock),
         lambda: ShardWriters(folder, StorageConfig(), plan.hash, {}, memory_ahead(CONFIG) // 4),
     )
 
@@ -158,12 +179,15 @@ def measure(
     write: Callable[..., list[CommittedShard]], samples: int, clips: tuple[int, int], output: Path
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=output) as name:
-        cpu, wall = time.process_time(), time.perf_counter()
-        sidecars = write(LocalFolder(name), plan_of(samples), clips)
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        plan, clock, start = plan_of(samples), Clock(), time.process_time()
+        sidecars = write(LocalFolder(name), plan, clips, clock)
+        whole = time.process_time() - start
+        cpu, wall = clock.read()
+    counted = samples - clock.samples
     return {
-        "driver_ms_per_sample": round(cpu / samples * 1e3, 1),
-        "samples_per_s": round(samples / wall, 1),
+        "driver_ms_per_sample": round(cpu / counted * 1e3, 1),
+        "samples_per_s": round(counted / wall, 1),
+        "start_ms": round((whole - cpu) * 1e3),
         "mb_per_sample": round(sum(sidecar.bytes for sidecar in sidecars) / samples / 1e6, 1),
         "sha256": [sidecar.sha256 for sidecar in sidecars],
     }
@@ -178,17 +202,20 @@ def main() -> None:
     load = round(os.getloadavg()[0], 1)
     start_ray(None, arguments.workers, CONFIG)
     ways = {"nobody": by_nobody, "driver": by_driver, "writers": by_writers}
-    print("| sample | written by | MB | driver, ms of CPU a sample | samples/s |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| sample | written by | MB | driver, ms of CPU a sample | samples/s | start, ms |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     results: dict[str, Any] = {}
     for write in ways.values():  # processes start and load what they need
-        measure(write, 4, CLIPS["latents"], arguments.output)
+        measure(write, 16, CLIPS["latents"], arguments.output)
     for size, clips in CLIPS.items():
         for way, write in ways.items():
             found = measure(write, arguments.samples, clips, arguments.output)
             results[f"{size}, {way}"] = found
             print(
                 f"| {size} | {way} | {found['mb_per_sample']} | {found['driver_ms_per_sample']} "
-                f"| {found['samples_per_s']} |",
+                f"| {found['samples_per_s']} | {found['start_ms']} |",
                 flush=True,
             )
         assert results[f"{size}, driver"]["sha256"] == results[f"{size}, writers"]["sha256"], "the bytes differ"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import DataContext, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from common.errors import UserError
 from common.ray_start import check_answer, join_or_start
@@ -25,6 +27,24 @@ VARIANTS_PER_ROW = 8
 #: how often a task is tried again after its worker died; Ray Data's default is for ever. Enough for a task whose
 #: clips all end their worker as often as datagen/encode/attempts.py lets them [ours]
 MAX_RETRIES = 24
+
+
+#: s for which Ray Data looks at its steps as often as it does, ten times a second: short jobs have short tasks [ours]
+HURRIED_S = 5.0
+#: s between two looks that are added then: a look costs 3 to 8 ms of the driver's CPU however little has happened, and
+#: tasks of a long job take seconds [ours]
+PAUSE_S = 0.15
+
+
+class Unhurried(ExecutionCallback):
+    """Lets Ray Data look at its steps four times a second once a job has run for `HURRIED_S`."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        self._begun = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:
+        if time.monotonic() - self._begun > HURRIED_S:
+            time.sleep(PAUSE_S)
 
 
 @contextmanager
@@ -58,6 +78,7 @@ def start_ray(address: str | None, workers: int | None, config: DatagenConfig) -
         join_or_start(address, (workers or os.cpu_count() or 1) + held)
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Unhurried]
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         cpu=workers + held if workers else None, object_store_memory=memory_ahead(config)
