@@ -32,13 +32,14 @@ def opened(source: Any, name: str) -> Any:
         UnreadableVideo: nothing FFmpeg knows, or nothing with frames.
     """
     try:
-        container = av.open(source)
+        container = av.open(f"file:{source}" if isinstance(source, str) and "://" not in source else source)
     except (FFmpegError, ValueError) as error:
         raise UnreadableVideo(f"{name}: not a video FFmpeg can read ({getattr(error, 'strerror', error)})") from None
-    if first_video(container) is None:
+    stream = first_video(container)
+    if stream is None:
         container.close()
         raise UnreadableVideo(f"{name}: holds no video stream")
-    container.streams.video[0].thread_type = "NONE"
+    stream.thread_type = "NONE"
     return container
 
 
@@ -51,7 +52,7 @@ def decode(source: Any, name: str, start: int = 0, stop: int | None = None) -> I
         UnreadableVideo: while iterating, where decoding fails.
     """
     with opened(source, name) as container:
-        stream = container.streams.video[0]
+        stream = first_video(container)
         try:
             for index, frame in enumerate(container.decode(stream)):
                 if stop is not None and index >= stop:

@@ -60,7 +60,7 @@ class FilterConfig(Section):
     max_bars: float = Field(default=0.04, ge=0, le=1)
     #: mean luma, 0...255, below which a window is black
     min_luma: float = Field(default=4.0, ge=0)
-    #: standard deviation of luma, 0...255, below which it is empty
+    #: standard deviation of luma, 0...255, at the size of LR, below which it is empty
     min_contrast: float = Field(default=4.0, ge=0)
     #: mean absolute change of luma between frames, 0...255, below which it stands still; 0 = keep still ones
     min_motion: float = Field(default=0.03, ge=0)

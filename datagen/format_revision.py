@@ -16,8 +16,8 @@ from datagen.degradation.sharpen import SharpenConfig
 ENCODING_REVISION = 2
 #: How HR becomes LR.
 DEGRADATION_REVISION = 2
-#: What the survey measures. Its finished parts are resumed only at the same revision.
-SURVEY_REVISION = 3
+#: What the survey and the filter of crops measure. Finished surveys are resumed only at the same revision.
+SURVEY_REVISION = 4
 
 PACKAGES = ("duo-vsr", "av", "numpy", "opencv-python-headless", "safetensors", "torch")
 
@@ -31,9 +31,8 @@ def code_versions(sharpening: SharpenConfig | None = None) -> dict[str, str]:
     encoding = str(ENCODING_REVISION)
     if sharpening:
         encoding += f", sharpened {sharpening.kernel_size}/{sharpening.weight}/{sharpening.threshold}"
-    return {"schema": str(SCHEMA_VERSION), "encoding": encoding, "degradation": str(DEGRADATION_REVISION)} | {
-        package: version(package) for package in PACKAGES
-    }
+    own = {"encoding": encoding, "degradation": str(DEGRADATION_REVISION), "survey": str(SURVEY_REVISION)}
+    return {"schema": str(SCHEMA_VERSION)} | own | {package: version(package) for package in PACKAGES}
 
 
 def vae_hash(folder: Path) -> str:

@@ -30,7 +30,7 @@ class Source:
     Attributes:
         id: what the dataset calls it: the path below the input folder, or the path as a list or table gives it. It
             goes into seeds and metadata, so a dataset is the same wherever its inputs are mounted.
-        path: local path or `s3://` address.
+        path: local path, absolute, or `s3://` address.
         caption: from a table, else None.
         version: size and time of change, or ETag: tells a changed file; empty where they are not known.
     """
@@ -61,7 +61,7 @@ def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
             raise UserError(f"{text}: no video found (looked for {', '.join(sorted(VIDEO_SUFFIXES))}{also})")
         if others:
             print(f"{text}: {_left_out(others)}", file=sys.stderr)
-        for source in (replace(source, id=_shown(source.id)) for source in sources):
+        for source in map(_named, sources):
             if found.setdefault(source.id, source).path != source.path:
                 raise UserError(
                     f"{source.path} and {found[source.id].path} would both be called {source.id!r}; "
@@ -69,6 +69,12 @@ def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
                 )
     with ThreadPoolExecutor(STATUSES_AT_ONCE) as pool:  # a network's file system takes its time for each
         return list(pool.map(_with_version, (found[key] for key in sorted(found))))
+
+
+def _named(source: Source) -> Source:
+    """With an id that is text, and a path that a worker finds from wherever it runs."""
+    path = source.path if "://" in source.path else os.path.abspath(source.path)
+    return replace(source, id=_shown(source.id), path=path)
 
 
 def _shown(name: str) -> str:
@@ -122,7 +128,7 @@ def _expand(text: str, storage: StorageConfig, others: Counter[str]) -> Iterator
         for name in _files_below(text):
             if _is_video(name, others):
                 yield Source(name, str(path / name))
-    elif glob.has_magic(text):
+    elif glob.has_magic(text) and not path.exists():
         matches = [match for match in sorted(glob.glob(text, recursive=True)) if os.path.isfile(match)]
         root = os.path.commonpath([os.path.dirname(match) for match in matches]) if matches else ""
         for match in matches:

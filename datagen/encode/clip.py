@@ -24,7 +24,7 @@ from datagen.degradation.sharpen import sharpened
 from datagen.plan import SamplePlan
 from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated
-from datagen.survey.video_survey import mean_measure, to_thumbnail
+from datagen.survey.video_survey import contrast_of, mean_measure
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def cropped(window: np.ndarray, plan: SamplePlan) -> np.ndarray:
 
 def empty_crop(hr: np.ndarray, filters: FilterConfig) -> str | None:
     """Why a crop shows nothing, by the plan's limits: the survey measured full frames."""
-    thumbnails = [to_thumbnail(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)) for frame in hr]
-    luma = mean_measure(thumbnail.mean() for thumbnail in thumbnails)
-    contrast = mean_measure(thumbnail.std() for thumbnail in thumbnails)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in hr]
+    luma = mean_measure(frame.mean() for frame in grey)
+    contrast = mean_measure(contrast_of(frame) for frame in grey)
     if luma < filters.min_luma:
         return f"black crop: luma {luma} is below {filters.min_luma}"
     if contrast < filters.min_contrast:

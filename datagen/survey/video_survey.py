@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -18,15 +19,16 @@ import numpy as np
 
 from common.decoded_frame import upright_size
 from common.lossless_clip import UnreadableVideo, opened
+from common.scale import SCALE
 from common.scene_cuts import WIDTH, SceneCuts, small_height
-from common.video_probe import UNSPECIFIED
+from common.video_probe import LARGEST_RATE, UNSPECIFIED, first_video
 from datagen.config import ClipConfig
 from datagen.sources import Source
 from datagen.survey.perceptual_hash import THUMBNAIL, perceptual_hash
 from datagen.survey.source_survey import SourceSurvey, Window
 
-#: sharpness is measured on every n-th frame
-SHARPNESS_EVERY = 4
+#: contrast and sharpness are measured on every n-th frame
+DETAIL_EVERY = 4
 #: frames before a window in which its content is looked for: 20 s at 25 frames/s, longer than a loop is [ours]
 LOOK_BACK = 512
 #: side of the frames that are compared then, px: the mean of a cell leaves little of a codec's noise
@@ -65,14 +67,16 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     features: list[_Features] = []
     tiny: list[np.ndarray] = []
     with opened(opened_source, name) as container:
-        stream = container.streams.video[0]
+        stream = first_video(container)
         rate = stream.average_rate or stream.guessed_rate
         finder = SceneCuts(threshold=clip.scene_threshold, frame_rate=float(rate or 25))
         cuts: set[int] = set()
         previous = None
         content = _content(stream)
+        time_base = stream.time_base
         width = height = interlaced = 0
         transfer, brightest = UNSPECIFIED, np.zeros((1, 1), np.uint8)
+        contrast = sharpness = 0.0
         try:
             for frame in _decoded(container, stream, content):
                 width, height = upright_size(frame)
@@ -84,10 +88,11 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
                 if grey.shape == brightest.shape:  # else its size has changed on the way
                     np.maximum(brightest, grey, out=brightest)
                 thumbnail = to_thumbnail(grey)
-                sharpness = _sharpness(frame) if len(features) % SHARPNESS_EVERY == 0 else features[-1].sharpness
+                if len(features) % DETAIL_EVERY == 0:
+                    contrast, sharpness = _detail(frame)
                 if clip.respect_scenes:
                     cuts.update(finder.add(small))
-                features.append(_measure(frame.pts, thumbnail, previous, sharpness))
+                features.append(_measure(frame.pts, thumbnail, previous, contrast, sharpness))
                 tiny.append(cv2.resize(thumbnail, (LOOK_BACK_SIDE, LOOK_BACK_SIDE), interpolation=cv2.INTER_AREA))
                 previous = thumbnail
         except av.error.FFmpegError as error:
@@ -105,7 +110,7 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
         width,
         height,
         frames=len(features),
-        frames_per_second=float(rate or 0),
+        frames_per_second=_frames_per_second(rate, [frame.pts for frame in features], time_base),
         content=content.hexdigest(),
         cuts=tuple(scene_starts),
         windows=tuple(_window(features, start, clip.frames, novelty(frames, start, clip.frames)) for start in starts),
@@ -115,8 +120,18 @@ def survey(source: Source, opened_source: Any, clip: ClipConfig) -> SourceSurvey
     )
 
 
+def _frames_per_second(rate: Fraction | None, times: list[int | None], time_base: Fraction | None) -> float:
+    """That of the header; where it has none, or a clock's, that of the frames' time stamps; 0 where they have none."""
+    if rate and rate <= LARGEST_RATE:
+        return float(rate)
+    known = [time for time in times if time is not None]
+    if time_base is None or len(known) < 2 or known[-1] <= known[0]:
+        return 0.0
+    return round((len(known) - 1) / float((known[-1] - known[0]) * time_base), 3)
+
+
 def to_thumbnail(grey: np.ndarray) -> np.ndarray:
-    """A grey frame (H, W) at 32 x 32 px, on which luma, contrast, motion and the perceptual hash are measured."""
+    """A grey frame (H, W) at 32 x 32 px, on which luma, motion and the perceptual hash are measured."""
     return cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
 
 
@@ -174,15 +189,24 @@ def black_bars(brightest: np.ndarray) -> float:
     return round(max(parts), 3)
 
 
-def _sharpness(frame: av.VideoFrame) -> float:
+def _detail(frame: av.VideoFrame) -> tuple[float, float]:
+    """Contrast and sharpness, which a small frame does not tell."""
     grey = frame.to_ndarray(format="gray")
-    return float(cv2.Laplacian(grey, cv2.CV_16S).var())
+    return contrast_of(grey), float(cv2.Laplacian(grey, cv2.CV_16S).var())
 
 
-def _measure(pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, sharpness: float) -> _Features:
+def contrast_of(grey: np.ndarray) -> float:
+    """Standard deviation of luma (H, W) at the size of LR: fine texture counts, as far as LR can show it."""
+    height, width = (max(1, side // SCALE) for side in grey.shape)
+    return float(cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA).std())
+
+
+def _measure(
+    pts: int | None, thumbnail: np.ndarray, previous: np.ndarray | None, contrast: float, sharpness: float
+) -> _Features:
     motion = 0.0 if previous is None else float(cv2.absdiff(thumbnail, previous).mean())
     hashed = perceptual_hash(thumbnail)
-    return _Features(pts, float(thumbnail.mean()), float(thumbnail.std()), motion, sharpness, hashed)
+    return _Features(pts, float(thumbnail.mean()), contrast, motion, sharpness, hashed)
 
 
 def novelty(frames: np.ndarray, start: int, length: int) -> float:

@@ -15,6 +15,7 @@ from av.error import FFmpegError
 
 from common.decoded_frame import rgb
 from common.lossless_clip import UnreadableVideo, opened
+from common.video_probe import first_video
 
 #: frames ahead that are decoded rather than sought to: within a usual group of pictures [ours]
 MAX_SKIP = 64
@@ -97,7 +98,7 @@ class WindowReader:
         """From the key frame before `pts`; None where this container does not seek to frames."""
         if pts is None or start == 0:
             return None
-        stream = self._container.streams.video[0]
+        stream = first_video(self._container)
         self._container.seek(pts, stream=stream, backward=True)
         self._frames = self._container.decode(stream)
         for frame in self._frames:
@@ -110,7 +111,7 @@ class WindowReader:
         return None
 
     def _rewind(self) -> None:
-        stream = self._container.streams.video[0]
+        stream = first_video(self._container)
         self._container.seek(0)
         self._frames, self._next = self._container.decode(stream), 0
 

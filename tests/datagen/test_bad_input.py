@@ -14,7 +14,7 @@ from common.lossless_clip import UnreadableVideo, write_lossless
 from common.storage import StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.job_folder import check_limit, writing
-from datagen.sources import Source, find_sources
+from datagen.sources import Source
 from datagen.survey.decoder_process import decode_isolated, survey_isolated
 from datagen.survey.source_survey import Unreadable
 from datagen.survey.survey_cache import SURVEYS_PER_FILE, survey_all
@@ -89,14 +89,6 @@ def test_too_many_unreadable_sources_stop_the_survey(tmp_path: Path, monkeypatch
         with pytest.raises(UserError, match=f"{SURVEYS_PER_FILE} of {len(sources)} sources cannot be read"):
             survey_all(folder, sources, config, LOCAL, lambda: None, check=check)
     assert len(asked) == SURVEYS_PER_FILE and len(list(tmp_path.glob("survey/*"))) == 1
-
-
-def test_a_name_that_is_no_utf8_is_quarantined(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"caf\xe9.mp4")).touch()
-    (source,) = find_sources([str(tmp_path)], LOCAL)
-    assert source.id == "caf\\xe9.mp4"
-    (found,) = survey_all(open_folder(tmp_path / "out"), [source], DatagenConfig(), LOCAL, pytest.fail)
-    assert isinstance(found, Unreadable) and "its name is no UTF-8" in found.reason
 
 
 def test_a_file_that_breaks_off_is_unreadable(tmp_path: Path) -> None:

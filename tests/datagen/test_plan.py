@@ -1,169 +1,27 @@
-"""Sources, survey and plan: what is found, where scenes are cut, what is filtered and why."""
+"""Windows and plan: what is decoded, what is filtered and why, in which order it comes."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import pandas
 import pytest
 from pydantic import ValidationError
 
 from common.config import load_section
 from common.errors import UserError
-from common.lossless_clip import UnreadableVideo, decode, write_lossless
+from common.lossless_clip import UnreadableVideo, decode
 from common.seeding import derive_seed
-from common.storage import StorageConfig
 from datagen.config import ClipConfig, DatagenConfig, FilterConfig
 from datagen.plan import make_plan
-from datagen.sources import Source, find_sources
-from datagen.survey.source_survey import SourceSurvey, Unreadable, Window, from_document, to_document
-from datagen.survey.video_survey import survey, window_starts
+from datagen.sources import Source
+from datagen.survey.source_survey import SourceSurvey, Window
+from datagen.survey.video_survey import survey
 from datagen.survey.window_reader import WindowReader
 from tests.datagen.conftest import moving_picture
-
-S3 = StorageConfig()
-
-
-def test_folders_globs_lists_and_tables_find_the_same_videos(videos: Path, tmp_path: Path) -> None:
-    files = sorted(str(path) for path in videos.rglob("*.mkv"))
-    (tmp_path / "list.txt").write_text("# comment\n" + "\n".join(files) + "\n")
-    table = pandas.DataFrame({"video": files, "caption": ["a cat", None, "", "a dog"]})
-    table.to_csv(tmp_path / "table.csv")
-    table.to_parquet(tmp_path / "table.parquet")
-    expected = [str(videos / f"sub/video{index}.mkv") for index in range(4)]
-    for text in (
-        str(videos / "**/*.mkv"),
-        *(str(tmp_path / name) for name in ("list.txt", "table.csv", "table.parquet")),
-    ):
-        assert [source.path for source in find_sources([text], S3)] == expected
-    assert [source.id for source in find_sources([str(videos)], S3)] == [
-        *(f"sub/video{index}.mkv" for index in range(4)),
-        "text.mp4",
-    ]
-    for name in ("table.csv", "table.parquet"):
-        captions = [source.caption for source in find_sources([str(tmp_path / name)], S3)]
-        assert captions == ["a cat", None, None, "a dog"]
-
-
-def test_bad_inputs_are_named(tmp_path: Path, videos: Path) -> None:
-    with pytest.raises(UserError, match="no video found"):
-        find_sources([str(tmp_path)], S3)
-    with pytest.raises(UserError, match="does not exist"):
-        find_sources([str(tmp_path / "nowhere")], S3)
-    (tmp_path / "table.csv").write_text("name\na.mp4\n")
-    with pytest.raises(UserError, match="no column of paths"):
-        find_sources([str(tmp_path / "table.csv")], S3)
-    for folder in ("a", "b"):
-        write_lossless(tmp_path / folder / "same.mkv", moving_picture(1, 32, 32, 0))
-    with pytest.raises(UserError, match="would both be called"):
-        find_sources([str(tmp_path / "a"), str(tmp_path / "b")], S3)
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def found_in(*inputs: Path) -> list[str]:
-    return [source.id for source in find_sources([str(text) for text in inputs], S3)]
-
-
-def test_videos_of_every_type_are_found(tmp_path: Path) -> None:
-    names = [f"clip{suffix}" for suffix in (".m2ts", ".mts", ".vob", ".mxf", ".3gp", ".ogv", ".MTS", ".mp4")]
-    touch(tmp_path, *names)
-    assert found_in(tmp_path) == sorted(names)
-
-
-def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
-    touch(tmp_path, "in/a.mp4", "in/z/b.mp4", "in/z/deep/c.mp4", "target/d.mp4", "target/more/e.mp4", "f.mp4")
-    for link, target in {
-        "in/link": "target",
-        "in/link2": "target",
-        "in/a-link": "in/z",  # before the folder itself in the order of names
-        "in/z/loop": "in",
-        "in/z/above": ".",
-        "target/back": "in/z/deep",
-        "in/broken": "nowhere",
-        "in/itself": "in/itself",
-    }.items():
-        (tmp_path / link).symlink_to(tmp_path / target)
-    (tmp_path / "in/f.mp4").symlink_to(tmp_path / "f.mp4")
-    expected = ["a.mp4", "f.mp4", "link/d.mp4", "link/more/e.mp4", "z/b.mp4", "z/deep/c.mp4"]
-    assert found_in(tmp_path / "in") == expected
-    (tmp_path / "input").symlink_to(tmp_path / "in")
-    assert found_in(tmp_path / "input") == expected
-
-
-def test_apple_double_files_are_no_sources(tmp_path: Path) -> None:
-    names = [f"video{index:02}.mp4" for index in range(12)]
-    twins = [f"._{name}" for name in names]
-    touch(tmp_path / "in", *names, *twins)
-    assert found_in(tmp_path / "in") == found_in(tmp_path / "in/*.mp4") == names
-    (tmp_path / "list.txt").write_text("".join(f"in/{name}\n" for name in names + twins))
-    (tmp_path / "table.csv").write_text("video\n" + "".join(f"in/{name}\n" for name in names + twins))
-    for text in ("list.txt", "table.csv"):
-        assert found_in(tmp_path / text) == [f"in/{name}" for name in names]
-
-
-def test_files_of_other_types_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    touch(tmp_path, "a.mp4", "a.srt", "b/b.JPG", "b/c.jpg", "README", ".DS_Store", "._a.mp4")
-    assert found_in(tmp_path) == ["a.mp4"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{tmp_path}: 6 files of other types left out (2 .jpg, 2 without suffix, 1 ._*, 1 .srt)"
-    touch(tmp_path / "one", "a.mp4", "a.srt")
-    found_in(tmp_path / "one")
-    assert "1 file of other types left out (1 .srt)" in capsys.readouterr().err
-    touch(tmp_path / "types", "a.mp4", *(f"a.{index}" for index in range(6)))
-    found_in(tmp_path / "types")
-    assert "6 files of other types left out (1 .0, 1 .1, 1 .2, 1 .3, 1 .4, …)" in capsys.readouterr().err
-    touch(tmp_path / "clean", "a.mp4")
-    found_in(tmp_path / "clean")
-    assert capsys.readouterr().err == ""
-    touch(tmp_path / "pictures", "a.jpg")
-    with pytest.raises(UserError, match=r"no video found .*; 1 file of other types left out \(1 \.jpg\)"):
-        found_in(tmp_path / "pictures")
-
-
-def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfone.mp4\r\nz\xc3\xbcrich.mp4\r\n")
-    assert found_in(tmp_path / "list.txt") == ["one.mp4", "zürich.mp4"]
-    (tmp_path / "comment.txt").write_bytes(b"\xef\xbb\xbf# of May\none.mp4\n")
-    assert found_in(tmp_path / "comment.txt") == ["one.mp4"]
-    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbfvideo,caption\none.mp4,a cat\n")
-    (source,) = find_sources([str(tmp_path / "table.csv")], S3)
-    assert (source.id, source.caption) == ("one.mp4", "a cat")
-    (tmp_path / "wide.txt").write_text("one.mp4\n", encoding="utf-16")
-    with pytest.raises(UserError, match=r"wide\.txt is no UTF-8 text \(byte 0\); save it as UTF-8"):
-        found_in(tmp_path / "wide.txt")
-
-
-def test_windows_do_not_cross_scenes(tmp_path: Path) -> None:
-    soft = [cv2.GaussianBlur(picture, (0, 0), 6) for picture in moving_picture(42, 96, 128, 1)]
-    video = np.stack([*soft[:20], *(picture // 4 for picture in soft[20:])])
-    path = tmp_path / "video.mkv"
-    write_lossless(path, video)
-    source = Source("video.mkv", str(path))
-    found = survey(source, str(path), ClipConfig(frames=9, crop=(64, 64)))
-    assert found.frames == 42 and found.cuts == (20,)
-    assert [window.start for window in found.windows] == [0, 9, 20, 29]
-    uncut = survey(source, str(path), ClipConfig(frames=9, crop=(64, 64), respect_scenes=False))
-    assert [window.start for window in uncut.windows] == [0, 9, 18, 27]
-    assert from_document(json.loads(json.dumps(to_document(found))), source) == found
-    unreadable = Unreadable(source, "not a video")
-    assert from_document(json.loads(json.dumps(to_document(unreadable))), source) == unreadable
-
-
-def test_window_starts() -> None:
-    assert window_starts(27, [], 9, None) == [0, 9, 18]
-    assert window_starts(27, [], 9, 5) == [0, 5, 10, 15]
-    assert window_starts(8, [], 9, None) == []
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
