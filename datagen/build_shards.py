@@ -40,7 +40,7 @@ def main() -> None:
     arguments = _arguments()
     config, model, storage = load_sections(arguments, datagen=DatagenConfig, model=ModelConfig, storage=StorageConfig)
     if arguments.check:
-        print(f"{len(find_sources(arguments.input, storage))} sources")
+        print(f"{len(find_sources(arguments.input, storage, config.caption_suffix))} sources")
         return
     exit_on_sigterm()  # temporary files are removed, committed shards stay
     job: dict[str, Any] = {
@@ -72,7 +72,7 @@ def survey(
     workers: int | None = None,
 ) -> list[Survey]:
     """Do or finish the survey of the dataset at `output`, from which `build` goes on; takes and raises the same."""
-    sources, folder = find_sources(inputs, storage), open_folder(output, storage)
+    sources, folder = find_sources(inputs, storage, config.caption_suffix), open_folder(output, storage)
     with writing(folder), ray_when_needed(address, workers, config) as start_ray:
         return _surveyed(folder, sources, config, storage, start_ray)
 
@@ -111,7 +111,7 @@ def build(
         UserError: nothing to build from, too much of it unreadable or failing, an output begun with another plan, or a
             dataset to reuse that other code made.
     """
-    sources = find_sources(inputs, storage)
+    sources = find_sources(inputs, storage, config.caption_suffix)
     versions = code_versions(config.sharpen_targets) | {"vae": vae_hash(vae)}
     if reuse:
         check_reusable(reuse, versions, storage)

@@ -116,6 +116,9 @@ class DatagenConfig(Section):
     samples_per_shard: int = Field(default=64, ge=1)
     #: also keep the LR and HR clips, lossless: needed for preference pairs and decoder training
     store_clips: bool = True
+    #: suffix of text files beside the videos, which hold the captions of those that have none in a table: with `.txt`,
+    #: a.txt that of a.mp4. null = text files are not read
+    caption_suffix: str | None = Field(default=None, pattern=r"^\.\w+$")
     #: caption of sources that come without one
     caption: str = "high quality video"
     encode: EncodeConfig = EncodeConfig()

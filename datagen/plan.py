@@ -222,7 +222,7 @@ def _plan_hash(samples: list[SamplePlan], config: dict[str, Any], versions: dict
 
 def deciding(config: DatagenConfig) -> dict[str, Any]:
     """The part of the configuration that decides what is in the dataset: all but how fast and from where."""
-    left_out = {"encode", "max_quarantined", "max_failed", "decode_timeout_s"}
+    left_out = {"encode", "max_quarantined", "max_failed", "decode_timeout_s", "caption_suffix"}
     # datasets older than these fields: their plans stay valid
     if config.sharpen_targets is None:
         left_out.add("sharpen_targets")

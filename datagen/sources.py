@@ -1,4 +1,4 @@
-"""Where videos come from: folders, globs, text lists, CSV and Parquet tables with captions, `s3://` prefixes."""
+"""Where videos and captions come from: folders, globs, text lists, CSV and Parquet tables, `s3://` prefixes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Source:
         id: what the dataset calls it: the path below the input folder, or the path as a list or table gives it. It
             goes into seeds and metadata, so a dataset is the same wherever its inputs are mounted.
         path: local path, absolute, or `s3://` address.
-        caption: from a table, else None.
+        caption: from a table or a text file, else None.
         version: size and time of change, or ETag: tells a changed file; empty where they are not known.
     """
 
@@ -46,16 +46,21 @@ class Source:
         return _shown(self.path) == self.path
 
 
-def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
+def find_sources(inputs: list[str], storage: StorageConfig, caption_suffix: str | None = None) -> list[Source]:
     """All videos of all inputs, sorted by id. Files of other types are counted on stderr.
+
+    Args:
+        caption_suffix: of text files beside the videos with the captions of those that have none in a table.
 
     Raises:
         UserError: an input that does not exist, cannot be read, holds no video, or two sources of the same id.
     """
     found: dict[str, Source] = {}
+    listed: set[str] = set()
     for text in inputs:
         others: Counter[str] = Counter()
-        sources = list(_expand(text, storage, others))
+        sources = list(_expand(text, storage, others, listed))
+        others.pop(caption_suffix or "", None)
         if not sources:
             also = f"; {_left_out(others)}" if others else ""
             raise UserError(f"{text}: no video found (looked for {', '.join(sorted(VIDEO_SUFFIXES))}{also})")
@@ -68,7 +73,10 @@ def find_sources(inputs: list[str], storage: StorageConfig) -> list[Source]:
                     "give their common parent as the input, or a list of paths"
                 )
     with ThreadPoolExecutor(STATUSES_AT_ONCE) as pool:  # a network's file system takes its time for each
-        return list(pool.map(_with_version, (found[key] for key in sorted(found))))
+        versions = pool.map(_with_version, (found[key] for key in sorted(found)))
+        if caption_suffix is None:
+            return list(versions)
+        return list(pool.map(lambda source: _with_caption(source, caption_suffix, listed, storage), versions))
 
 
 def _named(source: Source) -> Source:
@@ -90,6 +98,28 @@ def _with_version(source: Source) -> Source:
     except OSError:  # the survey says so
         return source
     return replace(source, version=f"{status.st_size} {status.st_mtime_ns}")
+
+
+def _with_caption(source: Source, suffix: str, listed: set[str], storage: StorageConfig) -> Source:
+    """With what the text file beside it says, if there is one; `listed` are the files on S3."""
+    path = os.path.splitext(source.path)[0] + suffix
+    on_s3 = path.startswith("s3://")
+    if source.caption is not None or (on_s3 and path not in listed):
+        return source
+    try:
+        if on_s3:
+            with s3_errors(path, storage), open_source(path, storage) as file:
+                content = file.read()
+        else:
+            content = Path(path).read_bytes()
+        caption = content.decode("utf-8-sig").strip()
+    except FileNotFoundError:
+        return source
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; mend it, or move it away") from None
+    except UnicodeDecodeError as error:
+        raise _no_utf8(path, error) from None
+    return replace(source, caption=caption or None)
 
 
 def open_source(path: str, storage: StorageConfig) -> Any:
@@ -119,9 +149,10 @@ def _is_video(name: str, others: Counter[str]) -> bool:
     return False
 
 
-def _expand(text: str, storage: StorageConfig, others: Counter[str]) -> Iterator[Source]:
+def _expand(text: str, storage: StorageConfig, others: Counter[str], listed: set[str]) -> Iterator[Source]:
+    """Sources of one input; files on S3 of other types are added to `listed`."""
     if text.startswith("s3://"):
-        yield from _below_s3(text, storage, others)
+        yield from _below_s3(text, storage, others, listed)
         return
     path = Path(text)
     if path.is_dir():
@@ -197,7 +228,11 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise _no_utf8(path, error) from None
+
+
+def _no_utf8(path: str | Path, error: UnicodeDecodeError) -> UserError:
+    return UserError(f"{path} is no UTF-8 text (byte {error.start}); save it as UTF-8")
 
 
 def _is_apple_double(name: str, others: Counter[str]) -> bool:
@@ -221,7 +256,7 @@ def _from_table(path: Path, others: Counter[str]) -> Iterator[Source]:
             yield Source(str(video), _beside(path, str(video)), text)
 
 
-def _below_s3(text: str, storage: StorageConfig, others: Counter[str]) -> Iterator[Source]:
+def _below_s3(text: str, storage: StorageConfig, others: Counter[str], listed: set[str]) -> Iterator[Source]:
     system = s3_filesystem(storage)
     root = text.removeprefix("s3://").rstrip("/")
     with s3_errors(text, storage):
@@ -230,6 +265,8 @@ def _below_s3(text: str, storage: StorageConfig, others: Counter[str]) -> Iterat
         if _is_video(key, others):
             name = key.removeprefix(root).lstrip("/") or Path(key).name
             yield Source(name, f"s3://{key}", version=found[key].get("ETag", ""))
+        else:
+            listed.add(f"s3://{key}")
 
 
 def _beside(listing: Path, entry: str) -> str:

@@ -30,7 +30,7 @@ from datagen.encode.ray_jobs import encode, samples_of
 from datagen.job_folder import writing
 from datagen.plan import make_plan
 from datagen.ray_cluster import start_ray
-from datagen.sources import Source
+from datagen.sources import Source, find_sources
 from metrics import compare, evaluate
 from pipeline.model.config import ModelConfig
 from tests.commands import python
@@ -219,6 +219,10 @@ def test_a_build_from_s3_to_s3_is_the_local_one(
     server: FaultyServer, videos: Path, config_file: Path, whole: Path
 ) -> None:
     upload(server, videos, "videos")
+    s3(server, "videos").write("sub/video0.txt", b"drifting texture")
+    captions = [source.caption for source in find_sources(["s3://bucket/videos"], storage(server), ".txt")]
+    assert captions == ["drifting texture", None, None, None, None]
+    s3(server, "videos").delete("sub/video0.txt")
     upload(server, whole, "earlier")
     place = ("s3://bucket/videos", "s3://bucket/built")
     with writing(s3(server, "built")):

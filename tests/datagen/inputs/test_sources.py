@@ -154,6 +154,26 @@ def test_files_of_other_types_are_counted(tmp_path: Path, capsys: pytest.Capture
         found_in(tmp_path / "pictures")
 
 
+def test_captions_lie_beside_the_videos_where_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path, "a.mp4", "b/c.mp4", "d.mp4", "b/e.mp4")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat \n")
+    (tmp_path / "b/c.txt").write_text("Hund im Schn\u00e4e\n", encoding="utf-8")
+    (tmp_path / "b/e.txt").write_text("\n")
+
+    def captions(text: Path, suffix: str | None) -> list[str | None]:
+        return [source.caption for source in find_sources([str(text)], S3, suffix)]
+
+    beside = ["a cat", "Hund im Schn\u00e4e", None, None]
+    assert captions(tmp_path, ".txt") == beside and capsys.readouterr().err == ""
+    assert captions(tmp_path, None) == [None] * 4
+    assert "3 files of other types left out (3 .txt)" in capsys.readouterr().err
+    (tmp_path / "table.csv").write_text("video,caption\na.mp4,a dog\nb/c.mp4,\nb/e.mp4,\nd.mp4,\n")
+    assert captions(tmp_path / "table.csv", ".txt") == ["a dog", *beside[1:]]
+    (tmp_path / "d.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"d\.txt is no UTF-8 text \(byte 3\); save it as UTF-8"):
+        captions(tmp_path, ".txt")
+
+
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfone.mp4\r\nz\xc3\xbcrich.mp4\r\n")
     assert found_in(tmp_path / "list.txt") == ["one.mp4", "zürich.mp4"]
