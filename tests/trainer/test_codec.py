@@ -63,22 +63,27 @@ def test_grid_loss_and_its_gradient() -> None:
     y[..., 8:] += 2  # a border that x has not
     errors = []
     for axis in (-2, -1):
-        profiles = []
+        energies = []
         for clip in (y, x):
             squared = np.moveaxis(np.diff(clip, axis=axis) ** 2, axis, -1)
-            phases = np.stack([squared[..., p::8].mean((1, 2, 3, 4)) for p in range(8)], 1)
-            profiles.append((phases + 1e-6) / (phases.mean(1, keepdims=True) + 1e-6))
-        errors.append((profiles[0] - profiles[1]) ** 2)
+            energies.append(np.stack([squared[..., p::8].mean((1, 2, 3, 4)) for p in range(8)], 1))
+        mine, theirs = (energy - energy.mean(1, keepdims=True) for energy in energies)
+        errors.append((mine - theirs) / (energies[1].mean(1, keepdims=True) + 1e-6))
     leaf = torch.tensor(y, requires_grad=True)
     loss = grid_loss(leaf, torch.tensor(x), 8)
-    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert loss.item() == pytest.approx(np.mean(np.square(errors)), rel=1e-12)
     loss.backward()
     step = np.zeros(SHAPE)
     step[1, 2, 3, 7, 8] = 1e-6
     ends = [grid_loss(torch.tensor(y + sign * step), torch.tensor(x), 8).item() for sign in (1, -1)]
     assert leaf.grad is not None
     assert leaf.grad[1, 2, 3, 7, 8].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
-    assert grid_loss(torch.tensor(3 * x), torch.tensor(x), 8).item() < 1e-9 < loss.item()
+    flat = torch.zeros(1, 3, 1, 800, 800, dtype=torch.float64)
+    squares = (torch.arange(800) // 8 % 2).double().expand_as(flat)
+    noise = torch.tensor(np.random.default_rng(2).normal(size=flat.shape))
+    plain, noisy = (grid_loss(clip, squares + noise, 8).item() for clip in (noise, squares + 2 * noise))
+    assert noisy < 0.02 * plain, "noise stands for no squares"
+    assert grid_loss(squares + noise, noise, 8) == pytest.approx(grid_loss(squares, flat + noise, 8).item(), rel=0.1)
 
 
 def vae(seed: int = 0) -> SmallVideoVAE:

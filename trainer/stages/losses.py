@@ -159,24 +159,28 @@ def multiscale_gradient_loss(decoded: Tensor, pixels: Tensor, scales: int) -> Te
 
 
 def grid_loss(decoded: Tensor, pixels: Tensor, period: int) -> Tensor:
-    """L_grid = mean‖e(y) − e(x)‖², e: energy of neighbouring differences at each of `period` phases over their mean.
+    """L_grid = mean‖d(y) − d(x)‖², d: how far the energy of neighbouring differences at each of `period` phases is from
+    their mean, in units of x's mean.
 
-    Zero where y prints the squares of its latent places no more than x does, however sharp either is [ours].
+    Zero where y prints the squares of its latent places no more than x does. Noise adds the same energy to all phases,
+    so it does not hide them [ours].
 
     Args:
         decoded, pixels: (B, 3, F, H, W); the clip begins on a border, so that phase `period` - 1 crosses the next one.
     """
-    profiles = [[_phase_energy(_wide(clip), axis, period) for axis in (-2, -1)] for clip in (decoded, pixels)]
-    (y_rows, y_columns), (x_rows, x_columns) = profiles
-    return torch.stack([(y_rows - x_rows.detach()).square(), (y_columns - x_columns.detach()).square()]).mean()
+    errors = []
+    for axis in (-2, -1):
+        y, x = (_phase_energy(_wide(clip), axis, period) for clip in (decoded, pixels.detach()))
+        # A flat clip has no grid.
+        scale = x.mean(1, keepdim=True) + 1e-6
+        errors.append(((y - y.mean(1, keepdim=True)) - (x - x.mean(1, keepdim=True))) / scale)
+    return torch.stack(errors).square().mean()
 
 
 def _phase_energy(clip: Tensor, axis: int, period: int) -> Tensor:
-    """(B, period), of mean 1."""
+    """(B, period)."""
     squared = clip.diff(dim=axis).square().movedim(axis, -1)
-    phases = torch.stack([squared[..., phase::period].flatten(1).mean(1) for phase in range(period)], dim=1)
-    # A flat clip has no grid.
-    return (phases + 1e-6) / (phases.mean(1, keepdim=True) + 1e-6)
+    return torch.stack([squared[..., phase::period].flatten(1).mean(1) for phase in range(period)], dim=1)
 
 
 def latent_scale_loss(z: Tensor) -> Tensor:
