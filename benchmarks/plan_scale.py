@@ -9,8 +9,9 @@ changed in each hash. Each number of sources runs in a process of its own, whose
 and its libraries, the surveys, and the plan.
 
 Then a restart: what a job reads before it can go on, from a local folder of 8,000 committed shards of 64 samples (the
-tars are empty files of the right size) and the surveys of 10,000 sources. The last line is JSON of the largest number:
-`seconds` of duplicates and plan, `peak_gb`, and `restart_seconds` of surveys and committed shards.
+tars are empty files of the right size) and the surveys of 10,000 sources. And the index of these shards, which a job
+writes at its end and each rank of a training reads. The last line is JSON of the largest number: `seconds` of
+duplicates and plan, `peak_gb`, and `restart_seconds` of surveys and committed shards.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from common.errors import run_command
 from common.storage import LocalFolder, StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.shard_format import Sidecar, Span, shard_name, sidecar_name
+from datagen.dataset.shard_index import read_index, write_index
 from datagen.job_folder import committed_shards
 from datagen.plan import Plan, make_plan
 from datagen.sources import Source
@@ -106,17 +108,18 @@ def surveys_of(sources: int, seed: int) -> list[SourceSurvey]:
 
 
 def measure(sources: int, seed: int) -> dict[str, Any]:
-    """Windows, duplicates, samples, seconds, and this process's peak memory in GB of 1e9 bytes."""
+    """Windows, duplicates, samples, seconds, seconds of CPU, and this process's peak memory in GB of 1e9 bytes."""
     surveys = surveys_of(sources, seed)
-    start = time.perf_counter()
+    cpu, start = time.process_time(), time.perf_counter()
     plan = make_plan(surveys, DatagenConfig(), {"vae": "of the benchmark"})
-    seconds = time.perf_counter() - start
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
     return {
         "sources": sources,
         "windows": sources * WINDOWS,
         "duplicates": len(plan.rejected),
         "samples": len(plan.samples),
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
 
@@ -161,7 +164,14 @@ def measure_restart(shards: int, sources: int, seed: int) -> dict[str, float]:
         committed = committed_shards(folder, plan)
         cpu, end = time.process_time() - cpu, time.perf_counter()
         assert found == surveys and len(committed) == shards
+        indexed = time.perf_counter()
+        write_index(folder, list(committed.values()))
+        written = time.perf_counter()
+        assert read_index(folder, list(committed.values())) is not None
+        read = time.perf_counter()
     return {
+        "index_written_seconds": round(written - indexed, 2),
+        "index_read_seconds": round(read - written, 2),
         "surveys_seconds": round(surveyed - start, 2),
         "shards_seconds": round(end - surveyed, 2),
         "restart_seconds": round(end - start, 2),
@@ -176,23 +186,28 @@ def main() -> None:
     parser.add_argument("--surveys", type=int, default=10_000, help="surveyed sources of the restart")
     parser.add_argument("--seed", type=int, default=0, help="of the hashes")
     arguments = parser.parse_args()
-    print("| sources | windows | duplicates | samples | seconds | µs a window | peak memory, GB |", flush=True)
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| sources | windows | duplicates | samples | seconds | of CPU | µs of CPU a window | peak memory, GB |",
+        flush=True,
+    )
+    print("|---" * 8 + "|", flush=True)
     result: dict[str, Any] = {}
     for sources in sorted(arguments.sources):
         # a process of its own: peak memory never falls
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             result = pool.apply(measure, (sources, arguments.seed))
-        per_window = result["seconds"] / result["windows"] * 1e6
+        per_window = result["cpu_seconds"] / result["windows"] * 1e6
         print(
             f"| {result['sources']:,} | {result['windows']:,} | {result['duplicates']:,} | {result['samples']:,} "
-            f"| {result['seconds']:.1f} | {per_window:.0f} | {result['peak_gb']:.2f} |",
+            f"| {result['seconds']:.1f} | {result['cpu_seconds']:.1f} | {per_window:.0f} | {result['peak_gb']:.2f} |",
             flush=True,
         )
     restart = measure_restart(arguments.shards, arguments.surveys, arguments.seed)
     print(
         f"\nrestart: surveys of {arguments.surveys:,} sources {restart['surveys_seconds']} s, "
-        f"{arguments.shards:,} committed shards {restart['shards_seconds']} s, CPU {restart['restart_cpu_seconds']} s"
+        f"{arguments.shards:,} committed shards {restart['shards_seconds']} s, CPU {restart['restart_cpu_seconds']} s\n"
+        f"index of their samples: written in {restart['index_written_seconds']} s, read in "
+        f"{restart['index_read_seconds']} s\n"
     )
     print(json.dumps(result | restart))
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from common.errors import UserError
 from common.storage import Folder, StorageConfig, open_folder
-from datagen.dataset.shard_format import DamagedShard, Sidecar, Span, read_manifest, read_member, read_sidecar
+from datagen.dataset.shard_format import DamagedShard, ShardEntry, Span, read_manifest, read_member, read_sidecar
+from datagen.dataset.shard_index import ShardIndex, read_index
 from datagen.plan import SamplePlan
 
 #: entries of the datasets' versions that decide z_hr
@@ -65,27 +66,31 @@ def check_reusable(dataset: str, versions: dict[str, str], storage: StorageConfi
 
 
 def find_clips(dataset: str, clips: Iterable[str], storage: StorageConfig) -> EarlierDataset:
-    """Those of `clips` that `dataset` holds; only its manifest and sidecars are read."""
+    """Those of `clips` that `dataset` holds; only its manifest and its index, or its sidecars, are read."""
     folder = open_folder(dataset, storage)
     manifest = read_manifest(folder)
+    index = read_index(folder, manifest.shards)
     wanted = set(clips)
     found: dict[str, Place] = {}
     with ThreadPoolExecutor(16) as pool:
-        for sidecar in pool.map(lambda entry: _sidecar(folder, entry.name), manifest.shards):
-            if sidecar is None:
-                continue
-            for key, members in zip(sidecar.keys, sidecar.members, strict=True):
+        samples = pool.map(lambda entry: _samples(folder, entry, index), manifest.shards)
+        for entry, of_shard in zip(manifest.shards, samples, strict=True):
+            for key, members in of_shard:
                 clip = key.rpartition("-")[0]
                 if clip in wanted and clip not in found:
-                    found[clip] = Place(sidecar.name, members[LATENTS], members["json"])
+                    found[clip] = Place(entry.name, members[LATENTS], members["json"])
     return EarlierDataset(dataset, found)
 
 
-def _sidecar(folder: Folder, shard: str) -> Sidecar | None:
+def _samples(folder: Folder, entry: ShardEntry, index: ShardIndex | None) -> list[tuple[str, dict[str, Span]]]:
+    """Key and members of a shard's samples; none where its sidecar is damaged or missing and there is no index."""
+    if index is not None:
+        return [index.find(entry.name, row) for row in range(entry.samples)]
     try:
-        return read_sidecar(folder, shard)
+        sidecar = read_sidecar(folder, entry.name)
     except (FileNotFoundError, DamagedShard):
-        return None
+        return []
+    return list(zip(sidecar.keys, sidecar.members, strict=True))
 
 
 def read_latent(dataset: str, place: Place, plan: SamplePlan, storage: StorageConfig) -> bytes:

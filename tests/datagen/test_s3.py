@@ -24,7 +24,8 @@ from common.s3_lock import LOCK_NAME
 from common.storage import NewFile, S3Folder, StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.dataset.loader import ShardReader
-from datagen.dataset.shard_format import Sample
+from datagen.dataset.shard_format import Sample, read_manifest
+from datagen.dataset.shard_index import write_index
 from datagen.dataset.verify import faults
 from datagen.encode.ray_jobs import encode, samples_of
 from datagen.job_folder import writing
@@ -191,7 +192,9 @@ def test_a_large_file_is_uploaded_while_it_is_written(server: FaultyServer, monk
 
 def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_path: Path) -> None:
     local = write_numbered(tmp_path / "dataset")
+    write_index(open_folder(local), read_manifest(open_folder(local)).shards)
     upload(server, local, "numbered")
+    server.asked.clear()
     expected = [batch.keys for batch in itertools.islice(ShardReader(local, seed=3, global_batch_size=6), 6)]
     server.every = FAULT_EVERY
     for cache in (None, tmp_path / "cache"):
@@ -200,6 +203,7 @@ def test_the_reader_gives_the_same_batches_from_s3(server: FaultyServer, tmp_pat
         )
         assert [batch.keys for batch in itertools.islice(reader, 6)] == expected
     assert server.faults > 0
+    assert {name for name in server.asked if name.endswith(".json")} == {"/bucket/numbered/manifest.json"}
     cached = sorted(path.name for path in (tmp_path / "cache").rglob("*.tar"))
     assert cached == sorted(path.name for path in local.rglob("*.tar"))
     # from now on whole shards come from the local disk
