@@ -193,7 +193,7 @@ def main() -> None:
     walls = [" ".join(f"{run['wall']:.1f}" for run in runs[overlapping]) for overlapping in (False, True)]
     print(f"  wall of each run: {walls[0]}; overlapping: {walls[1]}")
     codec: CodecName = "fast" if pipeline.fast_decoder else "full"
-    estimate, memory = MemoryEstimate(arguments.model, DTYPES[arguments.dtype], codec), []
+    estimate, memory = MemoryEstimate(arguments.model, DTYPES[arguments.dtype], codec, device=arguments.device), []
     print("one window: input, predicted and measured GiB, without weights")
     for width, height in arguments.sizes:
         own = estimate.window(Windows().frames, width * SCALE, height * SCALE, Tiling())

@@ -78,7 +78,10 @@ def tiles_of_a_window(tiling: Tiling, width: int, height: int) -> dict[str, int]
 
 def _memory(job: Job, arguments: argparse.Namespace, frames: int, width: int, height: int) -> list[str]:
     dtype, vae_dtype = dtypes(arguments)
-    estimate = MemoryEstimate(arguments.model, dtype, arguments.codec, vae_dtype=vae_dtype, offload=arguments.offload)
+    device = (arguments.devices or (arguments.device,))[0]
+    estimate = MemoryEstimate(
+        arguments.model, dtype, arguments.codec, vae_dtype=vae_dtype, offload=arguments.offload, device=device
+    )
     own = estimate.window(frames, width, height, job.tiling)
     steps = ", ".join(f"{name} {getattr(own, name) / GIB:.2f}" for name in ("encode", "transformer", "decode"))
     heads = (f"tiles of {tile}, {2 * tile}" if tile else "whole frames" for tile in TILES)

@@ -20,8 +20,7 @@ from pipeline.upscale_options import dtypes
 from pipeline.video_windows import Windows
 from pipeline.vsr_pipeline import Tiling, smaller_tiles
 
-#: of what a device needs, to what the tensors need. A CPU: measured, at most (docs/pipeline.md); a GPU: its
-#: allocator [ours]
+#: of what a device may need, to what is predicted. A CPU: holes of the heap in any step; a GPU: its allocator [ours]
 OVERHEAD = {"cpu": 2.2, "cuda": 1.2}
 #: bytes a pixel of a window that suffice in any case: four times what Wan2.1 needs in float32 [ours]
 PLENTY = 4096
@@ -47,7 +46,9 @@ def fit(job: Job, arguments: argparse.Namespace) -> Job:
     if PLENTY * width * height * seen(job.windows) * workers <= free:
         return job  # without the seconds that the estimate takes
     dtype, vae_dtype = dtypes(arguments)
-    estimate = MemoryEstimate(arguments.model, dtype, arguments.codec, vae_dtype=vae_dtype, offload=arguments.offload)
+    estimate = MemoryEstimate(
+        arguments.model, dtype, arguments.codec, vae_dtype=vae_dtype, offload=arguments.offload, device=device
+    )
 
     def needed(windows: Windows, tiling: Tiling) -> float:
         peak = estimate.window(seen(windows), width, height, tiling).peak

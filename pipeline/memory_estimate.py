@@ -1,12 +1,13 @@
 """How much memory a window needs, found without weights, computing or a GPU: the model runs on PyTorch's meta device.
 
 Tensors of the meta device have shapes and no content; `LiveBytes` counts what would live at the same time. Attention
-counts as its result, as flash attention needs it. What an allocator reserves beyond that, and the program itself, come
-on top.
+counts as its result, as flash attention needs it. A CPU's convolutions count with the copies that oneDNN makes. What an
+allocator reserves beyond that on a GPU, and the program itself, come on top.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ from pipeline.model.vae import SPATIAL_FACTOR, TEMPORAL_FACTOR, vae_class
 from pipeline.vsr_pipeline import Tiling, require_model, require_part
 
 GIB = 2**30
+#: oneDNN works on blocks of channels; an input of another number of channels is read as it lies
+BLOCKED_CHANNELS = 8
+#: a CPU's memory with the holes of glibc's heap, to what lives: 1.0 to 1.07 measured where encoding needs most. With
+#: MALLOC_MMAP_THRESHOLD_=1048576 there are no holes, and a window takes 1.26 times as long
+HEAP = 1.08
 
 
 class _FlashAttention(TorchFunctionMode):
@@ -36,6 +42,18 @@ class _FlashAttention(TorchFunctionMode):
             query, _, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return function(*args, **(kwargs or {}))
+
+
+class _OnCPU(LiveBytes):
+    """With what oneDNN holds beside a convolution's input and result: first a copy of the input in its own layout and
+    the result in that layout, then the latter and the result."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten.convolution.default:
+            copied = args[0].nbytes if args[0].shape[1] % BLOCKED_CHANNELS == 0 else 0
+            self.peak = max(self.peak, self.now + max(copied, result.nbytes))
+        return result
 
 
 @dataclass(frozen=True)
@@ -65,11 +83,13 @@ class MemoryEstimate:
         *,
         vae_dtype: torch.dtype | None = None,
         offload: bool = False,
+        device: str = "cuda",
     ) -> None:
         """
         Args:
             vae_dtype: None: as `dtype`.
             offload: only the network of a step is there.
+            device: that it computes on.
 
         Raises:
             UserError: the folder lacks a part.
@@ -98,8 +118,8 @@ class MemoryEstimate:
                     parameter.data = parameter.data.to(vae_dtype if name == "vae" else dtype)
             set_precision(network)
         self._prompt = load_prompts(folder / "prompts").embed([""]).to("meta", dtype)
-        self._bytes_per_value = torch.finfo(vae_dtype if codec == "full" else dtype).bits // 8
         self._offload = offload
+        self._counter = _OnCPU if torch.device(device).type == "cpu" else LiveBytes
         self.weights = 0 if offload else sum(map(_weights, networks.values()))
 
     def window(self, frames: int, width: int, height: int, tiling: Tiling) -> WindowMemory:
@@ -123,13 +143,15 @@ class MemoryEstimate:
             return torch.empty(1, 3, frames, *places, device="meta")
 
         pixels = inputs(tile(tiling.vae_tile_px))
-        encode = _peak(lambda: self._codec.encode(pixels)) + pixels.numel() * self._bytes_per_value
+        held = inputs(whole).nbytes  # until the window is decoded
+        encode = self._peak(lambda: self._codec.encode(pixels)) + held
         noise = latent(tile(tiling.transformer_tile_px))
         t = torch.ones(1, device="meta")
-        transformer = _peak(lambda: self._transformer(noise, t, noise, self._prompt)) + 4 * latent(whole).nbytes
+        transformer = self._peak(lambda: self._transformer(noise, t, noise, self._prompt))
+        transformer += held + 4 * latent(whole).nbytes
         decoded = tile(tiling.decode_tile_px or tiling.vae_tile_px)
         z, seen = latent(decoded), inputs(decoded)
-        decode = _peak(lambda: self._codec.decode(z, seen))
+        decode = self._peak(lambda: self._codec.decode(z, seen)) + held + 2 * latent(whole).nbytes
         if decoded != whole:  # the strip of tiles and the frames that they are put into
             decode += 4 * 3 * frames * whole[1] * (decoded[0] + whole[0])
         if self._offload:
@@ -138,13 +160,12 @@ class MemoryEstimate:
             decode += _weights(self._codec.networks[1])
         return WindowMemory(self.weights, encode, transformer, decode)
 
+    def _peak(self, compute: Callable[[], Any]) -> int:
+        with self._counter("meta") as live, _FlashAttention(), torch.no_grad():
+            compute()
+        return live.peak if self._counter is LiveBytes else round(HEAP * live.peak)
+
 
 def _weights(network: nn.Module) -> int:
     """Bytes."""
     return sum(value.nbytes for value in network.parameters())
-
-
-def _peak(compute: Any) -> int:
-    with LiveBytes("meta") as live, _FlashAttention(), torch.no_grad():
-        compute()
-    return live.peak
