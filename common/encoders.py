@@ -42,6 +42,8 @@ class Encoder:
     mastering: tuple[str, Callable[[Colour], str]] | None = None
     #: FFmpeg's name of `crf`
     quality_option: str = "crf"
+    #: the worst quality it knows
+    largest_crf: int = 51
 
 
 def _display(display: MasteringDisplay, chromaticity: int, luminance: int) -> str:
@@ -79,9 +81,9 @@ ENCODERS: dict[str, Encoder] = {
     ),
     "av1": Encoder(
         "libsvtav1", (".mp4", ".mkv", ".webm"), 23, options={"preset": "6"},
-        mastering=("svtav1-params", _parameters("mastering-display", "content-light", 1, 1)),
+        mastering=("svtav1-params", _parameters("mastering-display", "content-light", 1, 1)), largest_crf=63,
     ),
-    "vp9": Encoder("libvpx-vp9", (".webm", ".mkv", ".mp4"), 20, options={"b:v": "0", "row-mt": "1"}),
+    "vp9": Encoder("libvpx-vp9", (".webm", ".mkv", ".mp4"), 20, options={"b:v": "0", "row-mt": "1"}, largest_crf=63),
     "prores": Encoder(
         "prores_ks", (".mov",), None, ("yuv422p10le", "yuv422p10le"), {"profile:v": "hq", "vendor": "apl0"},
         ("yuva444p10le", "yuva444p10le"), {"profile:v": "4444"},

@@ -117,6 +117,8 @@ def plan(source: Source, output: Path, arguments: argparse.Namespace) -> Job:
     codec = images.codec if images else "y4m" if output == PIPE else choose_codec(output, arguments.encoder)
     if codec in ("y4m", *IMAGE_ENCODERS):
         _check_alone(codec, arguments)
+    elif arguments.crf is not None and arguments.crf > (largest := ENCODERS[codec].largest_crf):
+        raise UserError(f"--crf {arguments.crf:g}: {codec} takes 0 to {largest}")
     if images:
         check_images(
             source, images, may_exist=arguments.overwrite or naming_began(output, job_identity(arguments, source))

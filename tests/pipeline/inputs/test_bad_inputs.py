@@ -290,9 +290,12 @@ def test_statistics_replace_neither_input_nor_output(base, upscale, tmp_path):
 
 
 def test_what_an_encoder_refuses_is_known_before_the_first_frame(base, upscale, tmp_path):
-    for options in (("--encoder-options", "preset=nope"), ("--encoder", "hevc", "--crf", 60)):
-        done = upscale(base, tmp_path / "out.mp4", "--bicubic", *options)
-        assert done.returncode == 2 and "cannot write" in done.stderr and "upscaling:" not in done.stderr
+    done = upscale(base, tmp_path / "out.mp4", "--bicubic", "--encoder-options", "preset=nope")
+    assert done.returncode == 2 and "cannot write" in done.stderr and "upscaling:" not in done.stderr
+    for options, line in (((), "--crf 60: h264 takes 0 to 51"), (("--encoder", "hevc"), "hevc takes 0 to 51")):
+        done = upscale(base, tmp_path / "out.mp4", "--bicubic", "--crf", 60, *options)
+        assert done.returncode == 2 and line in done.stderr
+    assert upscale(base, tmp_path / "out.webm", "--bicubic", "--crf", 60).returncode == 0
     for options in (("--encoder-options", "r=10"), ("--encoder-options", "x"), ("--size", "7")):
         done = upscale(base, tmp_path / "out.mp4", "--bicubic", *options)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
