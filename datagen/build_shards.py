@@ -21,12 +21,21 @@ from common.storage import Folder, StorageConfig, open_folder
 from datagen.config import DatagenConfig
 from datagen.dataset.data_card import REPORT
 from datagen.dataset.shard_format import Manifest
-from datagen.encode.latent_reuse import check_reusable, find_clips
+from datagen.encode.latent_reuse import check_reusable, find_clips, surveyed_alike
 from datagen.encode.ray_jobs import encode
 from datagen.encode.shard_writer import ShardWriters
 from datagen.example_frames import example_frames
 from datagen.format_revision import code_versions, vae_hash
-from datagen.job_folder import begin, check_limit, committed_shards, finish, is_begun, without_failed, writing
+from datagen.job_folder import (
+    begin,
+    begun_plan,
+    check_limit,
+    committed_shards,
+    finish,
+    refuse_another_plan,
+    without_failed,
+    writing,
+)
 from datagen.plan import make_plan
 from datagen.ray_cluster import memory_ahead, ray_when_needed
 from datagen.shard_writing import write_shards
@@ -58,8 +67,10 @@ def main() -> None:
     held_out = sum(entry.samples for entry in manifest.shards_of("validation"))
     also = f", {held_out} of them held out" if config.validation_share else ""
     print(f"{arguments.output}: {manifest.samples} samples in {len(manifest.shards)} shards{also}")
-    if left_out := ", ".join(f"{count} {reason}" for reason, count in manifest.extra["left_out"].items()):
-        print(f"left out: {left_out}; {REPORT} there shows an example of each, quarantine.jsonl lists all")
+    left_out = manifest.extra["left_out"]
+    told = (", ".join(f"{count} {reason}" for reason, count in table.items()) for table in left_out.values())
+    if said := "; ".join(f"{of}: {reasons}" for of, reasons in zip(left_out, told, strict=True)):
+        print(f"left out of {said}; {REPORT} there shows an example of each, quarantine.jsonl lists all")
 
 
 def survey(
@@ -74,14 +85,23 @@ def survey(
     """Do or finish the survey of the dataset at `output`, from which `build` goes on; takes and raises the same."""
     sources, folder = find_sources(inputs, storage, config.caption_suffix), open_folder(output, storage)
     with writing(folder), ray_when_needed(address, workers, config) as start_ray:
+        refuse_another_plan(folder, config, code_versions(config.sharpen_targets))
         return _surveyed(folder, sources, config, storage, start_ray)
 
 
 def _surveyed(
-    folder: Folder, sources: list[Source], config: DatagenConfig, storage: StorageConfig, start_ray: Callable[[], None]
+    folder: Folder,
+    sources: list[Source],
+    config: DatagenConfig,
+    storage: StorageConfig,
+    start_ray: Callable[[], None],
+    earlier: Folder | None = None,
 ) -> list[Survey]:
     check = partial(check_limit, sources=len(sources), config=config)
-    surveys = survey_all(folder, sources, config, storage, start_ray, look_again=not is_begun(folder), check=check)
+    look_again = begun_plan(folder) is None
+    surveys = survey_all(
+        folder, sources, config, storage, start_ray, earlier=earlier, look_again=look_again, check=check
+    )
     check([found for found in surveys if isinstance(found, Unreadable)])
     return surveys
 
@@ -103,7 +123,7 @@ def build(
     Args:
         address: of a Ray cluster; None: this machine.
         workers: clips in the making at once; None: one per CPU.
-        reuse: an earlier dataset of the same clips, whose z_hr are taken over; the result is the same without.
+        reuse: an earlier dataset, of which surveys and z_hr are taken over; the result is the same without.
         retry_failed: make shards anew that lack samples that failed.
 
     Raises:
@@ -117,8 +137,10 @@ def build(
         check_reusable(reuse, versions, storage)
     folder = open_folder(output, storage)
     with writing(folder):
+        refuse_another_plan(folder, config, versions)
         with ray_when_needed(address, workers, config) as start_ray:
-            surveys = _surveyed(folder, sources, config, storage, start_ray)
+            surveyed = surveyed_alike(reuse, versions, storage) if reuse else None
+            surveys = _surveyed(folder, sources, config, storage, start_ray, surveyed)
             unreadable = [found for found in surveys if isinstance(found, Unreadable)]
             readable = [found for found in surveys if isinstance(found, SourceSurvey)]
             plan = make_plan(readable, config, versions)
@@ -138,7 +160,7 @@ def build(
                 lambda: ShardWriters(folder, storage, plan.hash, versions, memory_ahead(config) // 4),
                 config.max_failed,
             )
-        frames_of = partial(example_frames, surveys=readable, config=config, storage=storage)
+        frames_of = partial(example_frames, surveys=readable, samples=plan.samples, config=config, storage=storage)
         return finish(folder, plan, unreadable, shards, config, versions, len(sources), frames_of)
 
 
@@ -167,7 +189,7 @@ def _arguments() -> argparse.Namespace:
         "--retry-failed", action="store_true", help="make shards anew that lack samples that failed (quarantine.jsonl)"
     )
     parser.add_argument(
-        "--reuse", metavar="DATASET", help="earlier dataset of the same clips: z_hr is taken from it, not encoded again"
+        "--reuse", metavar="DATASET", help="earlier dataset: surveys and z_hr are taken from it where they are the same"
     )
     return parser.parse_args()
 

@@ -92,13 +92,42 @@ def check_limit(unreadable: Sequence[Unreadable], sources: int, config: DatagenC
         )
 
 
-def is_begun(folder: Folder) -> bool:
-    """Whether there is a plan that the survey must go on to agree with."""
+def begun_plan(folder: Folder) -> dict[str, Any] | None:
+    """What plan.json says of the plan that the folder was begun with, with which the survey must go on to agree."""
     try:
-        folder.read(PLAN)
+        plan: dict[str, Any] = json.loads(folder.read(PLAN))
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+        return None
+    return plan
+
+
+def refuse_another_plan(folder: Folder, config: DatagenConfig, versions: dict[str, str]) -> None:
+    """Refuse what no survey can bring back to the plan that was begun: before one is made.
+
+    Args:
+        versions: those that are known; others are not compared.
+
+    Raises:
+        UserError: the folder was begun with another configuration or other versions.
+    """
+    begun = begun_plan(folder)
+    if begun and (changed := _changed(begun, config, versions)):
+        raise _another_plan(folder, changed)
+
+
+def _changed(begun: dict[str, Any], config: DatagenConfig, versions: dict[str, str]) -> list[str]:
+    """Entries of configuration and versions that are not those of plan.json."""
+    then, now = begun["config"], deciding(config)
+    changed = [f"config.{name}" for name in {**then, **now} if then.get(name) != now.get(name)]
+    return changed + [f"versions.{name}" for name in versions if begun["versions"].get(name) != versions[name]]
+
+
+def _another_plan(folder: Folder, changed: list[str]) -> UserError:
+    reuse = f" (--reuse {folder.url} takes over what stays the same)" if MANIFEST in folder.sizes() else ""
+    return UserError(
+        f"{folder.url} was begun with another plan: {', '.join(changed)} differ (see its {PLAN}); "
+        f"choose another --output{reuse}, or restore them to finish it"
+    )
 
 
 def begin(
@@ -121,19 +150,11 @@ def begin(
             f"instance {example['source']} ({example['reason']}); cut it off, or set datagen.validation_share to 0"
         )
     now = {"hash": plan.hash, "samples": len(plan.samples), "config": deciding(config), "versions": versions}
-    try:
-        begun = json.loads(folder.read(PLAN))
-    except FileNotFoundError:
+    begun = begun_plan(folder)
+    if begun is None:
         folder.write(PLAN, (json.dumps(now, indent=1) + "\n").encode())
-        return
-    if begun["hash"] != plan.hash:
-        changed = ["config"] if begun["config"] != now["config"] else []
-        changed += [f"versions.{name}" for name in versions if begun["versions"].get(name) != versions[name]]
-        changed = changed or ["inputs"]
-        raise UserError(
-            f"{folder.url} was begun with another plan: {', '.join(changed)} differ (see its {PLAN}); "
-            "choose another --output, or restore them to finish it"
-        )
+    elif begun["hash"] != plan.hash:
+        raise _another_plan(folder, _changed(begun, config, versions) or ["inputs"])
 
 
 def committed_shards(folder: Folder, plan: Plan) -> dict[int, CommittedShard]:

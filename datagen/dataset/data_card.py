@@ -22,7 +22,7 @@ from datagen.degradation.registry import describe
 REPORT = "report.html"
 #: samples on the contact sheet
 PICTURES = 24
-#: sides of a picture on the sheet are at most this, px
+#: sides of a picture are at most this, px; HR and LR of smaller crops are enlarged towards it by a whole number
 PICTURE_SIDE = 320
 
 
@@ -38,9 +38,9 @@ def write_report(
         quarantine: lines of quarantine.jsonl.
         frames_of: a frame, uint8 (H, W, 3) RGB, for each of some lines, or None.
     """
-    reasons = left_out(quarantine)
+    reasons = [(of, reason, count) for of, table in left_out(quarantine).items() for reason, count in table.items()]
     examples = {_reason(line): line for line in reversed(quarantine)}
-    shown = [examples[reason] for reason in reasons]
+    shown = [examples[of, reason] for of, reason, _ in reasons]
     pictures = [None if frame is None else _data_uri(_small(frame)) for frame in frames_of(shown)]
     histogram = manifest.extra["statistics"]["lr_psnr_db"]
     page = jinja2.Environment(
@@ -50,11 +50,12 @@ def write_report(
         name=Path(folder.url).name,
         manifest=manifest,
         bytes=sum(entry.bytes for entry in manifest.shards),
+        held_out=sum(entry.samples for entry in manifest.shards_of("validation")),
         statistics=manifest.extra["statistics"],
         tallest=max(histogram["histogram"], default=1),
         left_out=[
-            {"reason": reason, "count": count, "example": line, "picture": picture}
-            for (reason, count), line, picture in zip(reasons.items(), shown, pictures, strict=True)
+            {"of": of, "reason": reason, "count": count, "example": line, "picture": picture}
+            for (of, reason, count), line, picture in zip(reasons, shown, pictures, strict=True)
         ],
         pictures=contact_sheet(folder, manifest, PICTURES),
         config=yaml.safe_dump(manifest.extra["config"], sort_keys=False),
@@ -81,10 +82,11 @@ def contact_sheet(folder: Folder, manifest: Manifest, count: int) -> list[dict[s
 
 
 def side_by_side(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
-    """Middle frame, LR enlarged without smoothing | HR, uint8 (H, 2W, 3) RGB."""
+    """Middle frame, LR enlarged without smoothing | HR, uint8 (H, 2W, 3) RGB; small ones show their pixels."""
     right = _small(hr[len(hr) // 2])
-    left = cv2.resize(lr[len(hr) // 2], right.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return np.hstack([left, right])
+    times = max(1, PICTURE_SIDE // max(right.shape[:2]))
+    size = (right.shape[1] * times, right.shape[0] * times)
+    return np.hstack([cv2.resize(side, size, interpolation=cv2.INTER_NEAREST) for side in (lr[len(hr) // 2], right)])
 
 
 def _small(picture: np.ndarray) -> np.ndarray:
@@ -93,8 +95,12 @@ def _small(picture: np.ndarray) -> np.ndarray:
     return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
-#: what reasons of `filtered` lines begin with (datagen/plan.py), and how they are counted
+#: what can be left out, from the whole to its parts
+LEFT_OUT = ("sources", "windows", "samples")
+#: what reasons of `filtered` lines begin with (datagen/plan.py, datagen/encode/clip.py), and how they are counted
 FILTERS = {
+    "black crop": "black crop",
+    "empty crop": "empty crop",
     "black": "black",
     "empty": "empty",
     "static": "static",
@@ -111,16 +117,19 @@ FILTERS = {
 }
 
 
-def left_out(quarantine: list[dict[str, Any]]) -> dict[str, int]:
-    """How many lines of quarantine.jsonl give each reason, the most frequent first."""
-    return most_common(Counter(map(_reason, quarantine)))
+def left_out(quarantine: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many sources, windows and samples are left out for each reason, the most frequent first."""
+    counts = Counter(map(_reason, quarantine))
+    tables = {of: Counter({name: n for (what, name), n in counts.items() if what == of}) for of in LEFT_OUT}
+    return {of: most_common(table) for of, table in tables.items() if table}
 
 
-def _reason(line: dict[str, Any]) -> str:
-    """A line's reason without particulars, for counting: `black: luma 3.1 is below 8.0` is `black`."""
+def _reason(line: dict[str, Any]) -> tuple[str, str]:
+    """What a line leaves out, and why without particulars: `black: luma 3.1 is below 8.0` is `black`."""
+    of = "samples" if "key" in line else "windows" if "start" in line else "sources"
     if line["kind"] == "filtered":
-        return next((name for begin, name in FILTERS.items() if line["reason"].startswith(begin)), "filtered")
-    return str(line["kind"])
+        return of, next((name for begin, name in FILTERS.items() if line["reason"].startswith(begin)), "filtered")
+    return of, str(line["kind"])
 
 
 def _data_uri(picture: np.ndarray) -> str:

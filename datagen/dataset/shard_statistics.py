@@ -11,6 +11,9 @@ from safetensors import deserialize
 
 from datagen.dataset.shard_format import Sample
 
+#: how many of the sources with the most samples are named
+LARGEST_SOURCES = 10
+
 
 class ShardStatistics:
     """Counts and moments of one shard's samples; `record` is what the sidecar keeps of them."""
@@ -38,7 +41,7 @@ class ShardStatistics:
 
 
 def summed(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of the dataset from those of its shards: counts, quantiles of PSNR, latents' mean and deviation.
+    """Statistics of the dataset from those of its shards: counts, largest sources, quantiles of PSNR, latents' moments.
 
     Latent statistics are per channel; a mean far from 0 or a deviation far from 1 says that the VAE's normalisation
     does not fit the data.
@@ -60,6 +63,7 @@ def summed(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "counts": {group: most_common(table) for group, table in sorted(counts.items()) if group != "source"},
         "sources": len(counts.get("source", ())),
+        "largest_sources": dict(list(most_common(counts.get("source", Counter())).items())[:LARGEST_SOURCES]),
         "lr_psnr_db": {"quantiles": quantiles, "histogram": histogram.tolist(), "edges": edges.round(2).tolist()},
         "latents": latents,
     }

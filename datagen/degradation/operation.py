@@ -67,7 +67,7 @@ class Operation(ABC):
         """One line for people: what was chosen, and means of what walks over the frames."""
         words = [self.name, *(value for key, value in drawn.items() if isinstance(value, str) and key != "op")]
         means = [f"{key} {np.mean(value):.3g}" for key, value in drawn.items() if isinstance(value, list)]
-        return " ".join([*words, *means])
+        return " ".join([*words, ", ".join(means)]).strip().replace("_", " ")
 
 
 def walk(

@@ -22,6 +22,8 @@ from datagen.plan import SamplePlan
 
 #: entries of the datasets' versions that decide z_hr
 DECIDING = ("vae", "encoding", "av", "numpy", "torch")
+#: those that decide what a survey measures
+SURVEYING = ("survey", "av", "numpy", "opencv-python-headless")
 LATENTS = "latents.safetensors"
 
 
@@ -63,6 +65,13 @@ def check_reusable(dataset: str, versions: dict[str, str], storage: StorageConfi
                 f"--reuse {dataset}: its latents were made with {name} {theirs.get(name)}, this job has "
                 f"{versions[name]}; build without --reuse, or restore what made it"
             )
+
+
+def surveyed_alike(dataset: str, versions: dict[str, str], storage: StorageConfig) -> Folder | None:
+    """The earlier dataset, whose surveys can be taken over; None where other code or libraries measured them."""
+    folder = open_folder(dataset, storage)
+    theirs = read_manifest(folder).extra["versions"]
+    return folder if all(theirs.get(name) == versions[name] for name in SURVEYING) else None
 
 
 def find_clips(dataset: str, clips: Iterable[str], storage: StorageConfig) -> EarlierDataset:

@@ -41,37 +41,45 @@ def survey_all(
     storage: StorageConfig,
     start_ray: Callable[[], None],
     *,
+    earlier: Folder | None = None,
     look_again: bool = False,
     check: Callable[[list[Unreadable]], None] = lambda unreadable: None,
 ) -> list[Survey]:
     """Surveys of all sources in order, taken from finished files where there are any.
 
     Args:
-        start_ray: called where something is missing.
+        start_ray: called where something has to be surveyed.
+        earlier: a dataset whose surveys are taken over, of sources that it could reach; they are kept here too.
         look_again: survey sources anew that were out of reach, as long as no plan relies on it.
         check: called with what is unreadable so far, before and after each file of surveys; raises to stop.
     """
     keys = survey_keys(sources, config)
-    files = sorted(name for name in folder.sizes("survey/") if name.endswith(".json"))
+    files = _files(folder)
     done = _read(folder, files, dict(zip(keys, sources, strict=True)))
     done |= {key: Unreadable(source, NO_UTF8) for key, source in zip(keys, sources, strict=True) if not source.is_utf8}
     if look_again:
-        done = {key: found for key, found in done.items() if not (isinstance(found, Unreadable) and found.unreachable)}
+        done = _reached(done)
     missing = [index for index, key in enumerate(keys) if key not in done]
     if missing:
         unreadable = [found for found in done.values() if isinstance(found, Unreadable)]
         check(unreadable)
-        start_ray()
+        wanted = {keys[index]: sources[index] for index in missing}
+        theirs = _read(earlier, _files(earlier), wanted) if earlier is not None else {}
+        taken = _reached(theirs)
+        to_survey = [source for key, source in wanted.items() if key not in taken]
+        if to_survey:
+            start_ray()
         numbers = itertools.count(_number(files[-1]) + 1 if files else 0)
         with (
-            closing(_survey([sources[index] for index in missing], config, storage)) as surveys,
+            closing(_survey(to_survey, config, storage)) as surveys,
             progress(len(missing), "survey", "sources") as bar,
         ):
             for first in range(0, len(missing), SURVEYS_PER_FILE):
                 documents = []
                 for index in missing[first : first + SURVEYS_PER_FILE]:
-                    found = done[keys[index]] = next(surveys)
-                    documents.append({"of": keys[index]} | to_document(found))
+                    key = keys[index]
+                    found = done[key] = taken[key] if key in taken else next(surveys)
+                    documents.append({"of": key} | to_document(found))
                     unreadable += [found] if isinstance(found, Unreadable) else []
                     bar.advance(1, unreadable=len(unreadable))
                 folder.write(f"survey/part-{next(numbers):06d}.json", json.dumps({"surveys": documents}).encode())
@@ -84,6 +92,16 @@ def survey_keys(sources: list[Source], config: DatagenConfig) -> list[str]:
     measured = fingerprint([config.clip.model_dump(mode="json"), SURVEY_REVISION])
     texts = (json.dumps([measured, source.id, source.version]) for source in sources)
     return [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
+
+
+def _reached(surveys: dict[str, Survey]) -> dict[str, Survey]:
+    """Those of sources that were not out of reach."""
+    return {key: found for key, found in surveys.items() if not (isinstance(found, Unreadable) and found.unreachable)}
+
+
+def _files(folder: Folder) -> list[str]:
+    """Files of surveys in the order in which they were written."""
+    return sorted(name for name in folder.sizes("survey/") if name.endswith(".json"))
 
 
 def _read(folder: Folder, files: list[str], wanted: dict[str, Source]) -> dict[str, Survey]:

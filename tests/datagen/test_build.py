@@ -113,9 +113,12 @@ def test_the_survey_alone_needs_no_vae(
 
 def test_another_plan_in_the_same_folder_is_refused(whole: Path, videos: Path, config_file: Path) -> None:
     before = contents(whole)
-    line = refused(config_file, videos, whole, *VARIANTS, "--set", "datagen.seed=1")
-    assert "was begun with another plan: config differ" in line
-    assert contents(whole) == before
+    # windows of another stride would have to be surveyed
+    for changed in ("seed=1", "clip.stride=1"):
+        line = refused(config_file, videos, whole, *VARIANTS, "--set", f"datagen.{changed}")
+        name = changed.partition("=")[0].partition(".")[0]
+        assert f"was begun with another plan: config.{name} differ" in line and f"--reuse {whole}" in line
+        assert contents(whole) == before
 
 
 def test_verify_names_each_fault(whole: Path, tmp_path: Path) -> None:

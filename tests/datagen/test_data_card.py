@@ -11,6 +11,7 @@ from common.storage import StorageConfig
 from datagen.config import DatagenConfig
 from datagen.dataset.data_card import left_out
 from datagen.example_frames import example_frames
+from datagen.plan import make_plan
 from datagen.sources import Source
 from datagen.survey.decoder_process import survey_isolated
 from tests.datagen.conftest import moving_picture
@@ -25,10 +26,15 @@ def test_a_frame_is_shown_of_what_is_left_out(tmp_path: Path) -> None:
     sources = [Source(name, str(tmp_path / name)) for name in ("a.mkv", "gone.mkv")]
     surveys = [survey_isolated(source, CONFIG, storage) for source in sources]
     (tmp_path / "gone.mkv").unlink()
+    sample = make_plan(surveys[:1], CONFIG, {}).samples[0]
+    top, left, height, width = sample.crop
     lines = [{"source": "text.mp4"}, {"source": "a.mkv", "start": 9}, {"source": "a.mkv"}, {"source": "gone.mkv"}]
-    nothing, middle, first, gone = example_frames(lines, surveys, CONFIG, storage)
+    lines[:0] = [{"source": "a.mkv", "start": sample.start, "key": sample.key}]
+    crop, nothing, middle, first, gone = example_frames(lines, surveys, [sample], CONFIG, storage)
     assert nothing is None and gone is None
     assert np.array_equal(middle, pictures[13]) and np.array_equal(first, pictures[0])
+    assert np.array_equal(crop, pictures[sample.start + 4, top : top + height, left : left + width])
+    assert crop.shape == (64, 64, 3)
 
 
 def test_reasons_are_counted_without_their_particulars() -> None:
@@ -37,8 +43,14 @@ def test_reasons_are_counted_without_their_particulars() -> None:
     told += ["black: luma 1 is below 8.0"]
     lines = [{"kind": "filtered", "reason": reason} for reason in told]
     lines += [{"kind": "unreadable", "reason": "resolution.mp4: not a video"}]
-    counted = {"black": 3, "duplicate": 2, "copy of a held-out source": 1, "too short": 1, "unreadable": 1}
-    assert left_out(lines) == counted and list(left_out(lines))[:2] == ["black", "duplicate"]
+    sources = {"black": 3, "duplicate": 2, "copy of a held-out source": 1, "too short": 1, "unreadable": 1}
+    assert left_out(lines) == {"sources": sources}
+    assert list(left_out(lines)["sources"])[:2] == ["black", "duplicate"]
+    lines += [{"kind": "filtered", "start": 9, "reason": "empty: contrast 3.0 is below 4.0"}]
+    lines += [{"kind": "filtered", "start": 9, "key": "a-0", "reason": "empty crop: contrast 0.0 is below 4.0"}]
+    lines += [{"kind": "failed", "start": 9, "key": "a-1", "reason": "VAE: OutOfMemoryError"}]
+    counted = {"sources": sources, "windows": {"empty": 1}, "samples": {"empty crop": 1, "failed": 1}}
+    assert left_out(lines) == counted
 
 
 def test_the_order_of_counting_does_not_show() -> None:
@@ -46,4 +58,4 @@ def test_the_order_of_counting_does_not_show() -> None:
         [{"kind": "unreadable" if reason else "filtered", "reason": "black: 1"} for reason in reasons]
         for reasons in ((0, 1), (1, 0))
     )
-    assert list(left_out(one).items()) == list(left_out(other).items())
+    assert list(left_out(one)["sources"].items()) == list(left_out(other)["sources"].items())

@@ -104,7 +104,9 @@ def test_a_new_degradation_is_the_same_with_and_without_reuse(
     tar = bytearray((earlier / shard_name(0)).read_bytes())
     tar[damaged.offset + damaged.length - 1] ^= 1
     (earlier / shard_name(0)).write_bytes(tar)
-    said = build_here(config_file, videos, tmp_path / "with/dataset", *other, "--reuse", str(earlier))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datagen.survey.survey_cache._survey", lambda sources, *_: (pytest.fail(s.id) for s in sources))
+        said = build_here(config_file, videos, tmp_path / "with/dataset", *other, "--reuse", str(earlier))
     assert "failed 0 filtered 0 reused 11" in said  # of twelve clips, one of which is damaged there
     assert contents(tmp_path / "with/dataset") == contents(tmp_path / "without/dataset")
     recipes = read_manifest(open_folder(tmp_path / "with/dataset")).extra["statistics"]["counts"]["recipe"]

@@ -144,8 +144,9 @@ def test_a_split_dataset_has_two_sides_for_every_reader(split: Path) -> None:
     assert manifest.has_validation and manifest.extra["counts"]["held_out"] == 3 * len(held_out)
     report = (split / "report.html").read_text()
     assert "of them held out" in report
-    reasons = dict(manifest.extra["left_out"])
-    assert reasons.pop("unreadable") == 1 and sum(reasons.values()) == manifest.extra["counts"]["filtered"] > 0
+    reasons = {(of, why): n for of, table in manifest.extra["left_out"].items() for why, n in table.items()}
+    assert reasons.pop(("sources", "unreadable")) == 1
+    assert sum(reasons.values()) == manifest.extra["counts"]["filtered"] > 0
     assert report.count("data:image/jpeg") == manifest.samples + len(reasons), "an example of each reason"
     for side, expected in (("train", training), ("validation", held_out)):
         reader = ShardReader(split, seed=0, global_batch_size=1, split=side)  # type: ignore[arg-type]

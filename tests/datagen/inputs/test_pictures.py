@@ -173,7 +173,7 @@ def test_what_makes_bad_targets_is_left_out_by_name(make: Make, tmp_path: Path) 
     assert reasons["letterboxed.mp4"] == f"letterboxed: {surveys[-1].bars} in black bars is above 0.04"
     assert surveys[-1].bars == pytest.approx(0.25, abs=0.02)
     assert {sample.source for sample in plan.samples} == {"good.mp4"}
-    kinds = left_out([{"kind": "filtered"} | line for line in plan.rejected])
+    kinds = left_out([{"kind": "filtered"} | line for line in plan.rejected])["sources"]
     assert (kinds["HDR"], kinds["interlaced"], kinds["letterboxed"]) == (1, 1, 1)
     kept = FilterConfig(hdr=True, max_interlaced=1, max_bars=1, duplicate_distance=0)
     plan = make_plan(surveys, config.model_copy(update={"filters": kept}), {})
