@@ -125,6 +125,25 @@ def test_a_step_is_the_written_loss(world: World) -> None:
     assert codec.train_step(3, [clips])["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_a_decoder_alone_descends_the_loss_with_squares(world: World, tmp_path: Path) -> None:
+    start, clips = vae(), batch(["a", "b", "c"])
+    start.save_pretrained(tmp_path / "start")
+    codec = stage(train_encoder=False, grid_weight=0.5, gradient_weight=0.0, latent_noise=0.0)
+    x = codec._crop(clips, 3).double()
+    decoded, z = copy.deepcopy(codec.codec.module).double()(x)
+    expected = (decoded - x).square().mean() + 0.05 * (decoded - x).abs().mean() + 0.5 * grid_loss(decoded, x, 8)
+    expected = expected + 0.01 * (z.square().mean() - 1) ** 2
+    assert codec.train_step(3, [clips])["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    state = codec.codec.full_state_dict(ema=True)
+    assert {name.split(".")[0] for name in state} == {"decoder", "linear_decode"}
+    export_codec(tmp_path / "trained", {"codec": (codec.codec.module, state)}, tmp_path / "start")
+    trained = load_vae(tmp_path / "trained")
+    frames = x.float()
+    assert torch.equal(trained.encode(frames).latent_dist.mode(), start.encode(frames).latent_dist.mode())
+    z = start.encode(frames).latent_dist.mode()
+    assert not torch.equal(trained.decode(z).sample, start.decode(z).sample)
+
+
 def test_crops_belong_to_the_sample_and_lie_inside(world: World) -> None:
     codec, both = stage(), batch(["a", "b"])
     crops = codec._crop(both, 0)

@@ -1,10 +1,12 @@
 """A VAE for small models: pixels to latents and back, trained on the stored HR clips of a dataset folder.
 
-    L = mean‖y - x‖² + λ_1·mean|y - x| + λ_∇·L_∇ + λ_z·(mean z² - 1)²
+    L = mean‖y - x‖² + λ_1·mean|y - x| + λ_∇·L_∇ + λ_grid·L_grid + λ_z·(mean z² - 1)²
 
 x is a crop of a clip, z its normalised latent, y what is decoded from z + σ·ε. The noise is there because the latents
 that will be decoded are predicted: a small change of a latent has to decode to a small, smooth change. λ_z keeps the
 latents at the scale of that noise.
+
+With `train_encoder: false` the decoder alone is trained. Shards and models made with the VAE stay valid.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pipeline.model.config import ModelConfig
 from trainer.engine.config import OptimizerConfig
 from trainer.planning.memory import saved_bytes
 from trainer.stages.crops import CropFrames, crop_starts, require_room
-from trainer.stages.losses import latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
+from trainer.stages.losses import grid_loss, latent_scale_loss, multiscale_gradient_loss, reconstruction_loss
 from trainer.stages.parameter_groups import linear_apart
 from trainer.stages.random_draws import Draws
 from trainer.stages.stage import Meter, NetworkSpec, ScheduleConfig, StageSetup, StageSpec, Trained, TrainingStage
@@ -48,10 +50,14 @@ class CodecConfig(Section):
     gradient_weight: float = Field(default=0.05, ge=0)
     #: sizes at which gradients are compared, each half the one before [ours]
     gradient_scales: int = Field(default=3, ge=1)
+    #: λ_grid, of squares of 8 px in what is decoded; 0: not looked at [ours]
+    grid_weight: float = Field(default=0.0, ge=0)
     #: largest σ, in normalised latents; each sample draws its own between 0 and this [ours]
     latent_noise: float = Field(default=0.3, ge=0)
     #: λ_z [ours]
     latent_scale_weight: float = Field(default=0.01, ge=0)
+    #: false: the encoder keeps its weights, and latents stay what they are [ours]
+    train_encoder: bool = True
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=3e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_updates=100
     )  # [ours]
@@ -68,12 +74,17 @@ class Codec(TrainingStage):
 
     def __init__(self, setup: StageSetup) -> None:
         super().__init__(setup)
+        if not self.config.train_encoder:
+            for part in (setup.modules["codec"].linear_encode, setup.modules["codec"].encoder):
+                part.requires_grad_(False)
         groups = linear_apart(setup.modules["codec"], self.config.linear_learning_rate)
         self.codec = self.exported = setup.network("codec", groups)
         self.networks = {"codec": self.codec}
 
     def updates(self, step: int, batches: Sequence[Batch], meter: Meter) -> None:
-        """Encoder and decoder descend L."""
+        """Encoder and decoder, or the decoder alone, descend L."""
+        from pipeline.model.vae import SPATIAL_FACTOR
+
         config = self.config
         with self.codec.updating():
             for batch in batches:
@@ -84,6 +95,10 @@ class Codec(TrainingStage):
                 loss_gradient = multiscale_gradient_loss(decoded, x, config.gradient_scales)
                 loss_scale = latent_scale_loss(z)
                 loss = loss_pixels + config.gradient_weight * loss_gradient + config.latent_scale_weight * loss_scale
+                if config.grid_weight:
+                    loss_grid = grid_loss(decoded, x, SPATIAL_FACTOR)
+                    loss = loss + config.grid_weight * loss_grid
+                    meter.add(loss_grid=loss_grid)
                 self.codec.backward(loss)
                 meter.add(
                     loss=loss, loss_pixels=loss_pixels, loss_gradient=loss_gradient, latent_energy=z.square().mean()
@@ -151,8 +166,11 @@ def load_codec(folder: Path | None, model: ModelConfig, seed: int) -> SmallVideo
 def export_codec(folder: Path, trained: Trained, init: Path | None = None) -> None:
     """Write a VAE folder with the trained weights."""
     from pipeline.model.small_vae import SmallVideoVAE
+    from pipeline.model.vae import load_vae
 
     module, state = trained["codec"]
+    if init is not None:  # what was not trained is not among the trained weights
+        state = load_vae(init).state_dict() | state
     vae = SmallVideoVAE.from_config(module.config)
     vae.load_state_dict(state, strict=True)
     vae.register_to_config(_name_or_path="")  # diffusers notes the folder it was loaded from
