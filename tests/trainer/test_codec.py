@@ -68,7 +68,7 @@ def test_grid_loss_and_its_gradient() -> None:
             squared = np.moveaxis(np.diff(clip, axis=axis) ** 2, axis, -1)
             energies.append(np.stack([squared[..., p::8].mean((1, 2, 3, 4)) for p in range(8)], 1))
         mine, theirs = (energy - energy.mean(1, keepdims=True) for energy in energies)
-        errors.append((mine - theirs) / (energies[1].mean(1, keepdims=True) + 1e-6))
+        errors.append((mine - theirs) / (energies[1].mean(1, keepdims=True) + (2 / 255) ** 2))
     leaf = torch.tensor(y, requires_grad=True)
     loss = grid_loss(leaf, torch.tensor(x), 8)
     assert loss.item() == pytest.approx(np.mean(np.square(errors)), rel=1e-12)
@@ -83,6 +83,8 @@ def test_grid_loss_and_its_gradient() -> None:
     noise = torch.tensor(np.random.default_rng(2).normal(size=flat.shape))
     plain, noisy = (grid_loss(clip, squares + noise, 8).item() for clip in (noise, squares + 2 * noise))
     assert noisy < 0.02 * plain, "noise stands for no squares"
+    faint = 2 / 255 * squares[..., :64, :64]  # of one grey level, on nothing
+    assert grid_loss(faint, torch.zeros_like(faint), 8).item() < 0.1
     assert grid_loss(squares + noise, noise, 8) == pytest.approx(grid_loss(squares, flat + noise, 8).item(), rel=0.1)
 
 

@@ -158,9 +158,13 @@ def multiscale_gradient_loss(decoded: Tensor, pixels: Tensor, scales: int) -> Te
     return torch.stack(losses).mean()
 
 
+#: of 8 bits, in pixels of [-1, 1]
+GREY_LEVEL = 2 / 255
+
+
 def grid_loss(decoded: Tensor, pixels: Tensor, period: int) -> Tensor:
     """L_grid = mean‖d(y) − d(x)‖², d: how far the energy of neighbouring differences at each of `period` phases is from
-    their mean, in units of x's mean.
+    their mean, in units of x's mean and one grey level.
 
     Zero where y prints the squares of its latent places no more than x does. Noise adds the same energy to all phases,
     so it does not hide them [ours].
@@ -171,8 +175,8 @@ def grid_loss(decoded: Tensor, pixels: Tensor, period: int) -> Tensor:
     errors = []
     for axis in (-2, -1):
         y, x = (_phase_energy(_wide(clip), axis, period) for clip in (decoded, pixels.detach()))
-        # A flat clip has no grid.
-        scale = x.mean(1, keepdim=True) + 1e-6
+        # Without the level, an almost flat clip would outweigh all others thousands of times.
+        scale = x.mean(1, keepdim=True) + GREY_LEVEL**2
         errors.append(((y - y.mean(1, keepdim=True)) - (x - x.mean(1, keepdim=True))) / scale)
     return torch.stack(errors).square().mean()
 
