@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from common.errors import UserError
@@ -100,6 +101,28 @@ def test_a_decoder_step_is_the_written_loss(world: World, step: int) -> None:
     assert ("loss_adversarial" in values) == (step >= 2)
     hinge = F.relu(1 - d_hr).mean() + F.relu(1 + d_s).mean()
     assert values["loss_discriminator"] == pytest.approx(hinge.item(), rel=1e-4)
+
+
+def test_a_penalised_relativistic_discriminator(world: World) -> None:
+    weights = {"r1_weight": 3.0, "r2_weight": 2.0, "perturbation_sigma": 0.05, "gan_loss": "relativistic"}
+    stage, clips = decoder_stage(student_fraction=0.0, adversarial_weight=0.2, **weights), batch(["a", "b", "c"])
+    plain = {name: copy.deepcopy(network.module).double() for name, network in stage.networks.items()}
+    z, low, x = (part.double() for part in stage._crop(clips, clips.tensors["z_hr"], 3))
+    y = plain["fast_decoder"](z, low)
+    draws, d = stage.draws(3, clips), plain["discriminator"].requires_grad_(True)
+    d_hr, d_s = d(x, low), d(y, low)
+    r1 = (d_hr - d(x + 0.05 * draws.noise("r1", x.float()).double(), low)).square().mean()
+    r2 = (d_s - d(y + 0.05 * draws.noise("r2", x.float()).double(), low)).square().mean()
+    loss = F.softplus(d_s - d_hr).mean() + 3 * r1 + 2 * r2
+    gradient = torch.autograd.grad(loss, list(d.parameters()))
+    values = stage.train_step(3, [clips])
+    assert values["loss_adversarial"] == pytest.approx(F.softplus(d_hr - d_s).mean().item(), rel=1e-4)
+    found = sum(values[f"loss_{name}"] * weight for name, weight in (("discriminator", 1), ("r1", 3), ("r2", 2)))
+    assert found == pytest.approx(loss.item(), rel=1e-4)
+    norm = torch.stack([part.norm() for part in gradient]).norm()
+    assert values["gradient_norm_discriminator"] == pytest.approx(norm.item(), rel=1e-3)
+    with pytest.raises(ValidationError, match="set adversarial_weight above 0"):
+        FastDecoderConfig(r1_weight=1.0)
 
 
 def test_a_trained_student_descends_the_same_loss(world: World) -> None:

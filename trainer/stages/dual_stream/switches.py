@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.flow_matching import q_t, x0_from_velocity
-from trainer.stages.dual_stream.config import DualStreamConfig
 from trainer.stages.losses import data_forcing_gradient, guidance_gradient, perturbation_penalty
 from trainer.stages.random_draws import Draws
 
 
-def with_perturbed(config: DualStreamConfig, draws: Draws, hr: Tensor, s: Tensor) -> Tensor:
+class Penalised(Protocol):
+    """Configuration of a discriminator: Stage II's, and that of the fast decoder's adversarial term."""
+
+    r1_weight: float
+    r2_weight: float
+    perturbation_sigma: float
+
+
+def with_perturbed(config: Penalised, draws: Draws, hr: Tensor, s: Tensor) -> Tensor:
     """The discriminator's real input, followed by x + σ·ε of each penalty: HR for R1, S for R2; (n·B, C, T, H, W)."""
     inputs = [hr]
     if config.r1_weight:
@@ -25,7 +32,7 @@ def with_perturbed(config: DualStreamConfig, draws: Draws, hr: Tensor, s: Tensor
 
 
 def penalties(
-    config: DualStreamConfig, logits_hr: Sequence[Tensor], logits_s: Sequence[Tensor], perturbed: Sequence[Any]
+    config: Penalised, logits_hr: Sequence[Tensor], logits_s: Sequence[Tensor], perturbed: Sequence[Any]
 ) -> dict[str, Tensor]:
     """R1 and R2 where they have a weight; `perturbed` holds the logits of their inputs in that order."""
     rest = iter(perturbed)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from common.config import Section
 from trainer.engine.config import OptimizerConfig
 from trainer.stages.crops import CropFrames
-from trainer.stages.dual_stream.config import HeadConfig
+from trainer.stages.dual_stream.config import GanLoss, HeadConfig
 
 #: of both networks, trained from nothing [ours]
 OPTIMIZER = OptimizerConfig(learning_rate=5e-4, betas=(0.9, 0.99), weight_decay=0.0, warmup_updates=100)
@@ -63,6 +63,14 @@ class FastDecoderConfig(Section):
     adversarial_weight: float = Field(default=0.0, ge=0)
     #: step from which the decoder follows the discriminator, which learns from the first one on [ours]
     adversarial_from_step: int = Field(default=0, ge=0)
+    #: hinge; softplus; relativistic, as in Stage II [ours]
+    gan_loss: GanLoss = "hinge"
+    #: weight of the approximate R1 penalty, mean‖D(x) − D(x + σ·ε)‖² on the truth, in L_D; 0: none [peer: 100 in APT]
+    r1_weight: float = Field(default=0.0, ge=0)
+    #: weight of the same on what was decoded, approximate R2 [peer]
+    r2_weight: float = Field(default=0.0, ge=0)
+    #: σ of both penalties, in pixels of [-1, 1] [ours]
+    perturbation_sigma: float = Field(default=0.01, gt=0)
     discriminator: HeadConfig = HeadConfig(hidden_channels=64)  # [ours]
     discriminator_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, betas=(0.0, 0.99))  # [ours]
     optimizer: OptimizerConfig = OPTIMIZER  # [ours]
@@ -75,9 +83,11 @@ class FastDecoderConfig(Section):
     ema_decay: float = Field(default=0.998, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _a_trained_student_is_decoded(self) -> FastDecoderConfig:
+    def _switches_mean_something(self) -> FastDecoderConfig:
         if self.student_optimizer is not None and not self.with_student:
             raise ValueError("student_optimizer is given and student_fraction is 0: no student is decoded; raise it")
+        if (self.r1_weight or self.r2_weight) and not self.adversarial:
+            raise ValueError("r1_weight and r2_weight penalise the discriminator: set adversarial_weight above 0")
         return self
 
     @property

@@ -26,6 +26,7 @@ from pipeline.model.vae import SPATIAL_FACTOR, to_pixels
 from pipeline.sampling import one_step
 from trainer.planning.memory import saved_bytes
 from trainer.stages.crops import crop_starts, require_room
+from trainer.stages.dual_stream.switches import penalties, with_perturbed
 from trainer.stages.fast_codec.config import FastDecoderConfig
 from trainer.stages.losses import (
     discriminator_loss,
@@ -75,7 +76,7 @@ class FastDecoderStage(TrainingStage):
                 crop = self._crop(batch, leaf, step)
                 decoded = self.fast_decoder(crop.z, crop.low_resolution).float()
                 self.fast_decoder.backward(self._loss(step, crop, decoded, meter))
-                pairs.append((crop, decoded.detach()))
+                pairs.append((crop, decoded.detach(), self.draws(step, batch)))
                 if student is not None and leaf.grad is not None:
                     # Both engines divide by it, and the leaf's gradient has been divided once.
                     gradient = leaf.grad * self.fast_decoder.config.gradient_accumulation
@@ -86,12 +87,17 @@ class FastDecoderStage(TrainingStage):
         if self.discriminator is None:
             return
         with self.discriminator.updating():
-            for crop, decoded in pairs:
-                both = torch.cat([crop.hr, decoded]), crop.low_resolution.repeat(2, 1, 1, 1, 1)
-                d_hr, d_s = self.discriminator(*both).float().chunk(2)
-                loss = discriminator_loss([d_hr], [d_s])
+            for crop, decoded, draws in pairs:
+                clips = torch.cat([with_perturbed(self.config, draws, crop.hr, decoded), decoded])
+                count = len(clips) // len(decoded)
+                logits = self.discriminator(clips, crop.low_resolution.repeat(count, 1, 1, 1, 1)).float().chunk(count)
+                d_hr, *perturbed, d_s = ([d] for d in logits)
+                loss_d = loss = discriminator_loss(d_hr, d_s, self.config.gan_loss)
+                for name, penalty in penalties(self.config, d_hr, d_s, perturbed).items():
+                    loss = loss + getattr(self.config, f"{name}_weight") * penalty
+                    meter.add(**{f"loss_{name}": penalty})
                 self.discriminator.backward(loss)
-                meter.add(loss_discriminator=loss, d_hr=d_hr.mean(), d_s=d_s.mean())
+                meter.add(loss_discriminator=loss_d, d_hr=d_hr[0].mean(), d_s=d_s[0].mean())
             meter.add(gradient_norm_discriminator=self.discriminator.step())
 
     def _loss(self, step: int, crop: Crop, decoded: Tensor, meter: Meter) -> Tensor:
@@ -113,7 +119,12 @@ class FastDecoderStage(TrainingStage):
             loss = loss + config.full_decoder_weight * loss_full
             meter.add(loss_full_decoder=loss_full)
         if self.discriminator is not None and step >= config.adversarial_from_step:
-            loss_adversarial = generator_loss([self.discriminator.frozen(decoded, crop.low_resolution).float()])
+            d_s = self.discriminator.frozen(decoded, crop.low_resolution).float()
+            d_hr: list[Tensor] = []
+            if config.gan_loss == "relativistic":
+                with torch.no_grad():
+                    d_hr = [self.discriminator.frozen(crop.hr, crop.low_resolution).float()]
+            loss_adversarial = generator_loss([d_s], d_hr, config.gan_loss)
             loss = loss + config.adversarial_weight * loss_adversarial
             meter.add(loss_adversarial=loss_adversarial)
         meter.add(loss=loss)
