@@ -4,8 +4,7 @@
     encoder: LR                                             ->  z_LR (B, C, T, h, w)
 
 Latents are normalised, pixels lie in [-1, 1]. Most of the work is done at the size of the latent, on groups of four
-frames; LR enters there with its pixels unshuffled. The encoder never sees an enlarged frame. A decoder may have a
-refiner behind it, which works at the size of LR.
+frames; LR enters there with its pixels unshuffled. The encoder never sees an enlarged frame.
 
 Causal: a latent frame sees its own group of frames and, through memory blocks, those before. A memory block keeps its
 input of one latent frame, which is all that a video needs to be continued (`continued`). Trained by
@@ -37,8 +36,6 @@ from pipeline.model.small_vae import (
 
 #: LR pixels along a side of one latent place
 LR_PIXELS = 2
-#: decoded pixels along a side of one LR pixel
-SCALE = STRIDE // LR_PIXELS
 #: their values in a group of frames
 LR_CHANNELS = 3 * GROUP * LR_PIXELS**2
 
@@ -78,29 +75,6 @@ class Trunk(nn.Module):
         return x, after
 
 
-class Refiner(nn.Module):
-    """What is added to decoded frames, from them and LR, at the size of LR; zero at first.
-
-    Where a pixel lies within its latent place is a channel here. Layers that enlarge by interpolation cannot tell, and
-    leave teeth of that period on edges.
-    """
-
-    def __init__(self, dim: int, blocks: int) -> None:
-        super().__init__()
-        pixels = 3 * GROUP * SCALE**2
-        self.trunk = Trunk(pixels + 3 * GROUP, dim, blocks)
-        self.head = nn.Sequential(nn.GELU(), convolution(dim, pixels))
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
-
-    def forward(self, decoded: Tensor, low_resolution: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
-        """Groups (B, T, 12, 8h, 8w) and LR's (B, T, 12, 2h, 2w) to what is added to the former, and the memory."""
-        seen = torch.cat([F.pixel_unshuffle(decoded, SCALE), low_resolution], dim=2)
-        features, after = self.trunk(seen.to(self.trunk.stem.weight.dtype), memory)
-        added = F.pixel_shuffle(self.head(features.flatten(0, 1)), SCALE)
-        return added.unflatten(0, features.shape[:2]), after
-
-
 class FastDecoder(ModelMixin, ConfigMixin):
     """Latents and LR pixels to pixels: a lapped linear transform of the latent plus convolutions.
 
@@ -108,7 +82,6 @@ class FastDecoder(ModelMixin, ConfigMixin):
         z_dim: latent channels C.
         dims: widths at 1/8, 1/4, 1/2 and the full size.
         blocks: memory blocks at 1/8, residual blocks at 1/4 and 1/2.
-        refiner_dim, refiner_blocks: width and memory blocks of the refiner; no blocks: there is none.
         latents_mean, latents_std: per channel, as the VAE has them; the linear transform sees z·std + mean.
     """
 
@@ -121,8 +94,6 @@ class FastDecoder(ModelMixin, ConfigMixin):
         z_dim: int = 16,
         dims: tuple[int, ...] = (256, 128, 64, 32),
         blocks: tuple[int, ...] = (6, 2, 1),
-        refiner_dim: int = 64,
-        refiner_blocks: int = 0,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
     ) -> None:
@@ -135,7 +106,6 @@ class FastDecoder(ModelMixin, ConfigMixin):
         for dim, larger, count in zip(dims[1:-1], dims[2:], blocks[1:], strict=True):
             layers += [*(ResidualBlock(dim) for _ in range(count)), Enlarge(dim, larger)]
         self.enlarge = nn.Sequential(*layers, nn.GELU(), convolution(dims[-1], 3 * GROUP))
-        self.refiner = Refiner(refiner_dim, refiner_blocks) if refiner_blocks else None
 
     def forward(self, z: Tensor, low_resolution: Tensor) -> Tensor:
         """Pixels (B, 3, 4T - 3, 8h, 8w) of a video's beginning, not clamped."""
@@ -156,28 +126,17 @@ class FastDecoder(ModelMixin, ConfigMixin):
         std = per_channel(self, "latents_std", z)
         raw = z * std + per_channel(self, "latents_mean", z)
         now = (raw / std).transpose(1, 2)
-        blocks = len(self.trunk.blocks)
-        first = torch.zeros_like(now[:, :1]) if memory is None else memory[0]
-        of_trunk, of_refiner = (None, None) if memory is None else (memory[1 : 1 + blocks], memory[1 + blocks :])
+        first, memory_of_blocks = (torch.zeros_like(now[:, :1]), None) if memory is None else (memory[0], memory[1:])
         before = torch.cat([first, now[:, :-1]], dim=1)
         unshuffled = grouped(low_resolution.to(self.dtype), begins=memory is None)
         seen = torch.cat([now, before, unshuffled], dim=2).to(self.trunk.stem.weight.dtype)
-        features, after = self.trunk(seen, of_trunk)
+        features, after = self.trunk(seen, memory_of_blocks)
+        size = features.shape[:2]
+        added = self.enlarge(features.flatten(0, 1)).unflatten(0, size).unflatten(2, (3, GROUP))
         cut = OVERLAP + STRIDE
         linear = self.linear(F.pad(raw, (1, 1, 1, 1, 0, 0), mode="replicate"))[..., cut:-cut, cut:-cut]
-        decoded = self.enlarge(features.flatten(0, 1)).unflatten(0, features.shape[:2])  # (B, T, 12, 8h, 8w)
-        decoded = decoded + linear.unflatten(2, (-1, GROUP)).transpose(1, 2).flatten(2, 3)
-        if self.refiner is not None:
-            added, refined = self.refiner(decoded, F.pixel_shuffle(unshuffled, LR_PIXELS), of_refiner)
-            decoded, after = decoded + added, [*after, *refined]
-        frames = decoded.unflatten(2, (3, GROUP)).transpose(1, 2).flatten(2, 3)
+        frames = linear + added.transpose(1, 2).flatten(2, 3)
         return (frames[:, :, GROUP - 1 :] if memory is None else frames), [now[:, -1:], *after]
-
-    def with_refiner(self, dim: int, blocks: int) -> FastDecoder:
-        """The same decoder and a refiner, which adds nothing yet."""
-        wider = FastDecoder.from_config(self.config, refiner_dim=dim, refiner_blocks=blocks)
-        wider.load_state_dict(self.state_dict(), strict=False)
-        return wider
 
     @torch.no_grad()
     def start_as(self, vae: SmallVideoVAE) -> None:

@@ -32,9 +32,7 @@ from pipeline.vsr_pipeline import Tiling, VSRPipeline, open_pipeline
 @pytest.fixture(scope="module")
 def codec() -> FastCodec:
     torch.manual_seed(0)
-    decoder = FastDecoder(z_dim=8, dims=(16, 12, 8, 8), blocks=(2, 1, 1), refiner_dim=8, refiner_blocks=1)
-    assert decoder.refiner is not None
-    torch.nn.init.normal_(decoder.refiner.head[-1].weight, std=0.02)  # untrained, it adds nothing
+    decoder = FastDecoder(z_dim=8, dims=(16, 12, 8, 8), blocks=(2, 1, 1))
     encoder = LowResolutionEncoder(z_dim=8, dim=12, blocks=2)
     for network in (decoder, encoder):
         network.requires_grad_(False).eval()
@@ -118,11 +116,6 @@ def test_it_begins_as_the_decoder_of_a_small_vae_and_goes_on_from_there() -> Non
     torch.testing.assert_close(decoder(z, low).clamp(-1, 1), decode_latents(vae, z))
     decoder(z, low).square().mean().backward()
     assert decoder.trunk.stem.weight.grad[:, 16:].abs().min() > 0, "LR is not shut out"
-    refined = decoder.with_refiner(8, 1)
-    assert refined.refiner is not None
-    assert torch.equal(refined(z, low), decoder(z, low))
-    refined(z, low).square().mean().backward()
-    assert refined.refiner.head[-1].weight.grad.abs().max() > 0
     other = FastDecoder(**shape, dims=(12, 12, 8, 8), blocks=(2, 1, 1))
     other.start_as(vae)
     assert not torch.allclose(other(z, low).clamp(-1, 1), decode_latents(vae, z), atol=0.1), "its linear path alone"
@@ -145,9 +138,9 @@ def test_the_pipeline_takes_it_from_the_model_folder(fast_folder: Path, codec: F
 
 def test_tiles_meet_without_seams(fast_folder: Path) -> None:
     """Where tiles overlap by more than the networks see, they agree: no cross-fade changes anything."""
-    pipeline, frames = open_pipeline(fast_folder), clip(5, 56, 64)
+    pipeline, frames = open_pipeline(fast_folder), clip(5, 40, 48)
     whole = pipeline(frames, codec="fast").frames
-    tiled = pipeline(frames, codec="fast", tiling=Tiling(vae_tile_px=192, overlap_px=160)).frames
+    tiled = pipeline(frames, codec="fast", tiling=Tiling(vae_tile_px=128, overlap_px=96)).frames
     assert np.abs(tiled.astype(int) - whole).max() <= 1
 
 

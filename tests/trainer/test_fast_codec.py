@@ -301,11 +301,6 @@ def test_each_adds_its_network_to_the_model_folder(tmp_path: Path) -> None:
         file = f"{part}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
     again = networks.load_fast_decoder(tmp_path / "two", MODEL, FastDecoderConfig(), 0)
-    shape = {"refiner_dim": 8, "refiner_blocks": 1}
-    refined = networks.load_fast_decoder(tmp_path / "two", MODEL, FastDecoderConfig(shape=shape), 0)
-    assert refined.refiner is not None and again.refiner is None
-    assert all(torch.equal(refined.get_parameter(name), value) for name, value in again.named_parameters())
-    assert all(parameter.requires_grad for parameter in refined.parameters())
     assert again.config.dims == [8, 8, 6, 4], "what the folder holds is trained on"
     wider = ModelConfig(transformer=TRANSFORMER | {"latent_channels": 6}, vae="none", prompts="none")
     with pytest.raises(UserError, match="4 latent channels"):

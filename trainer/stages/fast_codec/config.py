@@ -22,10 +22,6 @@ class DecoderShape(Section):
     dims: tuple[int, int, int, int] = (256, 128, 64, 32)
     #: memory blocks at 1/8, residual blocks at 1/4 and 1/2 [ours]
     blocks: tuple[int, int, int] = (6, 2, 1)
-    #: width of the refiner [ours]
-    refiner_dim: int = Field(default=64, ge=1)
-    #: memory blocks of the refiner, which sees what was decoded and LR at the size of LR; 0: there is none [ours]
-    refiner_blocks: int = Field(default=0, ge=0)
 
 
 class EncoderShape(Section):

@@ -81,10 +81,7 @@ class Perceptual(ModelMixin, ConfigMixin):
 
 
 def load_fast_decoder(folder: Path | None, model: ModelConfig, config: FastDecoderConfig, seed: int) -> FastDecoder:
-    """The fast decoder of a model folder; where it has none, one that begins as the linear path of a small VAE.
-
-    One without the refiner that the configuration asks for gets it.
-    """
+    """The fast decoder of a model folder; where it has none, one that begins as the linear path of a small VAE."""
     vae = vae_of(model)
     shape = config.shape.model_dump()
     if vae is not None:
@@ -92,10 +89,6 @@ def load_fast_decoder(folder: Path | None, model: ModelConfig, config: FastDecod
     decoder = _opened(FastDecoder, "fast_decoder", folder, model, seed, shape)
     if isinstance(vae, SmallVideoVAE) and not holds(folder, "fast_decoder"):
         decoder.start_as(vae)
-    if config.shape.refiner_blocks and decoder.refiner is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            decoder = decoder.with_refiner(config.shape.refiner_dim, config.shape.refiner_blocks)
     return decoder
 
 
