@@ -52,7 +52,8 @@ def test_killed_whenever_a_file_appears(video, tmp_path):
 
     def names():
         """Of what is kept, without the process's number, which temporary files have in theirs."""
-        files = {re.sub(r"\.\d+\.partial", ".partial", path.name) for path in folder.rglob("*") if path.is_file()}
+        # os.walk, not rglob: a folder may go while it is looked at
+        files = {re.sub(r"\.\d+\.partial", ".partial", name) for _, _, found in os.walk(folder) for name in found}
         return {name for name in files if not name.startswith((".lock", "black", ".black"))}
 
     seen, kills = set(), 0
