@@ -81,18 +81,46 @@ def test_a_running_cluster_gives_the_same_bytes(
 
 @pytest.mark.distributed
 def test_a_node_that_dies_costs_nothing(
-    cluster: str, whole: Path, begun: Path, videos: Path, config_file: Path
+    cluster: str, whole: Path, begun: Path, videos: Path, config_file: Path, tmp_path: Path
 ) -> None:
     with ray_node("--address", cluster, "--node-ip-address", "127.0.0.2", warm_workers=False) as (node, _):
         line = build_command(config_file, videos, begun, *VARIANTS, "--address", cluster)
-        process = start(*line, warm_children=True)
-        while not (begun / "shards/shard-000000.json").exists() or not works(node):
-            assert process.poll() is None, "the job ended before the node worked for it"
-            time.sleep(0.01)
-        kill_all(node)
+        with two_cpus_taken(cluster, tmp_path / "taken.py"):  # one is left, the job needs two: the node has to work
+            process = start(*line, warm_children=True)
+            worked = False
+            while not (worked and (begun / "shards/shard-000000.json").exists()):
+                assert process.poll() is None, "the job ended before the node worked for it"
+                worked = worked or works(node)
+                time.sleep(0.01)
+            kill_all(node)
         _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert contents(begun) == contents(whole)
+
+
+@contextmanager
+def two_cpus_taken(cluster: str, script: Path) -> Iterator[None]:
+    """Two of the head's three CPUs belong to a driver of its own for the duration of the block."""
+    script.write_text(f"""
+import time, ray
+ray.init({cluster!r}, logging_level="ERROR", log_to_driver=False)
+head = next(node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+Sleeper = ray.remote(num_cpus=2)(type("Sleeper", (), {{"ready": lambda self: True}}))
+affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(head, soft=False)
+sleeper = Sleeper.options(scheduling_strategy=affinity).remote()
+ray.get(sleeper.ready.remote())
+print("taken", flush=True)
+time.sleep(600)
+""")
+    output, written = os.pipe()
+    driver = start(script, environment={"RAY_AUTH_MODE": "disabled"}, stdout=written)
+    os.close(written)
+    try:
+        with os.fdopen(output) as lines:
+            assert any("taken" in line for line in lines)
+            yield
+    finally:
+        kill_all(driver)
 
 
 def works(node: Command) -> bool:
