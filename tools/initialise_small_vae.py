@@ -1,11 +1,15 @@
 """Make the small VAE's linear path: a lapped transform in space, a DCT in time, and the PCA of their coefficients.
 
-    python -m tools.initialise_small_vae --data SHARDS --output DIR [--clips 400] [--seed 0]
+    python -m tools.initialise_small_vae --data SHARDS --output DIR [--channels 48] [--extend VAE]
+        [--clips 400] [--seed 0]
 
 The lapped transform is the 8-point DCT behind a pre-filter across block borders [Tran, Liang, Tu 2003: time-domain
 lapped transform], orthonormal, its windows 16 pixels wide. Of its 3 x 4 x 8 x 8 coefficients per block the first
 `z_dim` principal axes of real clips (the member `hr` of a dataset folder) become the latent. The convolutions begin as
 zero. The folder written is what `--stage codec` takes as `--init`.
+
+`--extend` adds channels to a trained one: the principal axes of what it loses, orthogonal to its own. Its channels stay
+what they are, and `tools.more_channels` gives a model that was trained on them the new ones.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import run_command
+from common.errors import UserError, run_command
 from common.progress import progress
 from datagen.dataset.loader import ShardReader
 from pipeline.model.small_vae import GROUP, OVERLAP, STRIDE, WINDOW, SmallVideoVAE
-from pipeline.model.vae import to_pixels
+from pipeline.model.vae import load_vae, to_pixels
 from tools.fit_tiny_vae import normalise_by
 
 
@@ -88,11 +92,59 @@ def initialise(vae: SmallVideoVAE, clips: list[Tensor]) -> None:
     normalise_by(vae, torch.cat([vae.encode(clip[None]).latent_dist.mode() for clip in clips]))
 
 
+@torch.no_grad()
+def extend(vae: SmallVideoVAE, clips: list[Tensor], channels: int) -> SmallVideoVAE:
+    """A VAE of `channels` channels: those of `vae`, unchanged, and principal axes of its error on clips (3, F, H, W).
+
+    The axes are orthogonal to its linear decoder, and only the linear path knows them. What its convolutions already
+    put there is counted twice until the decoder is trained.
+
+    Raises:
+        UserError: `channels` are no more than it has.
+    """
+    have = vae.config.z_dim
+    if channels <= have:
+        raise UserError(f"--channels {channels}: the VAE to extend has {have} already; ask for more")
+    size = 3 * GROUP * STRIDE**2
+    covariance = torch.zeros((size, size), dtype=torch.float64)
+    for clip in clips:
+        error = coefficients(clip[None] - vae.decode(vae.encode(clip[None]).latent_dist.mode()).sample)
+        covariance += (error.T @ error).double()
+    own, _ = torch.linalg.qr(_as_coefficients(vae.linear_decode.weight).double().T)
+    beside = torch.eye(size, dtype=torch.float64) - own @ own.T
+    _, axes = torch.linalg.eigh(beside @ covariance @ beside)
+    result = SmallVideoVAE.from_config(vae.config, z_dim=channels)
+    old = vae.state_dict()
+    for name, new in result.state_dict().items():
+        # channels come first or second in a weight; the decoder's convolutions see a latent frame and the one before
+        new.zero_()
+        if name == "decoder.0.weight":
+            new.unflatten(1, (2, channels))[:, :, :have] = old[name].unflatten(1, (2, have))
+        else:
+            new[tuple(slice(length) for length in old[name].shape)] = old[name]
+    kernel = kernels(axes.flip(1)[:, : channels - have].T.float())
+    for layer in (result.linear_encode, result.linear_decode):
+        layer.weight[have:] = kernel
+    normalise_by(result, torch.cat([result.encode(clip[None]).latent_dist.mode() for clip in clips]))
+    for name in ("latents_mean", "latents_std"):
+        given, found = vae.config[name], result.config[name]
+        unit = sum(given) / sum(found[:have]) if name == "latents_std" else 1.0
+        result.register_to_config(**{name: [*given, *(unit * value for value in found[have:])]})
+    return result
+
+
+def _as_coefficients(weight: Tensor) -> Tensor:
+    """Kernels on pixels (z_dim, 3, 4, 16, 16) as lapped coefficients (z_dim, 3·4·8·8): the inverse of `kernels`."""
+    spatial, temporal = lapped_transform().float(), cosines(GROUP, 2).float()
+    return torch.einsum("zcfij,gf,ki,lj->zcgkl", weight, temporal, spatial, spatial).flatten(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="dataset folder with stored clips (store_clips: true)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--channels", type=int, default=48)
+    parser.add_argument("--extend", type=Path, help="VAE folder whose channels are kept, with new ones beside them")
     parser.add_argument("--clips", type=int, default=400, help="clips of the dataset that are looked at")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -104,8 +156,14 @@ def main() -> None:
         for _ in range(min(arguments.clips, len(reader))):
             clips.append(to_pixels(next(batches).tensors["hr"][0]))
             bar.advance(1)
-    vae = SmallVideoVAE(z_dim=arguments.channels)
-    initialise(vae, clips)
+    if arguments.extend is None:
+        vae = SmallVideoVAE(z_dim=arguments.channels)
+        initialise(vae, clips)
+    else:
+        trained = load_vae(arguments.extend)
+        if not isinstance(trained, SmallVideoVAE):
+            raise UserError(f"--extend {arguments.extend} holds a {type(trained).__name__}; it takes a SmallVideoVAE")
+        vae = extend(trained, clips, arguments.channels)
     vae.save_pretrained(arguments.output)
     record = {
         "command": " ".join(["python -m tools.initialise_small_vae", *sys.argv[1:]]),
