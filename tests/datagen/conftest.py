@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -42,9 +44,21 @@ def moving_picture(frames: int, height: int, width: int, seed: int) -> np.ndarra
     return np.stack([large[:, 2 * index : 2 * index + width] for index in range(frames)])
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in an empty folder, made by one of pytest's processes for all of them."""
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    said = shared / f"{name}-made"
+    with open(shared / f"{name}-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            (shared / name).mkdir(exist_ok=True)
+            said.write_text(os.fspath(make(shared / name)))
+    return Path(said.read_text())
+
+
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_videos(tmp_path_factory.mktemp("videos"))
+    return made_once(tmp_path_factory, "videos", write_videos)
 
 
 def write_videos(folder: Path) -> Path:
@@ -57,7 +71,7 @@ def write_videos(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("config"))
+    return made_once(tmp_path_factory, "config", write_config)
 
 
 def write_config(folder: Path) -> Path:
@@ -150,10 +164,13 @@ def start_shared_ray() -> None:
 @pytest.fixture(scope="package")
 def whole(ray_ends: None, videos: Path, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted build by three workers; what the others are compared with."""
-    output = tmp_path_factory.mktemp("whole") / "dataset"
-    start_shared_ray()
-    build_here(config_file, videos, output, "--workers", "3", *VARIANTS)
-    return output
+
+    def build(folder: Path) -> Path:
+        start_shared_ray()
+        build_here(config_file, videos, folder / "dataset", "--workers", "3", *VARIANTS)
+        return folder / "dataset"
+
+    return made_once(tmp_path_factory, "whole", build)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.distributed
 #: every n-th request meets a fault
 FAULT_EVERY = 10
 #: a long input, who works on it, and how far ahead
-CLIPS, WORKERS, CLIPS_AHEAD = 150, 2, 8
+CLIPS, WORKERS, CLIPS_AHEAD = 100, 2, 8
 
 
 class FaultyServer:
