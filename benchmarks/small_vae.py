@@ -1,4 +1,4 @@
-"""Small VAEs on held-out clips: PSNR, energy at block borders, time, and what noise in a latent looks like.
+"""Small VAEs on held-out clips: PSNR, VMAF, energy at block borders, time, and what noise in a latent looks like.
 
     python benchmarks/small_vae.py --vae assets/small/vae assets/tiny/vae --clips VIDEO … --output runs/codec-benchmark
 
@@ -22,6 +22,9 @@ from torch import Tensor
 from common.errors import run_command
 from common.psnr import psnr_db
 from common.video_reader import read_video
+from metrics.clips import to_tensor
+from metrics.frame_metric import Metric
+from metrics.registry import create_all
 from pipeline.model.vae import VAE, decode_latents, encode_video, load_vae, to_frames, to_pixels
 
 FRAMES, LARGEST_SIDE, BLOCK = 9, 256, 8
@@ -47,7 +50,7 @@ def border_ratio(pixels: Tensor) -> float:
     return float(np.mean(energies))
 
 
-def row(vae: VAE, clip: Tensor) -> dict[str, float]:
+def row(vae: VAE, clip: Tensor, vmaf: Metric) -> dict[str, float]:
     """Measures of one clip."""
     began = time.perf_counter()
     z = encode_video(vae, clip)
@@ -56,8 +59,10 @@ def row(vae: VAE, clip: Tensor) -> dict[str, float]:
     ended = time.perf_counter()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     disturbed = decode_latents(vae, z + NOISES[0] * noise)
+    shown, source = (to_tensor(to_frames(x[0]).numpy()) for x in (decoded, clip))
     return {
         "psnr_db": psnr_db((decoded - clip).square().mean().item(), peak=2.0),
+        "vmaf": vmaf(shown, source),
         "noisy_psnr_db": psnr_db((disturbed - clip).square().mean().item(), peak=2.0),
         "noisy_border": border_ratio(disturbed) / border_ratio(clip),
         "border": border_ratio(decoded) / border_ratio(clip),
@@ -86,12 +91,14 @@ def main() -> None:
     torch.set_num_threads(1)
     vaes = {str(path): load_vae(path) for path in arguments.vae}
     clips = {path.name: load_clip(path) for path in arguments.clips}
-    found = {name: {clip: row(vae, pixels) for clip, pixels in clips.items()} for name, vae in vaes.items()}
+    (vmaf,) = create_all(["vmaf"])
+    found = {name: {clip: row(vae, pixels, vmaf) for clip, pixels in clips.items()} for name, vae in vaes.items()}
     titles = (
         "VAE",
         "parameters",
         "clip",
         "PSNR, dB",
+        "VMAF",
         "border",
         "with noise 0.1: PSNR, dB",
         "border",
@@ -104,7 +111,8 @@ def main() -> None:
         mean = {key: float(np.mean([values[key] for values in rows.values()])) for key in next(iter(rows.values()))}
         for clip, values in [*rows.items(), ("mean", mean)]:
             lines.append(
-                f"| {name} | {size:.2f} M | {clip} | {values['psnr_db']:.2f} | {values['border']:.3f} "
+                f"| {name} | {size:.2f} M | {clip} | {values['psnr_db']:.2f} | {values['vmaf']:.1f} "
+                f"| {values['border']:.3f} "
                 f"| {values['noisy_psnr_db']:.2f} | {values['noisy_border']:.3f} "
                 f"| {values['encode_ms_per_frame']:.1f} | {values['decode_ms_per_frame']:.1f} |"
             )
