@@ -1,12 +1,11 @@
-"""The stored clips of a dataset with latents of another VAE, or turned: no source is read, nothing is degraded anew.
+"""The stored clips of datasets with latents of another VAE, and turned: no source is read, nothing is degraded anew.
 
-    python -m tools.reencode_clips --data DATASET --vae VAE --output DIR [--turn] [--seed 0]
+    python -m tools.reencode_clips --data DATASET … --vae VAE --output DIR [--turns 0] [--seed 0]
 
-For datasets with stored clips (`datagen.store_clips: true`). With `--turn` each clip, HR and LR alike, is flipped or
-turned by one of the seven symmetries of the square that change it, drawn by its key and `--seed` (BasicSR's use_hflip
-and use_rot); a clip that is not square by one of the three that keep its shape. Latents do not turn with pixels, so
-turned clips are samples of their own: train on both folders' shards. Shards that are there already are kept: run the
-same command again to resume.
+For datasets with stored clips (`datagen.store_clips: true`); several become one. With `--turns` N there are N further
+samples of each clip: HR and LR, flipped or turned by N of the seven symmetries of the square that change it, drawn by
+its key and `--seed` (BasicSR's use_hflip and use_rot); of a clip that is not square there are three. Latents do not
+turn with pixels, so each is encoded. Shards that are there already are kept: run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -23,7 +22,15 @@ from common.lossless_clip import encode_bytes
 from common.progress import progress
 from common.seeding import derive_seed
 from datagen.dataset.dataset import ShardDataset, StoredSample
-from datagen.dataset.shard_format import Sample, open_folder, read_committed, shard_name, write_manifest, write_shard
+from datagen.dataset.shard_format import (
+    CommittedShard,
+    Sample,
+    open_folder,
+    read_committed,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
 from datagen.encode.vae_encoder import Encoder, latents_member
 from datagen.format_revision import vae_hash
 
@@ -40,10 +47,18 @@ def turned(clip: np.ndarray, symmetry: tuple[int, bool]) -> np.ndarray:
     return np.ascontiguousarray(result[:, :, ::-1] if flip else result)
 
 
-def draw(key: str, seed: int, square: bool) -> tuple[int, bool]:
-    """The symmetry of the clip `key`."""
+def draw(key: str, seed: int, turn: int, square: bool) -> tuple[int, bool]:
+    """The symmetry of turn number 1, 2, … of the clip `key`; those of different numbers differ.
+
+    Raises:
+        UserError: there are not as many.
+    """
     choices = SQUARE if square else RECTANGLE
-    return choices[derive_seed("turn", seed, key) % len(choices)]
+    if turn > len(choices):
+        raise UserError(
+            f"--turns {turn}: a clip{'' if square else ' that is not square'} has {len(choices)}; take fewer"
+        )
+    return choices[(derive_seed("turn", seed, key) + turn - 1) % len(choices)]
 
 
 class Reencoder:
@@ -51,14 +66,17 @@ class Reencoder:
 
     Args:
         vae: its folder.
-        seed: of the turns; None: clips stay as they are.
+        seed: of the turns.
     """
 
-    def __init__(self, vae: Path, seed: int | None) -> None:
+    def __init__(self, vae: Path, seed: int) -> None:
         self._encoder, self._hash, self._seed = Encoder(str(vae), threads=1), vae_hash(vae), seed
 
-    def __call__(self, stored: StoredSample) -> Sample:
+    def __call__(self, stored: StoredSample, turn: int) -> Sample:
         """
+        Args:
+            turn: its number; 0: as it is.
+
         Raises:
             UserError: it has no stored clips, or the VAE makes NaN of it.
         """
@@ -67,12 +85,12 @@ class Reencoder:
         members = {name: stored.read(name) for name in stored.spans}
         metadata, key = stored.metadata(), stored.key
         hr, lr = stored.frames("hr"), stored.frames("lr")
-        if self._seed is not None:
-            quarters, flip = symmetry = draw(key, self._seed, hr.shape[1] == hr.shape[2])
+        if turn:
+            quarters, flip = symmetry = draw(key, self._seed, turn, hr.shape[1] == hr.shape[2])
             hr, lr = turned(hr, symmetry), turned(lr, symmetry)
             members |= {"hr.mkv": encode_bytes(hr), "lr.mkv": encode_bytes(lr)}
             metadata["turned"] = {"quarters": quarters, "flipped": flip}
-            key = f"{key}-t{self._seed}"
+            key = f"{key}-t{turn}"
         latents = latents_member(*(found[0] for found in self._encoder.latents([hr], [lr])))
         if latents is None:
             raise UserError(f"{stored.shard}: the VAE makes NaN or infinity of sample {stored.key}")
@@ -83,38 +101,46 @@ class Reencoder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="dataset folder with stored clips")
+    parser.add_argument("--data", nargs="+", required=True, help="dataset folders with stored clips")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--turn", action="store_true", help="flip or turn every clip")
+    parser.add_argument("--turns", type=int, default=0, help="turned samples beside each clip, at most 7")
     parser.add_argument("--seed", type=int, default=0, help="of the turns")
     arguments = parser.parse_args()
-    dataset, manifest = ShardDataset.open(arguments.data, kind="clips")
-    turns = arguments.seed if arguments.turn else None
-    reencode = Reencoder(arguments.vae, turns)
-    made = {"vae": vae_hash(arguments.vae), "turns": turns, "of": dataset.fingerprint}
-    folder, committed, first = open_folder(arguments.output), [], 0
-    with progress(len(dataset), "encoding", "clips") as bar:
-        for index, entry in enumerate(dataset.shards):
-            rows = range(first, first := first + entry.samples)
-            try:
-                found = read_committed(folder, shard_name(index))
-            except FileNotFoundError:
-                samples = []
-                for row in rows:
-                    samples.append(reencode(dataset[row]))
-                    bar.advance()
-                found = write_shard(folder, index, samples, made, entry.split)
-            else:
-                bar.advance(len(rows))
-            if found.extra != made or found.samples != entry.samples:
-                raise UserError(
-                    f"{arguments.output}: {found.name} is of another dataset, VAE or seed; choose another --output"
-                )
-            committed.append(found)
-    command = " ".join(["python -m tools.reencode_clips", *sys.argv[1:]])
-    write_manifest(folder, "clips", committed, manifest.extra | {"reencoded": made | {"command": command}})
-    print(f"{arguments.output}: {len(dataset)} samples")
+    opened = [ShardDataset.open(address, kind="clips") for address in arguments.data]
+    reencode = Reencoder(arguments.vae, arguments.seed)
+    made = {"vae": vae_hash(arguments.vae), "seed": arguments.seed}
+    folder = open_folder(arguments.output)
+    committed: list[CommittedShard] = []
+    with progress((1 + arguments.turns) * sum(len(dataset) for dataset, _ in opened), "encoding", "clips") as bar:
+        for turn in range(1 + arguments.turns):
+            for dataset, _ in opened:
+                first = 0
+                for entry in dataset.shards:
+                    rows = range(first, first := first + entry.samples)
+                    index, wanted = len(committed), made | {"turn": turn, "of": entry.sha256}
+                    try:
+                        found = read_committed(folder, shard_name(index))
+                    except FileNotFoundError:
+                        samples = []
+                        for row in rows:
+                            samples.append(reencode(dataset[row], turn))
+                            bar.advance()
+                        found = write_shard(folder, index, samples, wanted, entry.split)
+                    else:
+                        bar.advance(len(rows))
+                    if found.extra != wanted:
+                        what = f"{arguments.output}: {found.name} is of other datasets, another VAE or seed"
+                        raise UserError(f"{what}; give another --output")
+                    committed.append(found)
+    said = made | {"turns": arguments.turns, "command": " ".join(["python -m tools.reencode_clips", *sys.argv[1:]])}
+    _, manifest = opened[0]
+    kept = {name: value for name, value in manifest.extra.items() if name != "statistics"}  # they are of other latents
+    versions = kept.get("versions", {})
+    encoding = f"{versions.get('encoding')}, turned" if arguments.turns else versions.get("encoding")
+    versions = versions | {"vae": made["vae"], "encoding": encoding}  # a clip's own latents are not the only ones here
+    write_manifest(folder, "clips", committed, kept | {"versions": versions, "reencoded": said})
+    print(f"{arguments.output}: {sum(shard.samples for shard in committed)} samples")
 
 
 if __name__ == "__main__":
